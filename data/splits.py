@@ -1,0 +1,269 @@
+"""Which cycles train, validate and test: patient-wise wherever the protocol leaves us the choice.
+
+Everything here is a pure function of the cycle table's columns PID, Split, Fold, Device, Crackles
+and Wheezes and of the settings. Labels of the test part are never looked at, so that permuting
+them changes nothing; the exception is `foldwise`, whose five folds are balanced by class over all
+patients before any of them is the test part (as a stratified k-fold is). Random order comes from
+SHA-256 of (seed, patient), hence the same patients are chosen by every version of every library on
+every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from data.batch import CLASSES
+from utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+STRATEGIES = ("official", "official_disjoint", "foldwise", "random")
+SELECTIONS = ("validation", "fixed", "test")
+N_FOLDS = 5
+FOLD_SEED = 0
+_RESTARTS = 200  # random orders that are tried; the best balanced choice is kept
+
+
+@dataclass(frozen=True)
+class Split:
+    """Row numbers of the cycle table, each sorted, int64; no row is in two parts.
+
+    Attributes:
+        train: rows the model is fitted on.
+        val: rows of the validation patients; empty under selection `fixed` and `test`.
+        test: rows of the test part.
+    """
+
+    train: np.ndarray
+    val: np.ndarray
+    test: np.ndarray
+
+
+def classes_of(table: pd.DataFrame) -> np.ndarray:
+    """[N] int64, index into `data.batch.CLASSES` of each cycle."""
+    return (table["Crackles"] + 2 * table["Wheezes"]).to_numpy(np.int64)
+
+
+def patients_in_both_halves(table: pd.DataFrame) -> list[int]:
+    """Patients with cycles in both halves of the official split (156 and 218 in ICBHI 2017)."""
+    halves = table.groupby("PID")["Split"].nunique()
+    return sorted(int(pid) for pid in halves.index[halves > 1])
+
+
+def split_cycles(
+    table: pd.DataFrame,
+    *,
+    strategy: str = "official",
+    test_fold: int = 0,
+    split_seed: int = 0,
+    test_fraction: float = 0.4,
+    val_fraction: float = 0.2,
+    val_seed: int = 0,
+    selection: str = "validation",
+) -> Split:
+    """Divide the cycle table into training, validation and test rows.
+
+    Args:
+        table: cycle table of `data.icbhi.read_cycles`.
+        strategy: official | official_disjoint (without the test cycles of patients who are in
+            train as well) | foldwise | random.
+        test_fold: foldwise: the fold (0..4) that is tested.
+        split_seed: random: seed of the choice of test patients.
+        test_fraction: random: share of the cycles (and patients) that is tested.
+        val_fraction: share of the training cycles whose patients are held out.
+        val_seed: seed of the choice of validation patients.
+        selection: with `fixed` and `test` the validation part is empty and train is whole.
+
+    Raises:
+        UserError: an unknown setting, or a part that the data can not fill.
+    """
+    if selection not in SELECTIONS:
+        raise UserError(
+            f"training.selection is '{selection}'; choose one of {', '.join(SELECTIONS)}"
+        )
+    in_train, in_test = _train_and_test(table, strategy, test_fold, split_seed, test_fraction)
+    train, test = np.flatnonzero(in_train), np.flatnonzero(in_test)
+    _check_parts(table, train, test, strategy)
+    val = np.zeros(0, np.int64)
+    if selection == "validation":
+        chosen = choose_validation_patients(table.iloc[train], table, val_fraction, val_seed)
+        held_out = table["PID"].iloc[train].isin(chosen).to_numpy()
+        train, val = train[~held_out], train[held_out]
+        _warn_of_missing_classes(table, val, "validation part")
+    return Split(train.astype(np.int64), val.astype(np.int64), test.astype(np.int64))
+
+
+def assign_folds(table: pd.DataFrame) -> np.ndarray:
+    """[N] int64 fold (0..4) of each cycle: patient-wise, classes and patients balanced.
+
+    Depends on the annotations alone, never on which audio is present.
+    """
+    counts = _patient_counts(table, with_classes=True)
+    fold = dict.fromkeys(counts.index, N_FOLDS - 1)
+    left = counts
+    for number in range(N_FOLDS - 1):
+        target = left.sum().to_numpy() / (N_FOLDS - number)
+        chosen = _choose(left, target, FOLD_SEED + number, leave=N_FOLDS - 1 - number)
+        if not chosen and len(left):  # fewer patients than folds: one each as long as they last
+            chosen = [int(left.index[0])]
+        fold.update(dict.fromkeys(chosen, number))
+        left = left.drop(index=chosen)
+    return table["PID"].map(fold).to_numpy(np.int64)
+
+
+def choose_validation_patients(
+    train: pd.DataFrame, table: pd.DataFrame, fraction: float, seed: int
+) -> list[int]:
+    """Patients of `train` that are held out for validation.
+
+    Whole patients, about `fraction` of the cycles of every class and of the patients. Patients in
+    both halves of the official split stay in train, and so does the last training patient of each
+    device and each class.
+
+    Raises:
+        UserError: no patient can be spared.
+    """
+    counts = _patient_counts(train, with_classes=True)
+    devices = pd.crosstab(train["PID"], train["Device"])
+    holds = pd.concat([devices, counts[list(CLASSES)]], axis=1) > 0
+    pinned = [pid for pid in patients_in_both_halves(table) if pid in counts.index]
+    target = fraction * counts.sum().to_numpy()
+    chosen = _choose(counts.drop(index=pinned), target, seed, holds=holds)
+    if not chosen:
+        raise UserError(
+            f"no validation patient can be spared among the {len(counts)} training patients "
+            f"(dataset.val_fraction {fraction:g}); add recordings, or set training.selection=fixed"
+        )
+    return chosen
+
+
+def _train_and_test(
+    table: pd.DataFrame, strategy: str, test_fold: int, split_seed: int, test_fraction: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boolean masks [N] of the training (with validation) and the test rows."""
+    if strategy in ("official", "official_disjoint"):
+        in_test = (table["Split"] == "test").to_numpy()
+        both = patients_in_both_halves(table)
+        shared = table["PID"].isin(both).to_numpy() & in_test
+        if strategy == "official_disjoint":
+            return ~in_test, in_test & ~shared
+        if both:
+            log.warning(
+                "the official split has patients %s in both halves (%d of %d test cycles); "
+                "dataset.split_strategy=official_disjoint leaves those test cycles out",
+                ", ".join(map(str, both)),
+                shared.sum(),
+                in_test.sum(),
+            )
+        return ~in_test, in_test
+    if strategy == "foldwise":
+        if test_fold not in range(N_FOLDS):
+            raise UserError(f"dataset.test_fold is {test_fold}; choose 0..{N_FOLDS - 1}")
+        in_test = (table["Fold"] == test_fold).to_numpy()
+        return ~in_test, in_test
+    if strategy == "random":
+        # by cycles and patients only: a choice that is balanced by class would look at test labels
+        counts = _patient_counts(table, with_classes=False)
+        chosen = _choose(counts, test_fraction * counts.sum().to_numpy(), split_seed)
+        in_test = table["PID"].isin(chosen).to_numpy()
+        return ~in_test, in_test
+    raise UserError(
+        f"dataset.split_strategy is '{strategy}'; choose one of {', '.join(STRATEGIES)}"
+    )
+
+
+def _check_parts(table: pd.DataFrame, train: np.ndarray, test: np.ndarray, strategy: str) -> None:
+    for rows, part in ((train, "training"), (test, "test")):
+        if len(rows) == 0:
+            raise UserError(
+                f"no cycle is in the {part} part of the {len(table)} cycles (dataset."
+                f"split_strategy {strategy}); add recordings or choose another split_strategy"
+            )
+    labels = classes_of(table.iloc[train])
+    for missing, name in (
+        (not (labels == 0).any(), "normal"),
+        (not (labels & 1).any(), "crackle"),
+        (not (labels & 2).any(), "wheeze"),
+    ):
+        if missing:
+            raise UserError(
+                f"no training cycle of {len(train)} has the class {name}, so it can not be "
+                "learned; add recordings or choose another dataset.split_strategy"
+            )
+    _warn_of_missing_classes(table, train, "training part")
+
+
+def _warn_of_missing_classes(table: pd.DataFrame, rows: np.ndarray, part: str) -> None:
+    present = set(classes_of(table.iloc[rows]).tolist())
+    missing = [name for number, name in enumerate(CLASSES) if number not in present]
+    if missing:
+        log.warning("the %s has no cycle of class %s", part, ", ".join(missing))
+
+
+def _patient_counts(table: pd.DataFrame, with_classes: bool) -> pd.DataFrame:
+    """Per patient (index PID, sorted): cycles, 1 (the patient), and cycles of each class."""
+    counts = pd.DataFrame({"cycles": table.groupby("PID").size(), "patients": 1})
+    if with_classes:
+        classes = pd.crosstab(table["PID"], classes_of(table))
+        classes = classes.reindex(columns=range(len(CLASSES)), fill_value=0)
+        counts[list(CLASSES)] = classes.to_numpy()
+    return counts
+
+
+def _choose(
+    counts: pd.DataFrame,
+    target: np.ndarray,
+    seed: int,
+    *,
+    holds: pd.DataFrame | None = None,
+    leave: int = 1,
+) -> list[int]:
+    """Patients whose summed counts come close to `target`, in each column's own scale.
+
+    Greedy in random order: a patient joins if that brings the sum nearer to the target; the best
+    of `_RESTARTS` orders is kept.
+
+    Args:
+        counts: one row per patient that may be chosen.
+        target: wished sum of each column.
+        seed: of the orders.
+        holds: one row per patient, bool; every column that any patient holds must still be held
+            by a patient who is not chosen.
+        leave: patients that must be left over at least.
+    """
+    patients = [int(pid) for pid in counts.index]
+    rows = counts.to_numpy(np.float64)  # [P, K]
+    holds = pd.DataFrame(index=counts.index) if holds is None else holds.astype(np.int64)
+    spare = np.maximum(holds.sum().to_numpy(np.int64) - 1, 0)  # [H], holders who may go
+    held = holds.loc[counts.index].to_numpy(np.int64)  # [P, H]
+    weight = 1.0 / np.maximum(target, 1e-9)
+    missing = np.tile(target.astype(np.float64), (_RESTARTS, 1))  # [R, K], wished and not yet there
+    spare = np.tile(spare, (_RESTARTS, 1))  # [R, H]
+    chosen = np.zeros((_RESTARTS, len(patients)), bool)
+    every = np.arange(_RESTARTS)
+    order = np.array([_shuffled(patients, seed, restart) for restart in every], np.int64)
+    for pick in order.T:  # [R], one patient per restart
+        rest = missing - rows[pick]
+        nearer = _distance(rest * weight) < _distance(missing * weight)
+        free = (spare >= held[pick]).all(axis=1) & (chosen.sum(axis=1) + leave < len(holds))
+        join = nearer & free
+        missing = np.where(join[:, None], rest, missing)
+        spare = spare - join[:, None] * held[pick]
+        chosen[every, pick] = join
+    final = np.where(chosen.any(axis=1), _distance(missing * weight), np.inf)
+    return [patients[position] for position in np.flatnonzero(chosen[final.argmin()])]
+
+
+def _distance(missing: np.ndarray) -> np.ndarray:
+    return (missing**2).sum(axis=1)
+
+
+def _shuffled(patients: list[int], seed: int, restart: int) -> list[int]:
+    """Positions of the patients in the random order of this seed and restart."""
+    digests = [hashlib.sha256(f"{seed}:{restart}:{pid}".encode()).digest() for pid in patients]
+    return sorted(range(len(patients)), key=digests.__getitem__)

@@ -1,0 +1,124 @@
+"""What `python -m data.inspect` says about a folder."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import soundfile
+
+from data.icbhi import read_cycles
+from data.inspect import describe, inspect_folder, main, traps
+
+STEM = "101_1b1_Al_sc_Meditron"
+
+
+def report(folder) -> str:
+    return describe(*inspect_folder(folder))
+
+
+def test_counts_of_a_small_folder(icbhi_folder):
+    text = report(icbhi_folder)
+    assert "PARTIAL DATA: 6 of 920 recordings, 24 of 6,898 cycles" in text
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "official train 16 4 4 4 4 4 4" in lines
+    assert "official test 8 2 2 2 2 2 2" in lines
+    assert "AKGC417L 8 2 75.0 0 0 -" in lines
+    assert "Litt3200 0 0 - 4 1 75.0" in lines
+    assert "Tc 4 1 75.0 0 0 -" in lines
+    assert "min 0.400, 5 % 0.400, median 0.700, mean 0.70, 95 % 1.000, max 1.000 s" in lines
+    assert "BMI 12 3" in lines
+    assert "6 4000 Hz, PCM_16, 1 channel(s)" in lines
+    assert text.endswith("none found")
+
+
+def test_the_text_fits_100_columns(icbhi_folder):
+    (icbhi_folder / f"{STEM}.txt").write_text("1 2 0\n")
+    assert max(len(line) for line in report(icbhi_folder).splitlines()) <= 100
+
+
+@pytest.mark.real
+def test_real_annotations_and_their_traps(icbhi_root):
+    table, problems = inspect_folder(icbhi_root / "annotations")
+    assert problems == []
+    text = " ".join(describe(table, problems).split())
+    for fact in (
+        "Complete: all counts",
+        "Patients 156, 218 are in both halves (120 of 2,756 test cycles)",
+        "official_disjoint leaves 2,636",
+        "Litt3200 is 73.2 % abnormal in train (41 cycles) and 29.5 % in test (461)",
+        "LittC2SE has no test cycle (594 in the other)",
+        "122 of 126 patients have one device only",
+        "2 cycles are longer than 10 s; 5.17 h in total",
+        "no audio here: annotations only",
+    ):
+        assert fact in text
+
+
+@pytest.mark.real
+def test_real_recordings(icbhi_root, capsys):
+    assert main(["--data-folder", str(icbhi_root / "recordings")]) == 0
+    out = capsys.readouterr().out
+    assert "PARTIAL DATA: 50 of 920 recordings" in out
+    assert "    8  4000 Hz, PCM_16" in out
+    assert out.rstrip().endswith("none found")
+
+
+def test_every_problem_is_found_in_one_go(icbhi_folder, capsys):
+    (icbhi_folder / f"{STEM}.txt").write_text("0 1 0\n")
+    (icbhi_folder / "102_1b1_Tc_mc_AKGC417L.txt").unlink()
+    (icbhi_folder / "103_2b2_Pr_mc_AKGC417L.wav").write_bytes(b"no audio")
+    soundfile.write(icbhi_folder / "104_1b1_Ll_sc_Meditron.wav", np.zeros(0), 4000)
+    short = icbhi_folder / "105_1b1_Pl_sc_Litt3200.wav"
+    soundfile.write(short, np.random.default_rng(0).normal(0, 0.1, 8000), 4000)
+    assert main(["--data-folder", str(icbhi_folder)]) == 1
+    out = " ".join(capsys.readouterr().out.split()).split("Problems")[1]
+    for part in (
+        f"{STEM}.txt, row 1: 3 columns",
+        "102_1b1_Tc_mc_AKGC417L.wav has no annotation",
+        "103_2b2_Pr_mc_AKGC417L.wav",
+        "104_1b1_Ll_sc_Meditron.wav",
+        "lasts 2.000 s, but its annotation ends at 2.900 s",
+    ):
+        assert part in out
+    assert out.count(" - ") == 5
+
+
+def test_annotations_alone_can_be_inspected(make_icbhi, tmp_path):
+    table, problems = inspect_folder(make_icbhi(tmp_path / "data", audio=False))
+    assert problems == []
+    assert "annotations only" in describe(table, problems)
+
+
+def test_many_problems_are_cut_short(icbhi_folder):
+    text = describe(read_cycles(icbhi_folder), [f"problem {n}" for n in range(70)])
+    assert "- problem 49" in text
+    assert "- problem 50" not in text
+    assert text.endswith("- and 20 more")
+
+
+def test_a_split_that_can_not_be_made_is_said(make_icbhi, tmp_path):
+    folder = make_icbhi(tmp_path / "data", {STEM: "train"})
+    assert "no cycle is in the test part" in report(folder)
+
+
+def test_patients_in_both_halves_are_a_trap(make_icbhi, tmp_path):
+    stems = {STEM: "train", "101_1b1_Ar_sc_Meditron": "test", "102_1b1_Ar_sc_Meditron": "test"}
+    found = traps(read_cycles(make_icbhi(tmp_path / "data", stems)))
+    assert "Patients 101 are in both halves (4 of 8 test cycles)" in found[0]
+
+
+def test_nothing_to_inspect(tmp_path, caplog):
+    assert main(["--data-folder", str(tmp_path / "none")]) == 2
+    assert "does not exist" in caplog.text
+    (tmp_path / "empty").mkdir()
+    assert main(["--data-folder", str(tmp_path / "empty")]) == 2
+    assert "https://" in caplog.text  # where the tables come from
+
+
+def test_figures_are_written(icbhi_folder, tmp_path, capsys):
+    figures = tmp_path / "figures"
+    assert main(["--data-folder", str(icbhi_folder), "--figures", str(figures)]) == 0
+    written = sorted(path.name for path in figures.iterdir())
+    assert written == ["data_overview.pdf", "data_overview.png"]
+    assert all((figures / name).stat().st_size > 10_000 for name in written)
+    assert "data_overview.png" in capsys.readouterr().out

@@ -1,0 +1,308 @@
+"""Splits: official facts, whole patients, nothing learnt from test labels."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from data.batch import DEVICES
+from data.icbhi import read_cycles
+from data.splits import (
+    SELECTIONS,
+    STRATEGIES,
+    assign_folds,
+    classes_of,
+    patients_in_both_halves,
+    split_cycles,
+)
+from utils.errors import UserError
+
+PARTS = ("train", "val", "test")
+
+
+@pytest.fixture(scope="module")
+def real(icbhi_root):
+    return read_cycles(icbhi_root / "annotations", require_audio=False)
+
+
+def corpus(patients: int = 40, seed: int = 0, both: int = 0) -> pd.DataFrame:
+    """Cycle table with what the splits look at; the first `both` patients are in both halves."""
+    rng = np.random.default_rng(seed)
+    frames = []
+    for number in range(patients):
+        n = int(rng.integers(4, 60))
+        part = np.full(n, "train" if rng.random() < 0.6 else "test", object)
+        if number < both:
+            part[: n // 2], part[n // 2 :] = "train", "test"
+        frames.append(
+            pd.DataFrame(
+                {
+                    "PID": 101 + number,
+                    "Split": part,
+                    "Device": DEVICES[int(rng.integers(4))],
+                    "Crackles": rng.integers(0, 2, n),
+                    "Wheezes": (rng.random(n) < 0.2).astype(int),
+                }
+            )
+        )
+    table = pd.concat(frames, ignore_index=True)
+    return table.assign(Fold=assign_folds(table))
+
+
+def members(table: pd.DataFrame, split) -> dict[str, set[int]]:
+    return {part: set(table["PID"].iloc[getattr(split, part)]) for part in PARTS}
+
+
+def same(first, second) -> bool:
+    return all(np.array_equal(getattr(first, part), getattr(second, part)) for part in PARTS)
+
+
+# --- the real annotations ------------------------------------------------------------------------
+
+
+@pytest.mark.real
+def test_real_official(real, caplog):
+    split = split_cycles(real, strategy="official", selection="fixed")
+    assert (len(split.train), len(split.val), len(split.test)) == (4142, 0, 2756)
+    assert patients_in_both_halves(real) == [156, 218]
+    assert "156, 218" in caplog.text
+    assert "120 of 2756" in caplog.text
+
+
+@pytest.mark.real
+def test_real_official_disjoint(real, caplog):
+    split = split_cycles(real, strategy="official_disjoint", selection="test")
+    assert len(split.train) == 4142
+    assert np.bincount(classes_of(real.iloc[split.test])).tolist() == [1560, 617, 373, 86]
+    who = members(real, split)
+    assert not who["train"] & who["test"]
+    assert not caplog.records
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("seed", range(5))
+def test_real_validation_patients(real, seed):
+    split = split_cycles(real, val_seed=seed)
+    who = members(real, split)
+    assert not who["train"] & who["val"]
+    assert not who["val"] & who["test"]  # 156 and 218 stayed in train
+    assert {156, 218} <= who["train"]
+    whole = real.iloc[np.concatenate([split.train, split.val])]
+    assert len(whole) == 4142
+    share = np.bincount(classes_of(real.iloc[split.val])) / np.bincount(classes_of(whole))
+    assert np.all(np.abs(share - 0.2) < 0.02)  # of every class
+    assert set(real["Device"].iloc[split.train]) == set(DEVICES)
+    assert 12 <= len(who["val"]) <= 20  # a fifth of 79 patients
+
+
+@pytest.mark.real
+def test_real_validation_does_not_depend_on_the_test_strategy(real):
+    official = split_cycles(real, strategy="official")
+    disjoint = split_cycles(real, strategy="official_disjoint")
+    assert np.array_equal(official.val, disjoint.val)
+    assert not np.array_equal(official.val, split_cycles(real, val_seed=1).val)
+
+
+@pytest.mark.real
+def test_real_folds_are_the_published_ones(real):
+    """Frozen: results of earlier runs must stay comparable with those of later versions."""
+    sizes = real.groupby("Fold").agg(cycles=("PID", "size"), patients=("PID", "nunique"))
+    assert sizes["cycles"].tolist() == [1371, 1400, 1397, 1370, 1360]
+    assert sizes["patients"].tolist() == [26, 25, 25, 27, 23]
+    classes = pd.crosstab(real["Fold"], classes_of(real)).to_numpy()
+    assert np.all(np.abs(classes / classes.sum(axis=0) - 0.2) < 0.02)
+    tested = [split_cycles(real, strategy="foldwise", test_fold=fold).test for fold in range(5)]
+    assert np.array_equal(np.sort(np.concatenate(tested)), np.arange(6898))
+
+
+@pytest.mark.real
+def test_real_random_split(real):
+    split = split_cycles(real, strategy="random", split_seed=3)
+    assert abs(len(split.test) / 6898 - 0.4) < 0.01
+    who = members(real, split)
+    assert not (who["train"] | who["val"]) & who["test"]
+    assert not same(split, split_cycles(real, strategy="random", split_seed=4))
+
+
+@pytest.mark.real
+def test_real_part_of_the_recordings_can_be_split(icbhi_root):
+    table = read_cycles(icbhi_root / "recordings")
+    split = split_cycles(table)
+    assert len(split.train) + len(split.val) == 249
+    assert len(split.test) == 221
+    assert set(classes_of(table.iloc[split.train])) == {0, 1, 2, 3}
+
+
+# --- rules, on made-up corpora --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("selection", ["validation", "fixed"])
+def test_test_labels_change_nothing(strategy, selection):
+    table = corpus(both=2)
+    options = {"strategy": strategy, "selection": selection, "test_fold": 1}
+    split = split_cycles(table, **options)
+    shuffled = table.copy()
+    rng = np.random.default_rng(1)
+    events = table.loc[split.test, ["Crackles", "Wheezes"]].to_numpy()
+    shuffled.loc[split.test, ["Crackles", "Wheezes"]] = rng.permutation(events)
+    assert not shuffled.equals(table)
+    assert same(split, split_cycles(shuffled, **options))
+    silent = table.copy()
+    silent.loc[split.test, ["Crackles", "Wheezes"]] = 0
+    assert same(split, split_cycles(silent, **options))
+
+
+@pytest.mark.parametrize("selection", ["fixed", "test"])
+def test_without_validation_the_training_part_is_whole(selection):
+    table = corpus()
+    with_validation = split_cycles(table)
+    split = split_cycles(table, selection=selection)
+    assert len(split.val) == 0
+    assert split.val.dtype == np.int64
+    assert np.array_equal(
+        split.train, np.sort(np.concatenate([with_validation.train, with_validation.val]))
+    )
+
+
+def test_the_last_patient_of_a_device_and_of_a_class_stay_in_train():
+    table = corpus(30).assign(Split="train")
+    table.loc[table["PID"] > 120, "Split"] = "test"
+    table.loc[table["PID"] == 103, "Device"] = "Litt3200"
+    table.loc[(table["PID"] != 103) & (table["Device"] == "Litt3200"), "Device"] = "Meditron"
+    table.loc[table["PID"] != 105, "Wheezes"] = 0
+    for seed in range(10):
+        split = split_cycles(table, val_seed=seed, val_fraction=0.7)
+        assert {103, 105} <= members(table, split)["train"]
+
+
+def test_patients_in_both_halves_stay_in_train():
+    table = corpus(30, both=6)
+    chosen = set()
+    for seed in range(10):
+        chosen |= members(table, split_cycles(table, val_seed=seed))["val"]
+    assert chosen
+    assert not chosen & set(range(101, 107))
+
+
+def test_official_warns_and_disjoint_drops(caplog):
+    table = corpus(30, both=2)
+    with caplog.at_level(logging.WARNING):
+        official = split_cycles(table)
+    assert "patients 101, 102 in both halves" in caplog.text
+    disjoint = split_cycles(table, strategy="official_disjoint")
+    dropped = set(official.test) - set(disjoint.test)
+    assert set(table["PID"].loc[sorted(dropped)]) == {101, 102}
+    assert not set(disjoint.test) - set(official.test)
+
+
+def test_the_same_seed_gives_the_same_split_in_any_row_order():
+    table = corpus()
+    order = np.random.default_rng(0).permutation(len(table))
+    mixed = table.iloc[order].reset_index(drop=True)
+    for strategy in STRATEGIES:
+        first, second = (split_cycles(t, strategy=strategy) for t in (table, mixed))
+        assert same(first, split_cycles(table, strategy=strategy))
+        assert members(table, first) == members(mixed, second)
+    assert np.array_equal(assign_folds(mixed), table["Fold"].to_numpy()[order])
+
+
+@pytest.mark.parametrize("patients", range(1, 9))
+def test_folds_of_few_patients(patients):
+    table = corpus(patients)
+    assert (table.groupby("PID")["Fold"].nunique() == 1).all()
+    assert table["Fold"].between(0, 4).all()
+    assert table["Fold"].nunique() == min(patients, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategy": "officiall"}, r"split_strategy is 'officiall'; choose one of official,"),
+        ({"selection": "best"}, r"training.selection is 'best'; choose one of validation,"),
+        ({"strategy": "foldwise", "test_fold": 5}, r"dataset.test_fold is 5; choose 0..4"),
+    ],
+)
+def test_unknown_settings_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        split_cycles(corpus(10), **options)
+
+
+def test_parts_that_can_not_be_filled_are_refused():
+    table = corpus(20)
+    with pytest.raises(UserError, match="no cycle is in the test part"):
+        split_cycles(table.assign(Split="train"))
+    with pytest.raises(UserError, match="no cycle is in the training part"):
+        split_cycles(table.assign(Split="test"))
+    for column, name in (("Crackles", "crackle"), ("Wheezes", "wheeze")):
+        with pytest.raises(UserError, match=f"has the class {name}"):
+            split_cycles(table.assign(**{column: 0}))
+    with pytest.raises(UserError, match="has the class normal"):
+        split_cycles(table.assign(Crackles=1))
+    one = table.assign(Split=np.where(table["PID"] == 101, "train", "test"))
+    with pytest.raises(UserError, match=r"no validation patient .* training.selection=fixed"):
+        split_cycles(one)
+    assert len(split_cycles(one, selection="fixed").val) == 0
+
+
+def test_a_class_that_validation_lacks_is_a_warning(caplog):
+    table = corpus(12)
+    table.loc[table["PID"] != 101, "Wheezes"] = 0
+    table.loc[table["PID"] == 101, "Split"] = "train"
+    split_cycles(table)
+    assert "the validation part has no cycle of class wheeze, both" in caplog.text
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    patients=st.integers(1, 25),
+    both=st.integers(0, 3),
+    seed=st.integers(0, 10_000),
+    strategy=st.sampled_from(STRATEGIES),
+    selection=st.sampled_from(SELECTIONS),
+    test_fold=st.integers(0, 4),
+    test_fraction=st.floats(0.05, 0.9),
+    val_fraction=st.floats(0.05, 0.6),
+)
+def test_no_patient_on_two_sides_and_no_class_lost(patients, both, seed, **options):
+    table = corpus(patients, seed, both)
+    try:
+        split = split_cycles(table, split_seed=seed, val_seed=seed, **options)
+    except UserError as error:
+        assert "part" in str(error) or "patient" in str(error) or "class" in str(error)
+        return
+    rows = np.concatenate([split.train, split.val, split.test])
+    assert len(np.unique(rows)) == len(rows)
+    assert all(getattr(split, part).dtype == np.int64 for part in PARTS)
+    assert all(np.all(np.diff(getattr(split, part)) > 0) for part in PARTS)
+    who = members(table, split)
+    assert who["train"]
+    assert who["test"]
+    assert not who["train"] & who["val"]
+    shared = set(patients_in_both_halves(table)) if options["strategy"] == "official" else set()
+    assert (who["train"] | who["val"]) & who["test"] == shared
+    assert not who["val"] & who["test"]
+    events = table.iloc[split.train][["Crackles", "Wheezes"]].to_numpy()
+    assert events.any(axis=0).all()
+    assert (events.sum(axis=1) == 0).any()
+    trained = table.iloc[np.concatenate([split.train, split.val])]
+    assert set(trained["Device"]) == set(table["Device"].iloc[split.train])
+    if options["strategy"] != "official_disjoint":
+        assert len(rows) == len(table)
+
+
+@settings(deadline=None, max_examples=10)
+@given(patients=st.integers(5, 40), seed=st.integers(0, 10_000))
+def test_folds_hold_whole_patients_and_are_balanced(patients, seed):
+    table = corpus(patients, seed)
+    assert (table.groupby("PID")["Fold"].nunique() == 1).all()
+    cycles = table.groupby("Fold").size()
+    assert len(cycles) == 5
+    assume(patients >= 30)
+    assert cycles.max() < 0.3 * len(table)
+    assert cycles.min() > 0.1 * len(table)
