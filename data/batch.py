@@ -1,0 +1,103 @@
+"""The shape contract between data, models and training: `Metadata` and `Batch`.
+
+B batch, S samples, C logits. Everything else in the repository refers to the shapes, units and
+dtypes that are written here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+#: Vocabulary order is part of every checkpoint; the index after the last name means "unknown".
+DEVICES: tuple[str, ...] = ("AKGC417L", "Litt3200", "LittC2SE", "Meditron")
+SITES: tuple[str, ...] = ("Al", "Ar", "Ll", "Lr", "Pl", "Pr", "Tc")
+UNKNOWN_DEVICE: int = len(DEVICES)
+UNKNOWN_SITE: int = len(SITES)
+
+#: Order of the scalars in `Metadata.rest` and their units.
+SCALARS: tuple[str, ...] = ("age", "bmi", "duration")  # years, kg/m2, s
+#: Order of the columns in `Metadata.known`.
+FIELDS: tuple[str, ...] = ("device", "site", *SCALARS)
+
+#: The two events of an annotation, and the four exclusive classes made of them.
+EVENTS: tuple[str, str] = ("crackle", "wheeze")
+CLASSES: tuple[str, ...] = ("normal", "crackle", "wheeze", "both")
+
+
+class _Movable:
+    """Dataclass of tensors (or of further `_Movable`s) that can be moved and indexed as one."""
+
+    def _map(self, function):
+        return type(self)(**{f.name: function(getattr(self, f.name)) for f in fields(self)})
+
+    def to(self, device: torch.device | str, non_blocking: bool = False):
+        """Copy of this object with every tensor on `device`."""
+        return self._map(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self):
+        """Copy in page-locked memory, so that a later `to(..., non_blocking=True)` overlaps."""
+        return self._map(lambda value: value.pin_memory())
+
+    def __getitem__(self, index):
+        """Select along the batch dimension (slice, index tensor or boolean mask)."""
+        return self._map(lambda value: value[index])
+
+
+@dataclass
+class Metadata(_Movable):
+    """What is known about a batch of cycles besides the sound.
+
+    Attributes:
+        device: [B] int64, index into `DEVICES`, or `UNKNOWN_DEVICE`.
+        site: [B] int64, index into `SITES`, or `UNKNOWN_SITE`.
+        rest: [B, 3] float32, `SCALARS` z-scored with the training cycles' statistics;
+            0 where the value is unknown.
+        known: [B, 5] bool, columns `FIELDS`. A conditioner must treat a field whose flag is
+            False as unknown whatever value stands beside it.
+    """
+
+    device: Tensor
+    site: Tensor
+    rest: Tensor
+    known: Tensor
+
+    def __len__(self) -> int:
+        return self.device.shape[0]
+
+    def without(self, *names: str) -> Metadata:
+        """Copy in which the named `FIELDS` are unknown for the whole batch."""
+        hidden = [FIELDS.index(name) for name in names]
+        known = self.known.clone()
+        known[:, hidden] = False
+        return Metadata(
+            device=torch.where(known[:, 0], self.device, UNKNOWN_DEVICE),
+            site=torch.where(known[:, 1], self.site, UNKNOWN_SITE),
+            rest=torch.where(known[:, 2:], self.rest, 0.0),
+            known=known,
+        )
+
+
+@dataclass
+class Batch(_Movable):
+    """One batch as the loader yields it; padding, augmentation and log-mel come on the device.
+
+    Attributes:
+        waveform: [B, S] float32, 16 kHz, the cycle's own samples, zero behind `length`;
+            S is the longest length in the batch (at most 10 s).
+        length: [B] int64, samples of each cycle.
+        metadata: `Metadata` of the same B cycles.
+        label: [B, C] float32. C = 2: (crackle, wheeze). C = 1: abnormal.
+        cycle: [B] int64, row number of the cycle in the run's cycle table.
+    """
+
+    waveform: Tensor
+    length: Tensor
+    metadata: Metadata
+    label: Tensor
+    cycle: Tensor
+
+    def __len__(self) -> int:
+        return self.length.shape[0]

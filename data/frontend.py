@@ -1,0 +1,288 @@
+"""The front end: waveform batch in, log-mel batch out, on whatever device the batch lies.
+
+B clips, S samples, T frames, F mel bands, K FFT bins. The log-mel is that of
+`torchaudio.compliance.kaldi.fbank` (Hann window, no dither, power spectrum) for a whole batch at
+once, computed in float64 up to the power spectrum whatever autocast or TF32 settings say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from data.augment import Augmentation, Plan
+from data.padding import pad_clips
+from data.threads import for_each_clip
+
+PREEMPHASIS = 0.97
+#: Floor of the mel energies before the logarithm, as in Kaldi's float32 code.
+FLOOR = torch.finfo(torch.float32).eps
+#: Frames that the CPU takes at a time: frames, spectra and bands then stay in the cache.
+CPU_FRAMES = 256
+#: Clips that a GPU takes at a time: some 25 MB each.
+GPU_CLIPS = 64
+#: Bands that one product of the mel bank makes on the CPU, see `band_blocks`.
+BLOCK_BANDS = 16
+
+
+def mel_scale(frequency: Tensor) -> Tensor:
+    """Hz -> mel, Kaldi's 1127 ln(1 + f / 700)."""
+    return 1127.0 * torch.log(1.0 + frequency / 700.0)
+
+
+def mel_bank(
+    n_mels: int,
+    n_fft: int,
+    sample_rate: int,
+    low_freq: float,
+    high_freq: float,
+    warp: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Triangular mel filters over the FFT's bins, Kaldi's: no weight at the Nyquist bin.
+
+    The arithmetic is float32 and in torchaudio's order, so that the filters agree to the last
+    bit: an exact bank would differ from torchaudio's by more than all other rounding together.
+
+    Args:
+        warp: bin frequencies [n_fft / 2] in Hz -> where those bins shall appear, [..., n_fft / 2]
+            in Hz (vocal tract length perturbation); None: where they are.
+
+    Returns:
+        [..., n_mels, n_fft / 2 + 1] float32.
+    """
+    low, high = (1127.0 * math.log(1.0 + f / 700.0) for f in (low_freq, high_freq))
+    delta = (high - low) / (n_mels + 1)
+    band = torch.arange(n_mels).unsqueeze(1)
+    left, centre, right = low + band * delta, low + (band + 1.0) * delta, low + (band + 2.0) * delta
+    bins = (sample_rate / n_fft) * torch.arange(n_fft / 2)
+    mel = mel_scale(bins if warp is None else warp(bins)).unsqueeze(-2)
+    slopes = torch.minimum((mel - left) / (centre - left), (right - mel) / (right - centre))
+    return functional.pad(slopes.clamp(min=0.0), (0, 1))
+
+
+def band_blocks(bank: Tensor, size: int) -> list[tuple[slice, slice, Tensor]]:
+    """Cut a bank [F, K] into blocks of `size` bands, each with only the bins it touches.
+
+    A filter covers few bins, so the blocks' products cost a quarter of the dense one. Each weight
+    stands twice, for the squared real and imaginary part that lie side by side in an FFT.
+
+    Returns:
+        (bands, columns of the interleaved spectrum, weights [2 k, size]) per block.
+    """
+    blocks = []
+    for start in range(0, bank.shape[0], size):
+        part = bank[start : start + size]
+        used = part.any(dim=0).nonzero().flatten()
+        first, stop = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+        weights = part[:, first:stop].repeat_interleave(2, dim=1).t().contiguous()
+        bands = slice(start, start + part.shape[0])
+        blocks.append((bands, slice(2 * first, 2 * stop), weights))
+    return blocks
+
+
+class AudioFrontend(nn.Module):
+    """Waveforms -> normalised log-mel spectrograms of the size the transformer takes.
+
+    Repeat or zero padding to the clip length; augmentation (with a seed only); log-mel as
+    `torchaudio.compliance.kaldi.fbank(window_type="hanning")`; (x - mean) / (2 std); SpecAugment;
+    stretching or padding to `n_frames`. It has no parameters and takes no gradient.
+
+    Args:
+        sample_rate: Hz.
+        clip_seconds: s; longer cycles are cut, shorter ones padded.
+        pad_type: "repeat" (faded junctions) or "zero" (centred).
+        frame_length_ms, frame_shift_ms: analysis frames; whole frames only.
+        low_freq, high_freq: Hz, ends of the mel bank; high_freq <= 0 counts from Nyquist.
+        mean, std: of the log-mel over AudioSet, as published with the AST.
+        fit: "stretch" (bilinear) or "pad" to n_frames. Padding means log-mel 0 before
+            normalisation, which is what the AST's own feature extractor feeds it.
+        n_mels, n_frames: size of the output, F and T.
+        augmentation: applied when `forward` gets a seed; None: never.
+    """
+
+    def __init__(
+        self,
+        *,
+        sample_rate: int = 16000,
+        clip_seconds: float = 10.0,
+        pad_type: str = "repeat",
+        frame_length_ms: float = 40.0,
+        frame_shift_ms: float = 10.0,
+        low_freq: float = 100.0,
+        high_freq: float = 8000.0,
+        mean: float = -4.2677393,
+        std: float = 4.5689974,
+        fit: str = "stretch",
+        n_mels: int = 128,
+        n_frames: int = 1024,
+        augmentation: Augmentation | None = None,
+    ):
+        super().__init__()
+        nyquist = sample_rate / 2
+        high_freq = high_freq + nyquist if high_freq <= 0 else high_freq
+        if pad_type not in ("repeat", "zero") or fit not in ("stretch", "pad"):
+            raise ValueError(f"no such pad_type or fit: {pad_type!r}, {fit!r}")
+        if not 0 <= low_freq < high_freq <= nyquist:
+            raise ValueError(f"mel bands {low_freq}..{high_freq} Hz leave 0..{nyquist} Hz")
+        self.sample_rate, self.pad_type, self.fit = sample_rate, pad_type, fit
+        self.n_mels, self.n_frames = n_mels, n_frames
+        self.low_freq, self.high_freq, self.mean, self.std = low_freq, high_freq, mean, std
+        self.clip_samples = round(clip_seconds * sample_rate)
+        self.frame_length = int(sample_rate * frame_length_ms * 0.001)
+        self.frame_shift = int(sample_rate * frame_shift_ms * 0.001)
+        if not 2 <= self.frame_length <= self.clip_samples or self.frame_shift < 1:
+            raise ValueError(f"frames of {frame_length_ms} ms do not fit {clip_seconds} s clips")
+        self.n_fft = 1 << (self.frame_length - 1).bit_length()
+        self.augmentation = augmentation
+        window = torch.hann_window(self.frame_length, periodic=False, dtype=torch.float64)[1:]
+        bank = mel_bank(n_mels, self.n_fft, sample_rate, low_freq, high_freq)
+        self.register_buffer("window", window, persistent=False)
+        self.register_buffer("bank", bank.t().double(), persistent=False)  # [K, F]
+        self._blocks = band_blocks(bank, BLOCK_BANDS)
+
+    @torch.no_grad()
+    def forward(self, waveform: Tensor, length: Tensor, seed: int | None = None) -> Tensor:
+        """waveform [B, S], length [B] (samples) -> [B, 1, n_mels, n_frames] float32.
+
+        seed: of this batch's augmentation; None: no augmentation.
+        """
+        plan = None
+        if seed is not None and self.augmentation is not None:
+            plan = self.augmentation.draw(len(waveform), seed)
+        with torch.autocast(waveform.device.type, enabled=False):
+            if waveform.device.type != "cpu":
+                return self._clips(waveform, length, plan)
+            out = torch.empty(len(waveform), 1, self.n_mels, self.n_frames)
+
+            def one_clip(i: int) -> None:
+                own = None if plan is None else plan.only(i)
+                out[i] = self._clips(waveform[i : i + 1], length[i : i + 1], own)[0]
+
+            for_each_clip(one_clip, len(waveform))
+            return out
+
+    def _clips(self, waveform: Tensor, length: Tensor, plan: Plan | None) -> Tensor:
+        """`forward` with what augmentation does to these clips; None: nothing."""
+        clip = self.pad(waveform.float(), length)  # [B, clip_samples]
+        if plan is None:
+            return self._fitted(self.normalise(self.log_mel(clip)))
+        clip = self.augmentation.augment_waveform(clip, plan, self.pad)
+        mel = self.log_mel(clip, self._warped_banks(plan))  # [B, T, F]
+        return self._fitted(self.augmentation.mask(self.normalise(mel), plan))
+
+    def pad(self, waveform: Tensor, length: Tensor) -> Tensor:
+        """[B, S] with its lengths [B] -> [B, clip_samples]: repeat, centre or cut."""
+        fade = self.sample_rate // 64
+        return pad_clips(waveform, length, self.clip_samples, self.pad_type, fade)
+
+    def normalise(self, mel: Tensor) -> Tensor:
+        """(x - mean) / (2 std), the AST's convention."""
+        return (mel - self.mean) / (2 * self.std)
+
+    def log_mel(self, clip: Tensor, banks: dict[int, Tensor] | None = None) -> Tensor:
+        """[B, S] -> [B, T, F] float32, natural logarithm of the mel energies.
+
+        banks: mel bank [F, K] of each row of the batch that has one of its own.
+        """
+        banks = banks or {}
+        if clip.device.type != "cpu":
+            return self._log(self._batch_energies(clip, banks))
+        frames = (clip.shape[1] - self.frame_length) // self.frame_shift + 1
+        out = clip.new_empty(len(clip), frames, self.n_mels)
+
+        def one_clip(i: int) -> None:
+            blocks = band_blocks(banks[i], BLOCK_BANDS) if i in banks else self._blocks
+            self._one_clip(clip[i : i + 1], blocks, out[i])
+
+        for_each_clip(one_clip, len(clip))
+        return out
+
+    def _batch_energies(self, clip: Tensor, banks: dict[int, Tensor]) -> Tensor:
+        """Mel energies [B, T, F] of clips [B, S], all at once as a GPU likes it."""
+        parts = clip.split(GPU_CLIPS)
+        energy = torch.cat([self._power(*self._frames(part)) @ self.bank for part in parts])
+        if banks:
+            rows = torch.tensor(list(banks)).to(clip.device)
+            own = torch.stack(list(banks.values())).transpose(1, 2).to(energy)  # [n, K, F]
+            energy[rows] = self._power(*self._frames(clip[rows])) @ own
+        return energy.float()
+
+    def _one_clip(self, clip: Tensor, blocks: list, out: Tensor) -> None:
+        """Log-mel of one clip [1, S] to out [T, F], some frames at a time."""
+        frames, offset = self._frames(clip)
+        buffer = offset.new_zeros(CPU_FRAMES, self.n_fft)
+        for start in range(0, len(out), CPU_FRAMES):
+            part = slice(start, start + CPU_FRAMES)
+            self._chunk(frames[0, part], offset[0, part], blocks, buffer, out[part])
+
+    def _frames(self, clip: Tensor) -> tuple[Tensor, Tensor]:
+        """Pre-emphasised frames [B, T, L - 1] float64 (a view) and their offset [B, T, 1].
+
+        Kaldi removes each frame's mean m before the pre-emphasis. Both are linear:
+        (x_j - m) - .97 (x_{j-1} - m) = (x_j - .97 x_{j-1}) - .03 m, so one pass over the clip
+        serves all the frames that overlap, and .03 m is the offset to subtract. A frame's first
+        sample is left out: the Hann window is zero there.
+
+        float64 up to the power spectrum, because a tone's leakage in distant bands lies at the
+        rounding error of a float32 FFT.
+        """
+        x = clip.double()
+        signal = torch.sub(x[:, 1:], x[:, :-1], alpha=PREEMPHASIS)
+        frames = signal.unfold(-1, self.frame_length - 1, self.frame_shift)
+        block = math.gcd(self.frame_length, self.frame_shift)
+        sums = x[:, : x.shape[1] // block * block].unflatten(-1, (-1, block)).sum(-1)
+        sums = sums.unfold(-1, self.frame_length // block, self.frame_shift // block)
+        return frames, sums.sum(-1, keepdim=True) * ((1 - PREEMPHASIS) / self.frame_length)
+
+    def _power(self, frames: Tensor, offset: Tensor) -> Tensor:
+        """Power spectra [B, T, K] float64 of all frames at once."""
+        spectrum = torch.fft.rfft((frames - offset) * self.window, n=self.n_fft)
+        return spectrum.abs().square_()
+
+    def _chunk(
+        self, frames: Tensor, offset: Tensor, blocks: list, buffer: Tensor, out: Tensor
+    ) -> None:
+        """Log-mel of some frames [t, L - 1], through buffer [>= t, n_fft], to out [t, F]."""
+        buffer = buffer[: len(frames)]
+        windowed = buffer[:, : frames.shape[1]]  # what lies behind it stays zero
+        torch.sub(frames, offset, out=windowed)
+        windowed.mul_(self.window)
+        spectrum = torch.view_as_real(torch.fft.rfft(buffer)).flatten(1)  # [t, 2 K]
+        power = spectrum.float().square_()
+        for bands, columns, weights in blocks:
+            torch.mm(power[:, columns], weights, out=out[:, bands])
+        self._log(out)
+
+    @staticmethod
+    def _log(energy: Tensor) -> Tensor:
+        return energy.clamp_(min=FLOOR).log_()
+
+    def _warped_banks(self, plan: Plan) -> dict[int, Tensor]:
+        """Mel banks [F, K] of the rows that VTLP takes."""
+        rows, factors = plan.vtlp
+        if len(rows) == 0:
+            return {}
+        banks = mel_bank(
+            self.n_mels,
+            self.n_fft,
+            self.sample_rate,
+            self.low_freq,
+            self.high_freq,
+            warp=lambda bins: self.augmentation.warp(bins, factors),
+        )
+        return dict(zip(rows.tolist(), banks, strict=True))
+
+    def _fitted(self, mel: Tensor) -> Tensor:
+        """Normalised log-mel [B, T, F] -> [B, 1, F, n_frames], by `fit`."""
+        mel = mel.transpose(1, 2)  # [B, F, T]
+        if self.fit == "stretch":
+            mel = functional.interpolate(mel.contiguous(), size=self.n_frames, mode="linear")
+        else:
+            missing = self.n_frames - mel.shape[-1]  # negative: the clip's last frames are cut
+            empty = self.normalise(torch.tensor(0.0)).item()
+            mel = functional.pad(mel, (0, missing), value=empty)
+        return mel.unsqueeze(1).contiguous()

@@ -1,0 +1,167 @@
+"""From row numbers to batches: what training, evaluation and prediction all read from.
+
+`ICBHI` holds everything about the cycles of a run; `epoch_plan` says which rows make which step;
+`ICBHI.batches` copies them out of the waveform store ahead of the device.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from data.batch import Batch, Metadata
+from data.icbhi import Completeness
+from data.metadata import MetadataStatistics
+from data.splits import Split
+from data.waveforms import WaveformStore
+from utils.task import Task
+
+PREFETCH = 2  # batches prepared ahead; one is enough to hide the copy, two absorb a slow page-in
+
+
+@dataclass
+class ICBHI:
+    """The cycles of a run.
+
+    Attributes:
+        table: one row per cycle; a row's number is the cycle's id everywhere.
+        split: row numbers of the train, val and test parts.
+        statistics: fitted on the training rows (or taken from a checkpoint).
+        metadata: `Metadata` of all rows.
+        store: waveforms of all rows, 16 kHz.
+        task: what is classified.
+        completeness: whether this is all of ICBHI.
+        max_samples: samples a clip has at most.
+    """
+
+    table: pd.DataFrame
+    split: Split
+    statistics: MetadataStatistics
+    metadata: Metadata
+    store: WaveformStore
+    task: Task
+    completeness: Completeness
+    max_samples: int
+
+    def __post_init__(self):
+        events = (self.table["Crackles"].to_numpy(), self.table["Wheezes"].to_numpy())
+        self.label = torch.from_numpy(self.task.labels(*events))  # [N, C]
+
+    def classes(self, rows: np.ndarray) -> np.ndarray:
+        """Class of each given row, [n] int64."""
+        return self.task.true_classes(self.label[rows].numpy())
+
+    def batch(self, rows: np.ndarray, *, waveforms: bool = True) -> Batch:
+        """The given cycles as one `Batch` on the CPU; without waveforms S is 0."""
+        lengths = np.minimum(self.store.lengths[rows], self.max_samples)
+        waveform = np.zeros((len(rows), int(lengths.max()) if waveforms else 0), np.float32)
+        if waveforms:
+            for target, row, length in zip(waveform, rows, lengths, strict=True):
+                target[:length] = self.store[row][:length]
+        index = torch.from_numpy(rows)
+        return Batch(
+            waveform=torch.from_numpy(waveform),
+            length=torch.from_numpy(lengths),
+            metadata=self.metadata[index],
+            label=self.label[index],
+            cycle=index,
+        )
+
+    def batches(
+        self,
+        parts: Iterable[np.ndarray],
+        *,
+        collect: Callable[[np.ndarray], Batch] | None = None,
+        pin_memory: bool = False,
+    ) -> Iterator[Batch]:
+        """One `Batch` per array of row numbers, in order, prepared in a thread ahead of use.
+
+        Args:
+            collect: rows [n] -> `Batch` on the CPU; default: `batch`.
+            pin_memory: give page-locked memory, for copies that overlap with the device's work.
+        """
+        collect = collect or self.batch
+
+        def prepare(rows: np.ndarray) -> Batch:
+            batch = collect(rows)
+            return batch.pin_memory() if pin_memory else batch
+
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            parts = iter(parts)
+            waiting = deque(pool.submit(prepare, rows) for rows in islice(parts, PREFETCH))
+            while waiting:
+                batch = waiting.popleft().result()
+                waiting.extend(pool.submit(prepare, rows) for rows in islice(parts, 1))
+                yield batch
+
+
+class MicroBatch(NamedTuple):
+    """One forward and backward pass of one process.
+
+    Attributes:
+        rows: row numbers, never empty.
+        weight: 1 / (cycles of the whole optimiser step), or 0 for a filler that a process
+            computes only because the others need its company.
+        seed: of the augmentation.
+    """
+
+    rows: np.ndarray
+    weight: float
+    seed: int
+
+
+def epoch_order(
+    rows: np.ndarray, classes: np.ndarray, *, epoch: int, seed: int, sampler: str
+) -> np.ndarray:
+    """The training rows in the order of one epoch: a pure function of its arguments.
+
+    sampler `shuffle` permutes them; `balanced` draws as many with replacement, all classes alike.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    if sampler == "shuffle":
+        return rows[generator.permutation(len(rows))]
+    counts = np.bincount(classes)
+    weight = 1.0 / counts[classes]
+    return rows[generator.choice(len(rows), size=len(rows), p=weight / weight.sum())]
+
+
+def epoch_plan(
+    order: np.ndarray,
+    *,
+    batch_size: int,
+    accumulation_steps: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    epoch: int = 0,
+    seed: int = 0,
+) -> list[list[MicroBatch]]:
+    """What one process computes in each optimiser step of an epoch.
+
+    Every step takes the next batch_size rows of `order` (the last one what is left), dealt out to
+    the processes and cut into accumulation_steps micro-batches. The weights make the sum over
+    all processes and micro-batches the mean over the step's cycles, whoever computes them.
+    """
+    steps = []
+    for number, start in enumerate(range(0, len(order), batch_size)):
+        chunk = order[start : start + batch_size]
+        passes = []
+        for part, rows in enumerate(np.array_split(chunk[rank::world], accumulation_steps)):
+            share = 1.0 / len(chunk)
+            if len(rows) == 0:
+                rows, share = chunk[:1], 0.0
+            passes.append(MicroBatch(rows, share, derived_seed(seed, epoch, number, part, rank)))
+        steps.append(passes)
+    return steps
+
+
+def derived_seed(*entropy: int) -> int:
+    """A seed that is a pure function of non-negative numbers and unlike that of any others."""
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint32)[0])

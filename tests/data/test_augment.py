@@ -1,0 +1,313 @@
+"""Each augmentation on signals whose answer is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from data.augment import Augmentation, _overlap_add, time_stretch
+from data.frontend import AudioFrontend
+
+OFF = dict(
+    noise_probability=0.0,
+    speed_probability=0.0,
+    loudness_probability=0.0,
+    vtlp_probability=0.0,
+    specaugment_probability=0.0,
+)
+ON = {name: 1.0 for name in OFF}
+RATE = 16000
+
+
+def _tone(frequency: float, seconds: float = 2.0, amplitude: float = 0.5) -> torch.Tensor:
+    time = torch.arange(int(seconds * RATE), dtype=torch.float64) / RATE
+    return (amplitude * torch.sin(2 * math.pi * frequency * time)).float()
+
+
+def _noise(clips: int, seconds: float = 2.0, amplitude: float = 0.1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return amplitude * torch.randn(clips, int(seconds * RATE), generator=generator)
+
+
+def _frontend(seconds: float = 2.0, **keys) -> AudioFrontend:
+    return AudioFrontend(
+        clip_seconds=seconds, n_frames=200, augmentation=Augmentation(**(OFF | keys))
+    )
+
+
+def _waveform(clips: torch.Tensor, seed: int = 0, **keys) -> torch.Tensor:
+    """The clips after the waveform transforms."""
+    frontend = _frontend(clips.shape[1] / RATE, **keys)
+    plan = frontend.augmentation.draw(len(clips), seed)
+    return frontend.augmentation.augment_waveform(clips.clone(), plan, frontend.pad)
+
+
+def _full(clips: torch.Tensor) -> torch.Tensor:
+    return torch.full((len(clips),), clips.shape[1])
+
+
+def _peak_frequency(clip: torch.Tensor) -> float:
+    window = torch.hann_window(len(clip))
+    return torch.fft.rfft(clip * window).abs().argmax().item() * RATE / len(clip)
+
+
+def test_nothing_happens_when_nothing_is_chosen_or_every_factor_is_neutral():
+    clips = _noise(3)
+    plain = _frontend()(clips, _full(clips))
+    assert torch.equal(_frontend()(clips, _full(clips), seed=5), plain)
+    neutral = dict(
+        ON,
+        noise_rms=0.0,
+        speed_range=(1.0, 1.0),
+        loudness_range=(1.0, 1.0),
+        vtlp_range=(1.0, 1.0),
+        freq_mask_width=1,
+        time_mask_width=1,
+    )
+    assert torch.equal(_frontend(**neutral)(clips, _full(clips), seed=5), plain)
+
+
+def test_no_seed_means_no_augmentation():
+    clips = _noise(2)
+    assert torch.equal(
+        _frontend(**ON)(clips, _full(clips)), AudioFrontend(clip_seconds=2.0, n_frames=200)(
+            clips, _full(clips)
+        )
+    )  # fmt: skip
+
+
+def test_same_seed_same_batch_other_seed_another_and_global_generator_untouched():
+    clips, frontend = _noise(4), _frontend(**ON)
+    before = clips.clone()
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    first = frontend(clips, _full(clips), seed=11)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(4)
+    assert torch.equal(frontend(clips, _full(clips), seed=11), first)
+    assert not torch.equal(frontend(clips, _full(clips), seed=12), first)
+    assert torch.equal(clips, before)
+
+
+def test_switching_one_transform_off_leaves_the_others_choices():
+    all_on, no_speed = Augmentation(), Augmentation(speed_probability=0.0)
+    a, b = all_on.draw(64, seed=1), no_speed.draw(64, seed=1)
+    assert len(a.speed[0]) > 0
+    assert len(b.speed[0]) == 0
+    for name in ("noise", "loudness", "vtlp"):
+        assert torch.equal(getattr(a, name)[0], getattr(b, name)[0])
+        assert torch.equal(getattr(a, name)[1], getattr(b, name)[1])
+    assert torch.equal(a.masked, b.masked)
+    assert a.noise_seed == b.noise_seed
+
+
+def test_decisions_come_with_their_probabilities():
+    plan = Augmentation(
+        noise_probability=0.1,
+        speed_probability=0.25,
+        loudness_probability=0.5,
+        vtlp_probability=1.0,
+        specaugment_probability=0.3,
+    ).draw(20000, seed=0)
+    for rows, probability in (
+        (plan.noise[0], 0.1),
+        (plan.speed[0], 0.25),
+        (plan.loudness[0], 0.5),
+        (plan.masked, 0.3),
+    ):
+        spread = 4 * math.sqrt(probability * (1 - probability) / 20000)
+        assert abs(len(rows) / 20000 - probability) < spread
+    assert len(plan.vtlp[0]) == 20000  # 1 means always
+    factors = plan.vtlp[1]
+    assert factors.min() >= 0.9
+    assert factors.max() <= 1.1
+    assert abs(factors.mean() - 1.0) < 0.002
+    both = set(plan.noise[0].tolist()) & set(plan.speed[0].tolist())
+    assert abs(len(both) / 20000 - 0.025) < 0.006  # decisions are independent
+
+
+def test_noise_has_its_rms_and_is_white():
+    clips = torch.zeros(4, 32000)
+    out = _waveform(clips, noise_probability=1.0)
+    rms = out.square().mean(dim=1).sqrt()
+    assert torch.allclose(rms, torch.full((4,), 3.2e-3), rtol=0.03)
+    assert not torch.equal(out[0], out[1])
+    spectrum = torch.fft.rfft(out).abs().square().mean(dim=0)[1:-1]
+    quarters = torch.stack([q.mean() for q in spectrum.chunk(4)])
+    assert torch.allclose(quarters / quarters.mean(), torch.ones(4), atol=0.06)
+
+
+@pytest.mark.parametrize("snr", [-5.0, 0.0, 20.0])
+def test_noise_by_snr(snr):
+    clips = torch.stack([_tone(440.0, amplitude=a) for a in (0.9, 0.1, 1e-3)])
+    noise = _waveform(clips, noise_probability=1.0, noise_snr_db=(snr, snr)) - clips
+    measured = 10 * torch.log10(clips.square().mean(dim=1) / noise.square().mean(dim=1))
+    assert torch.allclose(measured, torch.full((3,), snr), atol=0.15)
+
+
+def test_loudness_scales_whole_clips():
+    clips = _noise(64)
+    out = _waveform(clips, loudness_probability=1.0)
+    gain = out[:, 0] / clips[:, 0]
+    assert torch.allclose(out, clips * gain.unsqueeze(1), rtol=1e-5)
+    assert gain.min() >= 0.5
+    assert gain.max() <= 2.0
+    assert gain.max() - gain.min() > 1.0
+
+
+@pytest.mark.parametrize("rate", [0.9, 0.97, 1.1])
+def test_stretch_keeps_the_pitch_and_the_level(rate):
+    clip = _tone(437.0)
+    out, length = time_stretch(clip.unsqueeze(0), torch.tensor([rate]), RATE)
+    assert length.item() == min(32000, round(32000 / rate))
+    middle = out[0, 4000:24000]
+    assert abs(_peak_frequency(middle) - 437.0) < 1.0
+    assert abs(middle.square().mean().sqrt().item() / (0.5 / math.sqrt(2)) - 1) < 0.02
+
+
+@pytest.mark.parametrize("rate", [0.9, 1.1])
+def test_stretch_moves_events_to_their_new_times(rate):
+    clip = torch.zeros(32000)
+    for second in (0.3, 0.8, 1.3):
+        start = int(second * RATE)
+        clip[start : start + 800] = _tone(1000.0)[:800]
+    out, _ = time_stretch(clip.unsqueeze(0), torch.tensor([rate]), RATE)
+    power = out[0].square()
+    for second in (0.3, 0.8, 1.3):
+        centre = (second + 0.025) / rate
+        near = slice(int((centre - 0.1) * RATE), int((centre + 0.1) * RATE))
+        at = torch.arange(32000)[near] / RATE
+        found = (at * power[near]).sum() / power[near].sum()
+        assert abs(found - centre) < 0.025  # the vocoder smears over its 64 ms window
+    assert power.sum() / clip.square().sum() == pytest.approx(1 / rate, rel=0.05)
+
+
+def test_stretch_keeps_the_level_of_noise_and_silence_silent():
+    clips = torch.cat([_noise(2), torch.zeros(1, 32000)])
+    out, length = time_stretch(clips, torch.tensor([0.9, 1.1, 1.1]), RATE)
+    for clip, row, n in zip(clips[:2], out, length, strict=False):
+        assert row[:n].square().mean().sqrt() / clip.square().mean().sqrt() == pytest.approx(
+            1, rel=0.02
+        )
+    assert (out[2] == 0).all()
+
+
+def test_stretch_treats_every_clip_by_its_own_rate():
+    clips, rates = _noise(3), torch.tensor([0.9, 1.0, 1.1])
+    together, lengths = time_stretch(clips, rates, RATE)
+    for i in range(3):
+        alone, length = time_stretch(clips[i : i + 1], rates[i : i + 1], RATE)
+        assert torch.allclose(together[i], alone[0], atol=1e-5)
+        assert lengths[i] == length[0]
+    assert torch.allclose(together[1], clips[1], atol=1e-5)  # rate 1 gives the clip back
+
+
+def test_a_faster_clip_is_filled_like_a_short_cycle():
+    clip = _tone(440.0).unsqueeze(0)
+    out = _waveform(clip, speed_probability=1.0, speed_range=(1.25, 1.25))
+    assert out.shape == clip.shape
+    start = round(32000 / 1.25)
+    assert out[0, start : start + 10].abs().max() < 0.05  # the junction fades
+    assert abs(out[0, start + 500 :].square().mean().sqrt() - 0.5 / math.sqrt(2)) < 0.02
+
+
+@pytest.mark.parametrize("alpha", [0.9, 1.1])
+@pytest.mark.parametrize("frequency", [1000.0, 3000.0, 6500.0])
+def test_vtlp_moves_a_tone_to_the_warped_frequency(alpha, frequency):
+    """f -> alpha f below the boundary, and the upper piece keeps Nyquist where it is."""
+    keys = dict(vtlp_probability=1.0, vtlp_range=(alpha, alpha))
+    frontend = _frontend(**keys)
+    if frequency < 4300:
+        target = alpha * frequency
+    else:
+        image = 4800 * min(alpha, 1.0)
+        slope = (8000 - image) / (8000 - image / alpha)
+        target = 8000 - slope * (8000 - frequency)
+    clips = torch.stack([_tone(frequency), _tone(target)])
+    moved = frontend(clips[:1], _full(clips[:1]), seed=0)[0, 0, :, 100]
+    there = frontend(clips[1:], _full(clips[1:]))[0, 0, :, 100]
+    here = frontend(clips[:1], _full(clips[:1]))[0, 0, :, 100]
+    assert abs(moved.argmax() - there.argmax()) <= 1
+    assert moved.argmax() != here.argmax()
+
+
+def test_warp_is_monotone_and_keeps_both_ends():
+    frequency = torch.linspace(0, 8000, 1000)
+    warped = Augmentation().warp(frequency, torch.tensor([0.9, 1.0, 1.1]))
+    assert (warped.diff(dim=1) > 0).all()
+    assert torch.allclose(warped[:, 0], torch.zeros(3))
+    assert torch.allclose(warped[:, -1], torch.full((3,), 8000.0))
+    assert torch.allclose(warped[1], frequency, atol=1e-2)
+    jump = warped.diff(dim=1).max()
+    assert jump < 1.5 * 8000 / 999  # continuous
+
+
+def test_specaugment_masks():
+    augmentation = Augmentation(**(OFF | {"specaugment_probability": 1.0}))
+    bands, frames, both = [], [], 0
+    for seed in range(40):
+        mel = torch.ones(8, 997, 128)
+        mel = augmentation.mask(mel, augmentation.draw(8, seed))
+        for clip in mel:
+            band = (clip == 0).all(dim=0)
+            time = (clip == 0).all(dim=1)
+            assert torch.equal(clip == 0, band.unsqueeze(0) | time.unsqueeze(1))
+            for hidden, widths, limit in ((band, bands, 48), (time, frames, 160)):
+                edges = torch.diff(hidden.int(), prepend=torch.zeros(1, dtype=torch.int))
+                assert (edges == 1).sum() <= 2
+                assert hidden.sum() <= 2 * (limit - 1)
+                widths.append(int(hidden.sum()))
+            both += bool(band.any() and time.any())
+    assert both > 250
+    # two masks of mean width (limit - 1) / 2, which sometimes overlap
+    assert 36 < sum(bands) / len(bands) < 47
+    assert 130 < sum(frames) / len(frames) < 159
+
+
+def test_single_masks_have_every_width_below_the_limit():
+    augmentation = Augmentation(
+        **OFF | dict(specaugment_probability=1.0, freq_masks=1, freq_mask_width=6, time_masks=0)
+    )
+    mel = augmentation.mask(torch.ones(4000, 4, 16), augmentation.draw(4000, seed=0))
+    assert (mel == mel[:, :1]).all()  # no time masks
+    hidden = mel[:, 0] == 0
+    counts = torch.bincount(hidden.sum(dim=1))
+    assert len(counts) == 6  # widths 0..5
+    assert counts.min() > 500
+    assert hidden.any(dim=0).all()  # both ends are reached
+
+
+def test_masks_wider_than_the_spectrogram_fit():
+    augmentation = Augmentation(**(OFF | {"specaugment_probability": 1.0}))
+    mel = augmentation.mask(torch.ones(64, 20, 10), augmentation.draw(64, seed=0))
+    assert mel.shape == (64, 20, 10)
+
+
+def test_masked_cells_are_zero_after_normalisation():
+    clips = _noise(16)
+    out = _frontend(
+        specaugment_probability=1.0, freq_masks=0, time_masks=1, time_mask_width=150
+    )(clips, _full(clips), seed=0)  # fmt: skip
+    hidden = (out == 0).all(dim=2)  # [B, 1, T]
+    assert hidden.any(dim=2).sum() > 10
+    assert not hidden.all(dim=2).any()
+
+
+def test_augmentation_runs_on_zero_padding_too():
+    frontend = AudioFrontend(
+        clip_seconds=1.0, n_frames=98, pad_type="zero", augmentation=Augmentation(**ON)
+    )
+    out = frontend(_noise(2)[:, :8000], torch.tensor([8000, 3000]), seed=0)
+    assert torch.isfinite(out).all()
+
+
+def test_overlap_add_inverts_the_stft():
+    clips, window = _noise(2), torch.hann_window(1024)
+    spectrum = torch.stft(
+        clips, 1024, 256, window=window, pad_mode="constant", return_complex=True
+    )  # fmt: skip
+    assert torch.allclose(_overlap_add(spectrum, window, clips.shape[1]), clips, atol=1e-6)
+    turned = torch.istft(spectrum * 1j, 1024, 256, window=window, length=30000)
+    assert torch.allclose(_overlap_add(spectrum * 1j, window, 30000), turned, atol=1e-6)
