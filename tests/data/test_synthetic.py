@@ -1,0 +1,552 @@
+"""The synthetic corpus: its form, its sounds, and that the planted effect is what it claims."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+from scipy import signal
+from scipy.ndimage import uniform_filter1d
+from sklearn.ensemble import GradientBoostingClassifier
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
+
+from data import planted, synthetic
+from data.batch import CLASSES, SITES
+from data.cohort import apportion, deal
+from data.icbhi import completeness, read_cycles
+from data.splits import split_cycles
+from data.synthesis import PROFILES, crackle, draw_traits, render, wheeze
+from data.synthetic import CYCLES, DEMOGRAPHICS, DIAGNOSIS, MARKER, SPLIT, main, write_corpus
+from utils.errors import UserError
+
+TINY = {"patients": 6, "recordings_per_patient": 2, "cycles_per_recording": 2}
+#: The second group, written out once more so that a slip in `planted` shows.
+SIDE_AND_BACK = {"Ll", "Lr", "Pl", "Pr"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "corpus"
+    write_corpus(folder, **TINY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def planted_corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planted") / "corpus"
+    report = write_corpus(
+        folder,
+        patients=14,
+        recordings_per_patient=4,
+        cycles_per_recording=3,
+        planted_effect="site",
+    )
+    return folder, report
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def with_heard(folder):
+    """The cycle table with what is heard beside it."""
+    heard = pd.read_csv(folder / CYCLES)
+    table = read_cycles(folder).merge(heard, on=["Filename", "CycleIndex"], validate="1:1")
+    assert len(table) == len(heard)
+    table["heard"] = table.CracklesHeard + 2 * table.WheezesHeard
+    table["class"] = table.Crackles + 2 * table.Wheezes
+    return table
+
+
+# ---- form ---------------------------------------------------------------------------------------
+
+
+def test_files_have_the_database_form(synthetic_corpus):
+    stems = sorted(path.stem for path in synthetic_corpus.glob("*.wav"))
+    annotations = sorted(set(synthetic_corpus.glob("*.txt")) - set(synthetic_corpus.glob("ICBHI*")))
+    assert [path.stem for path in annotations] == stems and len(stems) == 30
+    name = r"1\d\d_\d+[bp]\d+_(Al|Ar|Ll|Lr|Pl|Pr|Tc)_(sc|mc)_(AKGC417L|Litt3200|LittC2SE|Meditron)"
+    assert all(re.fullmatch(name, stem) for stem in stems)
+    for path in annotations:
+        text = path.read_bytes().decode("ascii")
+        assert text.endswith("\n") and "\r" not in text
+        rows = [line.split("\t") for line in text.splitlines()]
+        assert all(re.fullmatch(r"\d+(\.\d+)?", field) for row in rows for field in row[:2])
+        digits = [field.replace(".", "").lstrip("0") for row in rows for field in row[:2]]
+        assert max(map(len, digits)) <= 5
+        assert all(row[2] in "01" and row[3] in "01" and len(row) == 4 for row in rows)
+        times = np.array([row[:2] for row in rows], float)
+        assert (times[:, 1] > times[:, 0]).all() and (times[1:, 0] == times[:-1, 1]).all()
+        assert times[-1, 1] <= soundfile.info(path.with_suffix(".wav")).duration
+
+
+def test_tables_have_the_official_form(synthetic_corpus):
+    split = (synthetic_corpus / SPLIT).read_bytes().decode()
+    assert split.endswith("\r\n") and split.count("\r\n") == split.count("\n") == 30
+    parts = dict(line.split("\t") for line in split.splitlines())
+    assert set(parts.values()) == {"train", "test"}
+    text = (synthetic_corpus / DEMOGRAPHICS).read_bytes().decode()
+    assert text.startswith("\r\n1") and not text.endswith("\n")
+    rows = [line.split(" ") for line in text.split("\r\n")[1:]]
+    assert [row[0] for row in rows] == [str(pid) for pid in range(101, 111)]
+    assert all(len(row) == 6 and row[2] in ("M", "F", "NA") for row in rows)
+    assert sum(row[1] == "NA" for row in rows) == 1
+    known = [row for row in rows if row[1] != "NA"]
+    assert {float(row[1]) < 18 for row in known} == {True, False}
+    for _, age, _, bmi, weight, height in known:
+        if float(age) < 18:
+            assert bmi == "NA"
+        else:
+            assert weight == height == "NA"
+    lines = (synthetic_corpus / DIAGNOSIS).read_bytes().decode().splitlines()
+    assert [line.split("\t")[0] for line in lines] == [row[0] for row in rows]
+
+
+def test_sampling_rates_and_depths_are_the_devices(synthetic_corpus):
+    seen = {}
+    for path in synthetic_corpus.glob("*.wav"):
+        info = soundfile.info(path)
+        assert info.channels == 1
+        device = path.stem.rsplit("_", 1)[1]
+        seen.setdefault(device, set()).add((info.samplerate, info.subtype))
+    assert set(seen) == set(PROFILES)
+    assert {rate for rate, _ in seen["Litt3200"]} == {4000}
+    assert all(
+        {rate for rate, _ in kinds} == {44100} for d, kinds in seen.items() if d != "Litt3200"
+    )
+    assert {kind for kinds in seen.values() for _, kind in kinds} >= {"PCM_16", "PCM_24"}
+
+
+def test_the_reader_accepts_it_and_says_that_it_is_partial(synthetic_corpus):
+    table = read_cycles(synthetic_corpus)
+    report = json.loads((synthetic_corpus / MARKER).read_text())["report"]
+    assert len(table) == sum(n for part in report["cycles"].values() for n in part.values())
+    assert completeness(table).partial
+    assert 2.0 < table.Duration.median() < 3.0
+    assert table.groupby("PID").Device.nunique().max() == 1
+
+
+def test_every_class_is_in_training_validation_and_test(synthetic_corpus):
+    table = with_heard(synthetic_corpus)
+    split = split_cycles(
+        table,
+        strategy="official",
+        test_fold=0,
+        split_seed=0,
+        test_fraction=0.4,
+        val_fraction=0.2,
+        val_seed=0,
+        selection="validation",
+    )
+    for rows in (split.train, split.val, split.test):
+        assert set(table["class"].iloc[rows]) == {0, 1, 2, 3}
+    patients = table.groupby("class").PID.nunique()
+    assert patients.min() >= 6
+    assert table.groupby("PID")["class"].nunique().min() >= 3
+
+
+def test_larger_corpora_have_the_traps():
+    from data.cohort import draw_patients, plan_recordings
+
+    patients = draw_patients(24, np.random.default_rng(0), None)
+    shape = {"seed": 0, "per_patient": 3, "cycles": 7, "field": None}
+    for traps in (True, False):
+        plan = plan_recordings(patients, traps=traps, **shape)
+        parts = pd.DataFrame([(r.pid, r.part, r.device) for r in plan], columns=list("ptd"))
+        both = parts[parts.groupby("p").t.transform("nunique") == 2]
+        assert set(both.d) == ({"AKGC417L", "Litt3200"} if traps else set())
+        assert (parts.groupby("p").d.nunique() == 2).any() == traps
+    assert parts[parts.t == "test"].d.nunique() == 3 and "LittC2SE" not in set(
+        parts[parts.t == "test"].d
+    )
+    assert 0.5 < (parts.t == "train").mean() < 0.65
+
+
+# ---- sound --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("two_cycles", "initial"), [(5e-3, 0.7e-3), (10e-3, 1.5e-3)])
+def test_crackle_has_the_asked_initial_deflection_and_two_cycle_duration(two_cycles, initial):
+    rate = 44100
+    wave = crackle(two_cycles, initial, rate)
+    crossings = np.flatnonzero(np.diff(np.sign(wave))) + 1
+    assert crossings[0] / rate == pytest.approx(initial, abs=1.5 / rate)
+    assert crossings[3] / rate == pytest.approx(two_cycles, abs=1.5 / rate)
+    assert np.abs(wave).max() == pytest.approx(1)
+    assert np.abs(wave[-10:]).max() < 0.15
+
+
+def test_wheeze_is_a_tone_at_its_pitch_for_its_duration():
+    rng = np.random.default_rng(0)
+    for rate in (16000, 44100):
+        for pitch in (150.0, 400.0, 900.0):
+            wave = wheeze(0.5, pitch, rate, rng)
+            assert len(wave) == 0.5 * rate
+            f, power = signal.periodogram(wave, rate)
+            assert abs(f[power.argmax()] / pitch - 1) < 0.16
+            near = np.abs(f / pitch - np.round(f / pitch).clip(1)) < 0.16 * np.round(f / pitch)
+            assert power[near].sum() > 0.95 * power.sum()
+
+
+def rendered(device, heard, seed=0):
+    """Two cycles of 3 s: the first as asked, the second without events; (wave per cycle, rate)."""
+    rng = np.random.default_rng(seed)
+    bounds = np.array([0.1, 3.1, 6.1])
+    sounds = np.array([[heard & 1, heard >> 1], [0, 0]], bool)
+    wave = render(bounds, sounds, 6.2, PROFILES[device], draw_traits(rng, child=False), 1.0, rng)
+    rate = PROFILES[device].rate
+    assert len(wave) == round(6.2 * rate) and np.abs(wave).max() <= 1
+    return [wave[int(a * rate) : int(b * rate)] for a, b in ((0.1, 3.1), (3.1, 6.1))], rate
+
+
+def tonality(wave, rate):
+    """How far a line that lasts .2 s stands out of its surroundings, where it does so most."""
+    n = int(0.064 * rate)
+    f, _, power = signal.spectrogram(wave, rate, nperseg=n, noverlap=n // 2, nfft=2 * n)
+    power = uniform_filter1d(power[(f > 150) & (f < 1900)], 7, axis=1)
+    return np.log((power / uniform_filter1d(power, 41, axis=0)).max())
+
+
+def burstiness(wave, rate):
+    """Kurtosis of the band where crackles stand out of the breath (0 for Gaussian noise)."""
+    band = signal.sosfilt(signal.butter(4, (250, 1500), "bandpass", fs=rate, output="sos"), wave)
+    return np.mean(band**4) / np.mean(band**2) ** 2 - 3
+
+
+@pytest.mark.parametrize("device", list(PROFILES))
+def test_events_are_where_they_are_planted(device):
+    tones, bursts = [], []
+    for seed in range(6):
+        (with_wheeze, quiet), rate = rendered(device, 2, seed)
+        tones.append(tonality(with_wheeze, rate) - tonality(quiet, rate))
+        (with_crackles, quiet), rate = rendered(device, 1, seed)
+        bursts.append(burstiness(with_crackles, rate) - burstiness(quiet, rate))
+    assert np.median(tones) > 0.4, tones
+    assert np.median(bursts) > 3, bursts
+
+
+def test_breathing_can_be_heard_and_pauses():
+    (first, _), rate = rendered("AKGC417L", 0)
+    band = signal.sosfilt(signal.butter(4, (300, 1000), "bandpass", fs=rate, output="sos"), first)
+    level = [np.std(band[int(a * rate) : int(b * rate)]) for a, b in ((0.3, 0.9), (2.85, 2.98))]
+    assert level[0] > 2 * level[1]
+
+
+def test_devices_differ_in_colour():
+    spectra = {}
+    for device in PROFILES:
+        (first, second), rate = rendered(device, 0, seed=3)
+        wave = (
+            signal.resample_poly(np.concatenate([first, second]), 160, 441)
+            if (rate == 44100)
+            else signal.resample_poly(np.concatenate([first, second]), 4, 1)
+        )
+        f, power = signal.welch(wave, 16000, nperseg=1024)
+        bands = [(150, 300), (300, 600), (1000, 1500), (2200, 4000)]
+        level = np.array([10 * np.log10(power[(f > a) & (f < b)].mean()) for a, b in bands])
+        spectra[device] = level - level[0]
+    names = list(spectra)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            assert np.abs(spectra[a] - spectra[b]).max() > 4, (a, b, spectra)
+    assert spectra["Litt3200"][3] < min(spectra[d][3] for d in names if d != "Litt3200") - 10
+
+
+# ---- planted effect -----------------------------------------------------------------------------
+
+
+def test_best_score_against_hand_computation():
+    # Heard x: 6 normal, 3 crackle. Heard y: 2 normal, 1 crackle, 4 wheeze. N = 8, A = 8.
+    observations = ["x"] * 9 + ["y"] * 7
+    classes = [0] * 6 + [1] * 3 + [0] * 2 + [1] + [2] * 4
+    # x -> normal (6/8 over 3/8), y -> wheeze (4/8 over 2/8): (75 % + 50 %) / 2.
+    assert planted.best_score(observations, classes) == pytest.approx(62.5)
+    # Two classes: y -> abnormal 5/8 over 2/8: (75 % + 62.5 %) / 2.
+    assert planted.best_score(observations, classes, 2) == pytest.approx(68.75)
+    # The Score, not accuracy: the minority in every observation may still be the better answer.
+    assert planted.best_score(["x"] * 10, [0] * 9 + [1]) == pytest.approx(50)
+    assert planted.best_score(["x"] * 8 + ["y"] * 3, [0] * 8 + [0, 0, 1]) == pytest.approx(90)
+    with pytest.raises(ValueError, match="abnormal"):
+        planted.best_score(["x"], [0])
+
+
+def test_best_score_is_the_best_of_all_rules():
+    mass = np.random.default_rng(0).integers(0, 9, (3, 4)) + 1
+    rules = np.array(np.meshgrid(*[range(4)] * 3)).reshape(3, -1).T
+    sp = [mass[rule == 0, 0].sum() / mass[:, 0].sum() for rule in rules]
+    hit = [sum(mass[o, c] for o, c in enumerate(rule) if c) for rule in rules]
+    scores = 50 * (np.array(sp) + np.array(hit) / mass[:, 1:].sum())
+    assert planted.best_mass_score(mass) == pytest.approx(scores.max())
+
+
+def test_expected_scores_against_hand_computation():
+    # Normal: .28 heard nothing + half of .48 = .52; abnormal .48. By ear alone: nothing -> normal
+    # .28/.52; each other state -> one of two classes, .12/.48. Two classes: both sounds are
+    # always abnormal, .24/.48.
+    expected = planted.expected_scores()
+    assert expected["4"] == pytest.approx(
+        {"sound": 50 * (0.28 / 0.52 + 3 * 0.12 / 0.48), "sound_and_field": 100, "field": 50}
+    )
+    assert expected["2"] == pytest.approx(
+        {
+            "sound": 50 * (0.28 / 0.52 + 2 * 0.12 / 0.48 + 0.24 / 0.48),
+            "sound_and_field": 100,
+            "field": 50,
+        }
+    )
+    assert expected["4"]["sound"] < 65
+
+
+def test_annotation_is_sound_and_site_and_nothing_else(planted_corpus):
+    folder, report = planted_corpus
+    table = with_heard(folder)
+    group = table.AuscLoc.isin(SIDE_AND_BACK).astype(int)
+    assert (group == table.Group).all()
+    meaning = {
+        (0, "normal"): "normal",
+        (0, "crackle"): "crackle",
+        (0, "wheeze"): "normal",
+        (0, "both"): "both",
+        (1, "normal"): "normal",
+        (1, "crackle"): "normal",
+        (1, "wheeze"): "crackle",
+        (1, "both"): "wheeze",
+    }
+    for g, heard, annotated in zip(group, table.heard, table["class"], strict=True):
+        assert meaning[g, CLASSES[heard]] == CLASSES[annotated]
+    test = table[table.Split == "test"]
+    again = planted.reachable_scores(test.heard, test.Group, test["class"])
+    assert report.best_score["test"] == again
+    assert report.best_score["test"]["4"]["sound"] < 72
+    assert report.best_score["test"]["4"]["sound_and_field"] == 100
+
+
+def test_without_the_effect_the_annotation_is_the_sound(synthetic_corpus):
+    table = with_heard(synthetic_corpus)
+    assert (table.heard == table["class"]).all()
+    assert json.loads((synthetic_corpus / MARKER).read_text())["report"]["best_score"] is None
+
+
+def test_site_is_independent_of_what_is_heard_and_of_the_patient(planted_corpus):
+    table = with_heard(planted_corpus[0])
+    assert (table.groupby("PID").Group.nunique() == 2).all()
+    assert abs(table.Group.mean() - 0.5) < 0.06
+    for _, part in table.groupby("Split"):
+        shares = pd.crosstab(part.heard, part.Group, normalize="columns")
+        assert (shares[0] - shares[1]).abs().max() < 0.06
+        abnormal = part.groupby("Group")["class"].apply(lambda c: (c > 0).mean())
+        assert abs(abnormal[0] - abnormal[1]) < 0.06
+
+
+def features(folder, table):
+    """[N, 12] level, spectrum, burstiness, tonality and length of each cycle."""
+    rows = []
+    for name, cycles in table.groupby("Filename", sort=False):
+        wave, rate = soundfile.read(folder / f"{name}.wav", dtype="float32")
+        if rate > 16000:
+            wave, rate = signal.resample_poly(wave, 4, 11), rate * 4 / 11
+        for begin, end in zip(cycles.CycleStart, cycles.CycleEnd, strict=True):
+            cycle = wave[int(begin * rate) : int(end * rate)]
+            f, power = signal.welch(cycle, rate, nperseg=512)
+            edges = (60, 120, 200, 300, 450, 650, 900, 1200, 1600, 2000)
+            level = [np.log(power[(f >= a) & (f < b)].mean()) for a, b in itertools.pairwise(edges)]
+            rows.append([*level, burstiness(cycle, rate), tonality(cycle, rate), end - begin])
+    return np.array(rows)
+
+
+def test_a_probe_can_not_hear_the_planted_field(planted_corpus):
+    folder, _ = planted_corpus
+    table = with_heard(folder)
+    sound = features(folder, table)
+
+    def heard_by_probe(target):
+        probe = GradientBoostingClassifier(n_estimators=40, max_depth=2, random_state=0)
+        guess = cross_val_predict(probe, sound, target, groups=table.PID, cv=GroupKFold(4))
+        return balanced_accuracy_score(target, guess)
+
+    assert heard_by_probe(table.AuscLoc.isin(SIDE_AND_BACK).to_numpy()) < 0.58
+    # The same probe hears what can be heard: device and events.
+    assert heard_by_probe((table.Device == "AKGC417L").to_numpy()) > 0.8
+    assert heard_by_probe((table.heard >= 2).to_numpy()) > 0.75
+    assert heard_by_probe((table.heard % 2 == 1).to_numpy()) > 0.75
+
+
+def test_a_planted_device_does_not_betray_itself(tmp_path, quick):
+    report = write_corpus(tmp_path / "c", planted_effect="device", **TINY)
+    table = with_heard(tmp_path / "c")
+    second = table.Device.isin(["Litt3200", "Meditron"]).astype(int)
+    assert (second == table.Group).all() and (table.groupby("PID").Group.nunique() == 2).all()
+    kinds = {
+        (info.samplerate, info.subtype)
+        for info in map(soundfile.info, map(str, (tmp_path / "c").glob("*.wav")))
+    }
+    assert len(kinds) == 1
+    assert report.planted_effect == "device"
+
+
+def test_planted_age_is_known_and_does_not_change_the_breathing():
+    from data.cohort import draw_patients
+
+    patients = draw_patients(200, np.random.default_rng(0), "age")
+    ages = np.array([p.age for p in patients], float)
+    assert np.isfinite(ages).all() and 0.4 < (ages < 18).mean() < 0.6
+    lengths = np.array([p.traits.cycle_seconds for p in patients])
+    assert np.log(lengths[ages < 18].mean() / lengths[ages >= 18].mean()) == pytest.approx(
+        0, abs=0.08
+    )
+    plain = draw_patients(200, np.random.default_rng(0), None)
+    known = [p for p in plain if p.age is not None]
+    child = [p.traits.cycle_seconds for p in known if p.age < 18]
+    adult = [p.traits.cycle_seconds for p in known if p.age >= 18]
+    assert np.mean(child) < 0.9 * np.mean(adult)
+
+
+# ---- dealing ------------------------------------------------------------------------------------
+
+
+def test_deal_gives_each_state_its_share_to_within_one():
+    for sizes in ([1], [7], [20], [1, 1, 1, 2, 9, 4, 1, 30]):
+        owed, dealt = np.zeros(4), []
+        for n in sizes:
+            dealt.extend(deal(n, planted.PLANTED_MIX, owed, np.random.default_rng(n)))
+            counts = np.bincount(dealt, minlength=4)
+            assert (np.abs(counts - len(dealt) * np.array(planted.PLANTED_MIX)) < 1).all()
+        assert len(dealt) == sum(sizes)
+    order = deal(40, (1, 1, 1, 1), np.zeros(4), np.random.default_rng(0))
+    assert (np.diff(order) < 0).any()
+
+
+def test_apportion_forgets_nobody():
+    shares = {"a": 0.9, "b": 0.06, "c": 0.04, "d": 0.0}
+    assert sorted(apportion(10, shares)) == ["a"] * 8 + ["b", "c"]
+    assert len(apportion(3, shares)) == 3 and set(apportion(3, shares)) == {"a", "b", "c"}
+    assert apportion(100, shares).count("b") == 6
+
+
+# ---- the folder ---------------------------------------------------------------------------------
+
+
+def test_same_arguments_same_bytes(tiny, tmp_path):
+    report = write_corpus(tmp_path / "again", **TINY)
+    assert report.written and contents(tmp_path / "again") == contents(tiny)
+    write_corpus(tmp_path / "other", **TINY, seed=1)
+    first, other = contents(tiny), contents(tmp_path / "other")
+    assert not any(first[name] == other.get(name) for name in first if name.endswith(".wav"))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Noise instead of sound, for tests of the folder."""
+
+    def noise(bounds, sounds, seconds, profile, traits, event_level, rng):
+        return 0.1 * rng.standard_normal(round(seconds * 1000)).clip(-1, 1)
+
+    monkeypatch.setattr(synthetic, "render", noise)
+
+
+def test_an_identical_corpus_is_left_alone_and_a_damaged_one_mended(tmp_path, quick, caplog):
+    folder = tmp_path / "corpus"
+    write_corpus(folder, **TINY)
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    report = write_corpus(folder, **TINY)
+    assert not report.written and "unchanged" in report.text()
+    assert times == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    before = contents(folder)
+    next(folder.glob("*.wav")).write_bytes(b"damaged")
+    assert write_corpus(folder, **TINY).written
+    assert "missing or changed" in caplog.text
+    assert contents(folder) == before
+
+
+def test_own_corpus_is_replaced_with_what_was_derived_from_it(tmp_path, quick):
+    folder = tmp_path / "corpus"
+    write_corpus(folder, **TINY)
+    (folder / "icbhi_metadata.csv").write_text("derived")
+    assert not write_corpus(folder, **TINY).written
+    assert write_corpus(folder, **TINY, seed=1).written
+    assert not (folder / "icbhi_metadata.csv").exists()
+    assert json.loads((folder / MARKER).read_text())["arguments"]["seed"] == 1
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_anything_else_is_refused_and_untouched(tmp_path, quick):
+    foreign = tmp_path / "real"
+    foreign.mkdir()
+    (foreign / "101_1b1_Al_sc_Meditron.wav").write_bytes(b"precious")
+    with pytest.raises(UserError, match="name another folder"):
+        write_corpus(foreign, **TINY)
+    assert contents(foreign) == {"101_1b1_Al_sc_Meditron.wav": b"precious"}
+
+    mixed = tmp_path / "mixed"
+    write_corpus(mixed, **TINY)
+    (mixed / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"notes\.txt"):
+        write_corpus(mixed, **TINY, seed=1)
+    assert (mixed / "notes.txt").read_text() == "mine"
+
+    (mixed / MARKER).write_text("{}")
+    with pytest.raises(UserError, match="does not describe"):
+        write_corpus(mixed, **TINY)
+    (mixed / MARKER).write_text("{")
+    with pytest.raises(UserError, match="can not be read"):
+        write_corpus(mixed, **TINY)
+    with pytest.raises(UserError, match="is a file"):
+        write_corpus(mixed / "notes.txt", **TINY)
+
+
+def test_a_failure_leaves_nothing_half_written(tmp_path, quick, monkeypatch):
+    folder = tmp_path / "corpus"
+    write_corpus(folder, **TINY)
+    before = contents(folder)
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(synthetic, "_write_tables", fail)
+    for output in (folder, tmp_path / "new"):
+        with pytest.raises(OSError, match="disk full"):
+            write_corpus(output, **TINY, seed=1)
+    assert contents(folder) == before
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"patients": 3}, "patients is 3"),
+        ({"planted_effect": "duration"}, "site, device, age"),
+        ({"planted_effect": "site", "recordings_per_patient": 1}, "recordings_per_patient"),
+        ({"seed": -1}, "seed is -1"),
+        ({"event_level": 0}, "event_level is 0"),
+    ],
+)
+def test_impossible_arguments_name_the_remedy(tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        write_corpus(tmp_path / "c", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_line(tmp_path, quick, capsys):
+    shape = ["--patients", "6", "--recordings-per-patient", "2", "--cycles-per-recording", "2"]
+    assert main(["--output", str(tmp_path / "c"), *shape, "--planted-effect"]) == 0
+    out = capsys.readouterr().out
+    assert "site" in out and "without metadata" in out and "100.0" in out
+    assert max(map(len, out.splitlines()[1:])) <= 100
+    marker = json.loads((tmp_path / "c" / MARKER).read_text())
+    assert marker["arguments"]["planted_effect"] == "site" and "Synthetic" in marker["statement"]
+    assert main(["--output", str(tmp_path / "c" / MARKER), *shape]) == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+def test_site_shares_name_every_site():
+    from data.cohort import SITE_SHARES
+
+    assert set(SITE_SHARES) == set(SITES)
+    side = sum(share for site, share in SITE_SHARES.items() if site in SIDE_AND_BACK)
+    assert side == pytest.approx(0.5, abs=0.01)
