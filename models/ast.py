@@ -1,0 +1,276 @@
+"""Audio Spectrogram Transformer with one modulation hook per block.
+
+Gong et al., "AST: Audio Spectrogram Transformer", Interspeech 2021, arXiv 2104.01778: the distilled
+DeiT-base on overlapping patches of a log-mel spectrogram. Names of parameters are timm's.
+
+B batch, F mel bands, T frames, f x t patch grid (frequency-major), N = 2 + f t tokens
+[CLS, DIST, patches], D width, H heads, G token groups of a modulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, Mlp, trunc_normal_
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.conditioner import Conditioner, ModelConfig, Modulation, Variant
+
+N_SPECIAL = 2  # CLS and DIST
+
+
+class Cut(NamedTuple):
+    """Where a forward pass is divided: `block` blocks are done, and the attention (with its
+    residual) of block `block` too when `attended`."""
+
+    block: int = 0
+    attended: bool = False
+
+
+def modulate(tokens: Tensor, modulation: Modulation) -> Tensor:
+    """u <- (1 + scale) * u + shift (FiLM; Perez et al., AAAI 2018, arXiv 1709.07871).
+
+    Args:
+        tokens: [B, N, D], or [B, 2, D] when only CLS and DIST are there.
+        modulation: scale and shift [B, G, D]; G = 1: all tokens alike; G = 2: group 0 for CLS and
+            DIST, group 1 for the patches.
+    """
+    scale, shift = modulation
+    if scale.shape[1] == 1:
+        return (1 + scale) * tokens + shift
+    special = (1 + scale[:, :1]) * tokens[:, :N_SPECIAL] + shift[:, :1]
+    if tokens.shape[1] == N_SPECIAL:
+        return special
+    patches = (1 + scale[:, 1:]) * tokens[:, N_SPECIAL:] + shift[:, 1:]
+    return torch.cat([special, patches], dim=1)
+
+
+def grid_size(size: int, patch_size: int, stride: int) -> int:
+    """Patches along one side of the spectrogram."""
+    return (size - patch_size) // stride + 1
+
+
+class FusedAttention(Attention):
+    """timm's attention parameters, always through the fused kernel.
+
+    Softmax(Q K^T / sqrt(D / H)) V; queries of the first `n_queries` tokens only, on request: keys
+    and values are needed of all tokens, queries and projection only of those that are read later.
+    """
+
+    def forward(self, x: Tensor, n_queries: int | None = None) -> Tensor:
+        """x [B, N, D] -> [B, n_queries or N, D]."""
+        b, n, d = x.shape
+        heads = (self.num_heads, self.head_dim)
+        if n_queries is None:
+            q, k, v = self.qkv(x).view(b, n, 3, *heads).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q = F.linear(x[:, :n_queries], weight[:d], bias[:d])
+            q = q.view(b, n_queries, *heads).transpose(1, 2)
+            kv = F.linear(x, weight[d:], bias[d:])
+            k, v = kv.view(b, n, 2, *heads).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v)  # [B, H, n_queries or N, D / H]
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """x += Attn(LN1 x); u = LN2 x, modulated if conditioned; x += MLP(u)."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, eps: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = FusedAttention(dim, num_heads=num_heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))  # exact GELU
+
+    def attend(self, x: Tensor, keep: int | None = None) -> Tensor:
+        """The attention half: [B, N, D] -> [B, keep or N, D]."""
+        residual = x if keep is None else x[:, :keep]
+        return residual + self.attn(self.norm1(x), keep)
+
+    def transform(self, x: Tensor, modulation: Modulation | None = None) -> Tensor:
+        """The MLP half; the modulation stays inside the residual branch."""
+        u = self.norm2(x)
+        if modulation is not None:
+            u = modulate(u, modulation)
+        return x + self.mlp(u)
+
+    def forward(
+        self, x: Tensor, modulation: Modulation | None = None, keep: int | None = None
+    ) -> Tensor:
+        return self.transform(self.attend(x, keep), modulation)
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping square patches of a one-channel spectrogram -> tokens, frequency-major."""
+
+    def __init__(self, dim: int, patch_size: int, freq_stride: int, time_stride: int):
+        super().__init__()
+        self.proj = nn.Conv2d(1, dim, patch_size, stride=(freq_stride, time_stride))
+
+    def forward(self, spectrogram: Tensor) -> Tensor:
+        """[B, 1, F, T] -> [B, f t, D]."""
+        return self.proj(spectrogram).flatten(2).transpose(1, 2)
+
+
+class AST(nn.Module):
+    """The backbone all variants share.
+
+    Args:
+        embed_dim, depth, num_heads, mlp_ratio: of the transformer (DeiT-base: 768, 12, 12, 4).
+        patch_size, freq_stride, time_stride: of the patches, in bands and frames.
+        n_mels, n_frames: size F x T of the spectrogram.
+        layer_norm_eps: follows the source of the weights.
+        gradient_checkpointing: recompute every block's activations in the backward pass.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        patch_size: int = 16,
+        freq_stride: int = 10,
+        time_stride: int = 10,
+        n_mels: int = 128,
+        n_frames: int = 1024,
+        layer_norm_eps: float = 1e-6,
+        gradient_checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.embed_dim, self.depth = embed_dim, depth
+        self.input_size = (n_mels, n_frames)
+        self.grid = (
+            grid_size(n_mels, patch_size, freq_stride),
+            grid_size(n_frames, patch_size, time_stride),
+        )
+        self.gradient_checkpointing = gradient_checkpointing
+        self.frozen_blocks: int | None = None  # None: nothing is frozen; else also the embedding
+        self.patch_embed = PatchEmbed(embed_dim, patch_size, freq_stride, time_stride)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        n_tokens = N_SPECIAL + self.grid[0] * self.grid[1]
+        self.pos_embed = nn.Parameter(torch.zeros(1, n_tokens, embed_dim))
+        self.blocks = nn.ModuleList(
+            [Block(embed_dim, num_heads, mlp_ratio, layer_norm_eps) for _ in range(depth)]
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=layer_norm_eps)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Truncated normal (sd .02) and zero biases, as DeiT starts (arXiv 2012.12877)."""
+        for parameter in (self.cls_token, self.dist_token, self.pos_embed):
+            trunc_normal_(parameter, std=0.02)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    # ------------------------------------------------------------------ freezing
+
+    def freeze(self, trainable_blocks: int) -> None:
+        """Train the last n blocks and the final LN only; n >= depth freezes nothing.
+
+        The other blocks, patch embedding, positions and special tokens get no gradient and stay
+        in evaluation mode.
+        """
+        if trainable_blocks >= self.depth:
+            return
+        self.frozen_blocks = self.depth - trainable_blocks
+        for parameter in (self.cls_token, self.dist_token, self.pos_embed):
+            parameter.requires_grad_(False)
+        for module in self._frozen_modules():
+            module.requires_grad_(False).eval()
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        if self.frozen_blocks is None:
+            return []
+        return [self.patch_embed, *self.blocks[: self.frozen_blocks]]
+
+    def train(self, mode: bool = True) -> AST:
+        """Training mode for what trains; frozen parts stay in evaluation mode."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        return self
+
+    # ------------------------------------------------------------------ forward
+
+    def embed(self, spectrogram: Tensor) -> Tensor:
+        """[B, 1, F, T] -> tokens with positions [B, N, D]."""
+        if spectrogram.shape[1:] != (1, *self.input_size):
+            raise ValueError(
+                f"spectrogram {tuple(spectrogram.shape)}, expected [B, 1, F, T] with "
+                f"F, T = {self.input_size}"
+            )
+        patches = self.patch_embed(spectrogram)
+        b = patches.shape[0]
+        special = (self.cls_token.expand(b, -1, -1), self.dist_token.expand(b, -1, -1))
+        return torch.cat([*special, patches], dim=1) + self.pos_embed
+
+    def _keep(self, index: int, all_tokens: bool = False) -> int | None:
+        """Tokens that block `index` must give: of the last one only CLS and DIST are read."""
+        return N_SPECIAL if index == self.depth - 1 and not all_tokens else None
+
+    def prefix(self, spectrogram: Tensor, cut: Cut = Cut()) -> Tensor:  # noqa: B008 (immutable)
+        """Everything before `cut`, unmodulated: [B, N, D], or [B, 2, D] behind the last attention.
+
+        `resume(prefix(x, cut), modulation, cut)` equals `forward(x, modulation)` bit for bit when
+        no block before the cut is modulated.
+        """
+        x = self.embed(spectrogram)
+        for index in range(cut.block):
+            x = self._run(self.blocks[index], x, None, self._keep(index))
+        if cut.attended:
+            x = self.blocks[cut.block].attend(x, self._keep(cut.block))
+        return x
+
+    def resume(
+        self,
+        x: Tensor,
+        modulation: Sequence[Modulation | None] = (),
+        cut: Cut = Cut(),  # noqa: B008 (immutable)
+        all_tokens: bool = False,
+    ) -> Tensor:
+        """Everything behind `cut`: tokens [B, N, D] -> pooled [B, D], mean of CLS and DIST after
+        the final LN; or with `all_tokens` all of them, [B, N, D]."""
+        if modulation and len(modulation) != self.depth:
+            raise ValueError(f"{len(modulation)} modulations for {self.depth} blocks")
+        if any(m is not None for m in modulation[: cut.block]):
+            raise ValueError(f"a block before block {cut.block} is modulated but already computed")
+        for index in range(cut.block, self.depth):
+            m = modulation[index] if modulation else None
+            if cut.attended and index == cut.block:
+                x = self._run(self.blocks[index].transform, x, m)
+            else:
+                x = self._run(self.blocks[index], x, m, self._keep(index, all_tokens))
+        if all_tokens:
+            return self.norm(x)
+        return self.norm(x[:, :N_SPECIAL]).mean(dim=1)
+
+    def _run(self, function, *args):
+        """Call, recomputing activations in the backward pass where that is asked for."""
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
+
+    def forward(self, spectrogram: Tensor, modulation: Sequence[Modulation | None] = ()) -> Tensor:
+        """spectrogram [B, 1, F, T] -> pooled [B, D]; `modulation` as in `ConditionState`."""
+        return self.resume(self.prefix(spectrogram), modulation)
+
+    def tokens(self, spectrogram: Tensor, modulation: Sequence[Modulation | None] = ()) -> Tensor:
+        """All tokens after the final LN, [B, N, D], for analysis."""
+        return self.resume(self.prefix(spectrogram), modulation, all_tokens=True)
+
+
+def _build(config: ModelConfig, **_) -> Conditioner:
+    return Conditioner()
+
+
+VARIANT = Variant("ast", "ast", "AST", ModelConfig, _build, order=0)

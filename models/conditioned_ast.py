@@ -1,0 +1,142 @@
+"""Backbone, conditioner and head as one model.
+
+B batch, F mel bands, T frames, D width, K logits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from data.batch import Metadata
+from models.ast import AST, Cut
+from models.conditioner import (
+    Conditioner,
+    ConditionState,
+    ModelOutput,
+    ParameterGroup,
+)
+from models.encoders import activation
+
+
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """Context without autocast: conditioner and head are tiny, and 1 + dg in bf16 would round away
+    every |dg| below 2^-8."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+class Head(nn.Sequential):
+    """LN, Dropout, Linear D -> hidden, act, Dropout, Linear hidden -> K (PyTorch's default start).
+
+    Width-64 hidden layer and dropout .4 are the paper's.
+    """
+
+    def __init__(
+        self, dim: int, n_outputs: int, *, hidden: int = 64, dropout: float = 0.4, act: str = "relu"
+    ):
+        super().__init__(
+            nn.LayerNorm(dim),
+            nn.Dropout(dropout),
+            nn.Linear(dim, hidden),
+            activation(act),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, n_outputs),
+        )
+
+
+class ConditionedAST(nn.Module):
+    """logits = head(fuse(AST(spectrogram, modulation(metadata)), metadata)).
+
+    With a frozen backbone (`trainable_blocks` n < depth) everything before `cut` is frozen and does
+    not depend on the metadata: the embedding and the blocks below the first that trains or is
+    conditioned; and, when that block is frozen too, its attention. `frozen_prefix` gives it,
+    `forward_from_prefix` continues from it, and `forward` is exactly the two in turn.
+    """
+
+    def __init__(
+        self, backbone: AST, conditioner: Conditioner, head: nn.Module, trainable_blocks: int
+    ):
+        super().__init__()
+        self.backbone, self.conditioner, self.head = backbone, conditioner, head
+        backbone.freeze(trainable_blocks)
+        self.cut: Cut | None = None
+        if backbone.frozen_blocks is not None:
+            first = min((*conditioner.conditioned_layers, backbone.depth))
+            block = min(backbone.frozen_blocks, first)
+            self.cut = Cut(block, attended=block < backbone.frozen_blocks)
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(
+        self, spectrogram: Tensor, metadata: Metadata, from_prefix: bool = False
+    ) -> ModelOutput:
+        """spectrogram [B, 1, F, T] (or, with `from_prefix`, what `frozen_prefix` gave) -> logits
+        [B, K] float32 and the regularisation term."""
+        with full_precision(spectrogram):
+            state = self.conditioner.encode(metadata)
+        pooled = self._pool(spectrogram, state, from_prefix)
+        with full_precision(pooled):
+            logits = self.head(self.conditioner.fuse(pooled.float(), state))
+            return ModelOutput(logits, self.conditioner.regularisation())
+
+    def _pool(self, inputs: Tensor, state: ConditionState, from_prefix: bool = False) -> Tensor:
+        if self.cut is None:
+            return self.backbone(inputs, state.modulation)
+        if from_prefix:  # stored in half precision perhaps; the residual stream is not
+            x = inputs.to(self.backbone.norm.weight.dtype)
+        else:
+            x = self.frozen_prefix(inputs)
+        return self.backbone.resume(x, state.modulation, self.cut)
+
+    def embed(self, spectrogram: Tensor, metadata: Metadata) -> tuple[Tensor, Tensor]:
+        """Representations [B, D] before and after `Conditioner.fuse`, for analysis."""
+        with full_precision(spectrogram):
+            state = self.conditioner.encode(metadata)
+        pooled = self._pool(spectrogram, state).float()
+        with full_precision(pooled):
+            return pooled, self.conditioner.fuse(pooled, state)
+
+    # ------------------------------------------------------------------ frozen prefix
+
+    @property
+    def cacheable(self) -> bool:
+        """Whether there is a frozen, unconditioned prefix that is the same for a clip in every
+        epoch (given the same spectrogram)."""
+        return self.cut is not None
+
+    def frozen_prefix(self, spectrogram: Tensor) -> Tensor:
+        """[B, 1, F, T] -> [B, N, D] tokens at the cut; [B, 2, D] when the cut lies behind the last
+        block's attention, of whose result only CLS and DIST are read. Never differentiated."""
+        if self.cut is None:
+            raise ValueError("nothing is frozen, so there is no frozen prefix")
+        with torch.no_grad():
+            return self.backbone.prefix(spectrogram, self.cut)
+
+    def forward_from_prefix(self, prefix: Tensor, metadata: Metadata) -> ModelOutput:
+        """`forward` from what `frozen_prefix` gave, in any floating-point type."""
+        return self.forward(prefix, metadata, from_prefix=True)
+
+    def prefix_fingerprint(self) -> str:
+        """Hash of everything in the model that `frozen_prefix` depends on, to name a cache by."""
+        if self.cut is None:
+            raise ValueError("nothing is frozen, so there is no frozen prefix")
+        backbone = self.backbone
+        sha = hashlib.sha256(repr((self.cut, backbone.input_size, backbone.grid)).encode())
+        sha.update(repr((backbone.blocks[0].attn.num_heads, backbone.norm.eps)).encode())
+        for name, parameter in backbone.named_parameters():
+            if not parameter.requires_grad:
+                sha.update(name.encode())
+                sha.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return sha.hexdigest()
+
+    # ------------------------------------------------------------------ optimisation
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """All trainable parameters, each in exactly one group."""
+        groups = [
+            ParameterGroup(name, [p for p in part.parameters() if p.requires_grad])
+            for name, part in (("backbone", self.backbone), ("head", self.head))
+        ]
+        return groups + self.conditioner.parameter_groups()

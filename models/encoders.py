@@ -1,0 +1,234 @@
+"""From metadata fields to vectors: embeddings, missing values, the enabled subset of fields.
+
+B batch, E embedding width, H hidden width, S enabled scalars.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from data.batch import (
+    DEVICES,
+    FIELDS,
+    SCALARS,
+    SITES,
+    UNKNOWN_DEVICE,
+    UNKNOWN_SITE,
+    Metadata,
+)
+from models.conditioner import Conditioner, ModelConfig
+from utils.errors import UserError
+
+#: The three metadata factors; "rest" is the vector of scalars.
+FACTORS: tuple[str, ...] = ("device", "site", "rest")
+
+
+@dataclass
+class ConditionedConfig(ModelConfig):
+    """Keys that every metadata-conditioned variant has."""
+
+    dev_embed_dim: int = 8  # width of the device embedding
+    site_embed_dim: int = 8  # width of the auscultation-site embedding
+    rest_dim: int = 3  # scalars: age, BMI, duration; checked
+    metadata_dropout: float = 0.0  # probability per field and clip of hiding it in training
+    # fields that are conditioned on; a subset is a factor ablation
+    metadata_fields: list[str] = field(default_factory=lambda: list(FIELDS))
+
+
+def activation(name: str) -> nn.Module:
+    """relu | gelu (exact)."""
+    try:
+        return {"relu": nn.ReLU, "gelu": nn.GELU}[name]()
+    except KeyError:
+        raise UserError(f"models.*.activation: {name!r} is not known; use relu or gelu") from None
+
+
+class MetadataEmbeddings(nn.Module):
+    """Device and site embeddings and the vector of scalars, with a meaning for "unknown".
+
+    Each table has one row more than its vocabulary. With `dropout` 0 the unknown row, and any row
+    whose value no training cycle has, is the frequency-weighted mean of the trained rows, set by
+    `finalise`; with dropout > 0 each field of each clip is hidden with that probability in
+    training, so the unknown row is learned. An unknown scalar is z = 0, the training mean.
+
+    Args:
+        device_counts, site_counts: training cycles per value, as long as the vocabularies with
+            their unknown entry; None: all values alike.
+        fields: the enabled ones of `data.batch.FIELDS`; nothing is built for the others.
+    """
+
+    def __init__(
+        self,
+        *,
+        dev_embed_dim: int = 8,
+        site_embed_dim: int = 8,
+        fields: Sequence[str] = FIELDS,
+        dropout: float = 0.0,
+        device_counts: Sequence[float] | None = None,
+        site_counts: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        unknown = [name for name in fields if name not in FIELDS]
+        if unknown or not fields:
+            raise UserError(
+                f"models.*.metadata_fields: {unknown or 'empty'}; name at least one of "
+                f"{', '.join(FIELDS)}"
+            )
+        if not 0 <= dropout < 1:
+            raise UserError(f"models.*.metadata_dropout: {dropout} is not in [0, 1)")
+        self.dropout = dropout
+        self.fields = tuple(name for name in FIELDS if name in fields)
+        self.scalars = tuple(name for name in SCALARS if name in fields)
+        self._scalar_columns = [SCALARS.index(name) for name in self.scalars]
+        #: factor -> width, enabled ones only, in the order of FACTORS
+        self.widths: dict[str, int] = {}
+        if "device" in fields:
+            self.device = nn.Embedding(len(DEVICES) + 1, dev_embed_dim)
+            self.widths["device"] = dev_embed_dim
+            self._register_counts("device", device_counts, len(DEVICES))
+        if "site" in fields:
+            self.site = nn.Embedding(len(SITES) + 1, site_embed_dim)
+            self.widths["site"] = site_embed_dim
+            self._register_counts("site", site_counts, len(SITES))
+        if self.scalars:
+            self.widths["rest"] = len(self.scalars)
+
+    def _register_counts(self, name: str, counts: Sequence[float] | None, n_values: int) -> None:
+        counts = [1.0] * n_values + [0.0] if counts is None else [float(c) for c in counts]
+        if len(counts) != n_values + 1 or sum(counts) <= 0:
+            raise ValueError(f"{name}_counts {counts}: {n_values + 1} counts, not all 0, expected")
+        self.register_buffer(f"{name}_counts", torch.tensor(counts))
+
+    def forward(self, metadata: Metadata) -> dict[str, Tensor]:
+        """Factor name -> [B, E] (device, site) or [B, S] (rest); enabled factors only.
+
+        A field that `known` says is missing is unknown whatever value stands beside it.
+        """
+        known = metadata.known
+        if self.training and self.dropout > 0:
+            known = known & (torch.rand(known.shape, device=known.device) >= self.dropout)
+        out = {}
+        if "device" in self.widths:
+            out["device"] = self.device(torch.where(known[:, 0], metadata.device, UNKNOWN_DEVICE))
+        if "site" in self.widths:
+            out["site"] = self.site(torch.where(known[:, 1], metadata.site, UNKNOWN_SITE))
+        if "rest" in self.widths:
+            rest = torch.where(known[:, 2:], metadata.rest, 0.0)
+            if len(self.scalars) < len(SCALARS):
+                rest = torch.stack([rest[:, column] for column in self._scalar_columns], dim=1)
+            out["rest"] = rest
+        return out
+
+    @torch.no_grad()
+    def finalise(self) -> None:
+        """Give every untrained row its meaning; rows that have been trained stay as they are."""
+        for name in ("device", "site"):
+            if name not in self.widths:
+                continue
+            table, counts = getattr(self, name).weight, getattr(self, f"{name}_counts")
+            # the unknown row is learned with dropout; otherwise it is as frequent as in the data
+            substitute = table[-1] if self.dropout > 0 else (counts @ table) / counts.sum()
+            table.copy_(torch.where((counts > 0)[:, None], table, substitute))
+
+
+class FactorEncoder(nn.Module):
+    """h = act(W2 Drop(act(W1 LN(e)))): [B, width] -> [B, H]; LN only where `norm`."""
+
+    def __init__(self, width: int, hidden: int, *, dropout: float, act: str, norm: bool = True):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.LayerNorm(width) if norm else nn.Identity(),
+            nn.Linear(width, hidden),
+            activation(act),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, hidden),
+            activation(act),
+        )
+
+    def forward(self, e: Tensor) -> Tensor:
+        return self.net(e)
+
+
+class ScalarEncoder(nn.Module):
+    """Scalars [B, S] -> [B, 32]: each by its own (Linear 1->10, LN, act, Dropout); concatenated;
+    Linear 10 S -> 32, LN, act, Dropout, Linear 32 -> 32.
+
+    No LayerNorm across the raw scalars: it would erase their scale.
+    """
+
+    PER_SCALAR, WIDTH = 10, 32
+
+    def __init__(self, n_scalars: int, *, dropout: float, act: str):
+        super().__init__()
+        width, per = self.WIDTH, self.PER_SCALAR
+        self.each = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(1, per), nn.LayerNorm(per), activation(act), nn.Dropout(dropout)
+            )
+            for _ in range(n_scalars)
+        )
+        self.joint = nn.Sequential(
+            nn.Linear(per * n_scalars, width),
+            nn.LayerNorm(width),
+            activation(act),
+            nn.Dropout(dropout),
+            nn.Linear(width, width),
+        )
+
+    def forward(self, rest: Tensor) -> Tensor:
+        encoded = [net(rest[:, i : i + 1]) for i, net in enumerate(self.each)]
+        return self.joint(torch.cat(encoded, dim=1))
+
+
+class MetadataConditioner(Conditioner):
+    """A conditioner that looks at the metadata through `MetadataEmbeddings`."""
+
+    def __init__(self, embeddings: MetadataEmbeddings):
+        super().__init__()
+        self.embeddings = embeddings
+
+    def finalise(self) -> None:
+        self.embeddings.finalise()
+
+    def probe(self) -> Metadata:
+        """Every device with every site that training cycles have, at the mean age, BMI and
+        duration: [n devices * n sites] rows on the conditioner's device."""
+
+        def seen(name: str, n_values: int) -> Tensor:
+            counts = getattr(self.embeddings, f"{name}_counts", None)
+            if counts is None:
+                return torch.arange(n_values, device=self.zero.device)
+            return torch.nonzero(counts[:n_values] > 0).flatten()
+
+        pairs = torch.cartesian_prod(seen("device", len(DEVICES)), seen("site", len(SITES)))
+        n = len(pairs)
+        known = torch.ones(n, len(FIELDS), dtype=torch.bool, device=pairs.device)
+        rest = torch.zeros(n, len(SCALARS), device=pairs.device)
+        return Metadata(device=pairs[:, 0], site=pairs[:, 1], rest=rest, known=known)
+
+
+def build_embeddings(
+    config: ConditionedConfig,
+    *,
+    device_counts: Sequence[float] | None,
+    site_counts: Sequence[float] | None,
+) -> MetadataEmbeddings:
+    """`MetadataEmbeddings` from a variant's section of the configuration."""
+    if config.rest_dim != len(SCALARS):
+        raise UserError(
+            f"models.*.rest_dim: {config.rest_dim}; there are {len(SCALARS)} scalars "
+            f"({', '.join(SCALARS)}), so leave it out or set it to {len(SCALARS)} "
+            "(metadata_fields selects among them)"
+        )
+    return MetadataEmbeddings(
+        dev_embed_dim=config.dev_embed_dim,
+        site_embed_dim=config.site_embed_dim,
+        fields=config.metadata_fields,
+        dropout=config.metadata_dropout,
+        device_counts=device_counts,
+        site_counts=site_counts,
+    )

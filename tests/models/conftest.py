@@ -1,0 +1,75 @@
+"""Small models and random inputs for the model tests."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from data.batch import DEVICES, FIELDS, SITES, Metadata
+from models.build import build_model
+from models.registry import VARIANTS
+
+SMALL = {
+    "embed_dim": 48,
+    "depth": 3,
+    "num_heads": 4,
+    "mlp_ratio": 2.0,
+    "patch_size": 16,
+    "freq_stride": 10,
+    "time_stride": 10,
+    "n_mels": 32,
+    "n_frames": 64,
+    "n_outputs": 2,
+    "weights": "none",
+    "weights_path": None,
+    "trainable_blocks": 3,
+}
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def make_model():
+    """make_model(variant, config={...}, **build_model arguments) -> small ConditionedAST."""
+
+    def make(variant: str, config: dict | None = None, seed: int = 0, **overrides):
+        torch.manual_seed(seed)
+        model_config = dataclasses.replace(VARIANTS[variant].config_class(), **(config or {}))
+        return build_model(variant, model_config, **{**SMALL, **overrides})
+
+    return make
+
+
+@pytest.fixture
+def make_metadata():
+    """make_metadata(n) -> random Metadata with every field known."""
+
+    def make(n: int, seed: int = 0) -> Metadata:
+        generator = torch.Generator().manual_seed(seed)
+        return Metadata(
+            device=torch.randint(0, len(DEVICES), (n,), generator=generator),
+            site=torch.randint(0, len(SITES), (n,), generator=generator),
+            rest=torch.randn(n, 3, generator=generator),
+            known=torch.ones(n, len(FIELDS), dtype=torch.bool),
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_spectrogram():
+    """make_spectrogram(n, F, T) -> random [n, 1, F, T]."""
+
+    def make(n: int, f: int = SMALL["n_mels"], t: int = SMALL["n_frames"], seed: int = 0):
+        return torch.randn(n, 1, f, t, generator=torch.Generator().manual_seed(seed))
+
+    return make

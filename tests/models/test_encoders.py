@@ -1,0 +1,159 @@
+"""Missing metadata, metadata dropout, and the switch that leaves fields out."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from data.batch import DEVICES, FIELDS, SITES, UNKNOWN_DEVICE, UNKNOWN_SITE, Metadata
+from models.encoders import MetadataEmbeddings
+from utils.errors import UserError
+
+CONDITIONED = ("ast_grf", "ast_film", "ast_tafilm", "ast_softfilm")
+COUNTS = {"device_counts": [10, 2, 0, 4, 0], "site_counts": [1, 1, 1, 1, 1, 1, 2, 0]}
+
+
+def test_unknown_and_unseen_rows_become_the_frequency_weighted_mean():
+    embeddings = MetadataEmbeddings(**COUNTS)
+    device = embeddings.device.weight.detach().clone()
+    site = embeddings.site.weight.detach().clone()
+    embeddings.finalise()
+    mean = (10 * device[0] + 2 * device[1] + 4 * device[3]) / 16
+    assert torch.allclose(embeddings.device.weight[UNKNOWN_DEVICE], mean)
+    assert torch.allclose(embeddings.device.weight[2], mean)  # no training cycle has it
+    assert torch.equal(embeddings.device.weight[[0, 1, 3]], device[[0, 1, 3]])
+    mean = (site[:6].sum(0) + 2 * site[6]) / 8
+    assert torch.allclose(embeddings.site.weight[UNKNOWN_SITE], mean)
+    assert torch.equal(embeddings.site.weight[:7], site[:7])
+    again = embeddings.device.weight.detach().clone()
+    embeddings.finalise()
+    assert torch.equal(embeddings.device.weight, again)
+
+
+def test_an_unknown_row_that_was_trained_stays():
+    counts = {**COUNTS, "device_counts": [10, 2, 0, 4, 3]}  # missing in 3 training cycles
+    for arguments in (counts, {**COUNTS, "dropout": 0.1}):
+        embeddings = MetadataEmbeddings(**arguments)
+        before = embeddings.device.weight.detach().clone()
+        embeddings.finalise()
+        assert torch.equal(embeddings.device.weight[[0, 1, 3, 4]], before[[0, 1, 3, 4]])
+        assert not torch.equal(embeddings.device.weight[2], before[2])
+
+
+def test_finalise_disturbs_neither_optimiser_nor_random_numbers(make_model, make_metadata):
+    results = []
+    for finalise in (False, True):
+        film = make_model("ast_film", {"dropout": 0.2}, **COUNTS).conditioner.train()
+        torch.nn.init.normal_(film.generators.weight)
+        optimiser = torch.optim.AdamW(film.parameters(), lr=1e-2)
+        metadata = make_metadata(8)
+        metadata.device[metadata.device == 2] = 0  # as counted
+        for _ in range(3):
+            if finalise:
+                film.finalise()
+            optimiser.zero_grad()
+            sum(m.scale.square().sum() for m in film.encode(metadata).modulation).backward()
+            optimiser.step()
+        rows = film.embeddings.device.weight[[0, 1, 3]]
+        results.append([rows, film.generators.weight, film.embeddings.site.weight[:7]])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("variant", CONDITIONED)
+def test_any_combination_of_missing_fields_is_answered(
+    variant, make_model, make_metadata, make_spectrogram
+):
+    """The value beside known = False must not matter, and the answer equals that for a cycle
+    which has the unknown index or z = 0 there."""
+    model = make_model(variant).eval()
+    with torch.no_grad():
+        for parameter in model.conditioner.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.conditioner.finalise()
+    metadata, x = make_metadata(4), make_spectrogram(4)
+    with torch.no_grad():
+        complete = model(x, metadata).logits
+        for r in range(1, len(FIELDS) + 1):
+            for names in itertools.combinations(FIELDS, r):
+                clean = metadata.without(*names)
+                dirty = Metadata(metadata.device, metadata.site, metadata.rest, clean.known)
+                logits = model(x, clean).logits
+                assert torch.isfinite(logits).all()
+                assert torch.equal(logits, model(x, dirty).logits)
+                assert not torch.allclose(logits, complete, atol=1e-6), names
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_metadata_dropout_hides_each_field_at_its_rate(field):
+    embeddings = MetadataEmbeddings(dropout=0.25)
+    n, column = 4000, FIELDS.index(field)
+    metadata = Metadata(
+        torch.zeros(n, dtype=torch.long),
+        torch.zeros(n, dtype=torch.long),
+        torch.ones(n, 3),
+        torch.ones(n, 5, dtype=torch.bool),
+    )
+
+    def hidden():
+        out = embeddings(metadata)
+        if field in ("device", "site"):
+            unknown = getattr(embeddings, field).weight[-1]
+            return (out[field] == unknown).all(dim=1)
+        return out["rest"][:, column - 2] == 0
+
+    embeddings.train()
+    rate = hidden().float().mean()
+    assert 0.2 < rate < 0.3
+    assert not torch.equal(hidden(), hidden())
+    embeddings.eval()
+    assert not hidden().any()
+
+
+def test_metadata_dropout_trains_the_unknown_rows(make_model, make_metadata):
+    film = make_model("ast_film", {"metadata_dropout": 0.5}).conditioner.train()
+    torch.nn.init.normal_(film.generators.weight)
+    sum(m.scale.square().sum() for m in film.encode(make_metadata(16)).modulation).backward()
+    assert film.embeddings.device.weight.grad[UNKNOWN_DEVICE].abs().sum() > 0
+    assert film.embeddings.site.weight.grad[UNKNOWN_SITE].abs().sum() > 0
+
+
+@pytest.mark.parametrize("variant", CONDITIONED)
+@pytest.mark.parametrize("fields", [["device"], ["bmi", "age"], ["duration", "site"], FIELDS])
+def test_only_enabled_fields_matter(variant, fields, make_model, make_metadata, make_spectrogram):
+    model = make_model(variant, {"metadata_fields": list(fields)}).eval()
+    with torch.no_grad():
+        for parameter in model.conditioner.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    metadata, x = make_metadata(4), make_spectrogram(4)
+    with torch.no_grad():
+        logits = model(x, metadata).logits
+        for name in FIELDS:
+            same = torch.allclose(model(x, metadata.without(name)).logits, logits, atol=1e-7)
+            assert same == (name not in fields), name
+
+
+def test_factors_of_softfilm_keep_their_thirds(make_model):
+    masks = make_model("ast_softfilm", {"metadata_fields": ["site", "age"]}).conditioner.masks
+    assert masks.factors == ("site", "rest")
+    positive = masks.logits[:, 0] > 0
+    assert positive[0].nonzero().flatten().tolist() == list(range(16, 32))
+    assert positive[1].nonzero().flatten().tolist() == list(range(32, 48))
+
+
+def test_wrong_settings_are_refused_by_key():
+    with pytest.raises(UserError, match=r"metadata_fields.*weight"):
+        MetadataEmbeddings(fields=["device", "weight"])
+    with pytest.raises(UserError, match="metadata_fields"):
+        MetadataEmbeddings(fields=[])
+    with pytest.raises(UserError, match="metadata_dropout"):
+        MetadataEmbeddings(dropout=1.0)
+    with pytest.raises(ValueError, match="device_counts"):
+        MetadataEmbeddings(device_counts=[1, 2])
+
+
+def test_tables_have_an_unknown_row():
+    embeddings = MetadataEmbeddings()
+    assert embeddings.device.weight.shape == (len(DEVICES) + 1, 8)
+    assert embeddings.site.weight.shape == (len(SITES) + 1, 8)
