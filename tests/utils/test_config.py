@@ -1,0 +1,215 @@
+"""Loading, merging and checking configurations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from models.registry import VARIANTS
+from utils import config_table
+from utils.config import (
+    config_from_dict,
+    config_hash,
+    config_to_dict,
+    config_to_yaml,
+    flatten,
+    load_config,
+)
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = {
+    "ast": "ast_config.yaml",
+    "ast_grf": "ast_fus_config.yaml",
+    "ast_film": "ast_film_config.yaml",
+    "ast_tafilm": "ast_tafilm_config.yaml",
+    "ast_softfilm": "ast_film_soft_config.yaml",
+}
+PAPER = {
+    "training.epochs": 100,
+    "training.lr": 3e-5,
+    "training.warmup_epochs": 10,
+    "training.weight_decay": 0.01,
+    "training.sensitivity_bias": 1.5,
+    "dataset.batch_size": 16,
+    "dataset.h": 128,
+    "dataset.w": 1024,
+    "backbone.embed_dim": 768,
+    "backbone.depth": 12,
+}
+
+
+def shipped(variant: str, *overrides: str, extra: tuple[str, ...] = ()):
+    files = [ROOT / "configs" / CONFIGS[variant], *(ROOT / "configs" / name for name in extra)]
+    return load_config(files, overrides, variant=variant)
+
+
+@pytest.mark.parametrize("variant", CONFIGS)
+def test_a_shipped_configuration_has_the_papers_settings(variant):
+    config = shipped(variant)
+    flat = flatten(config_to_dict(config))
+    assert {key: flat[key] for key in PAPER} == PAPER
+    assert config.variant == variant and config.model.dropout == 0.4
+    if variant not in ("ast", "ast_grf"):
+        assert list(config.model.conditioned_layers) == list(range(12))
+
+
+@pytest.mark.parametrize("variant", CONFIGS)
+def test_a_shipped_configuration_repeats_the_defaults(variant):
+    """The dataclasses are the one source of defaults; YAML must not say something else."""
+    given_values = flatten(config_to_dict(shipped(variant)))
+    bare = config_from_dict({"dataset": {"data_folder": "x"}, "models": {variant: {}}})
+    defaults = flatten(config_to_dict(bare))
+    expected = {"dataset.data_folder", "dataset.cycle_metadata_path"}
+    expected |= {f"models.{variant}.{key}" for key in ("input_fdim", "input_tdim")}
+    expected |= {f"models.{variant}.conditioned_layers"}  # the list instead of "all"
+    assert {k for k in defaults if defaults[k] != given_values[k]} <= expected
+
+
+@pytest.mark.parametrize("variant", CONFIGS)
+def test_the_small_preset_fits_every_variant(variant):
+    config = shipped(variant, extra=("demo.yaml",))
+    assert config.backbone.depth == 2 and config.model.input_tdim == config.dataset.w
+
+
+def test_mlflow_file_holds_its_section_only(tmp_path):
+    ours = ROOT / "configs" / "mlflow.yaml"
+    files = [ROOT / "configs" / "ast_config.yaml"]
+    assert load_config(files, mlflow_file=ours).mlflow.experiment_name == "icbhi"
+    other = tmp_path / "mlflow.yaml"
+    other.write_text("training: {epochs: 3}\n")
+    with pytest.raises(UserError, match="'training'"):
+        load_config(files, mlflow_file=other)
+
+
+def test_later_files_and_overrides_win(tmp_path):
+    extra = tmp_path / "extra.yaml"
+    extra.write_text("training: {epochs: 30, warmup_epochs: 3}\n")
+    files = [ROOT / "configs" / "ast_config.yaml", extra]
+    assert load_config(files).training.epochs == 30
+    assert load_config(files, ["training.epochs=7"]).training.epochs == 7
+    assert load_config(files, ["dataset.n_cls=2"]).task.outputs == ("abnormal",)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.epoch=3", ["training.epoch", "did you mean training.epochs?"]),
+        ("trainin.epochs=3", ["trainin", "did you mean training?"]),
+        ("models.ast_film.film_hiden_dim=3", ["did you mean models.ast_film.film_hidden_dim?"]),
+        ("models.*.film_hiden_dim=3", ["film_hidden_dim"]),
+        ("models.ast_filn.dropout=0", ["models.ast_filn", "did you mean models.ast_film?"]),
+        ("models.ast.dropout=0", ["exactly one variant"]),
+        ("training.epochs=many", ["training.epochs", "many"]),
+        ("training.lr=-1", ["training.lr=-1.0", "above 0"]),
+        ("dataset.n_cls=3", ["dataset.n_cls=3", "one of 4, 2"]),
+        ("models.ast_film.label_dim=1", ["models.ast_film.label_dim=1", "makes it 2"]),
+        ("dataset.w=512", ["models.ast_film.input_tdim=1024", "dataset.w=512"]),
+        ("models.ast_film.conditioned_layers=[3,12]", ["conditioned_layers", "12"]),
+        ("training.warmup_epochs=101", ["training.warmup_epochs", "training.epochs=100"]),
+        ("training.device=cuda", ["training.device=cuda", "cpu"]),
+        ("training.precision=fp16", ["training.precision=fp16"]),
+        ("training.label_smoothing=.1", ["training.label_smoothing", "ce"]),
+        ("augment.speed_range=[1.1,.9]", ["augment.speed_range", "low <= high"]),
+        ("augment.vtlp_range=[0,1]", ["augment.vtlp_range", "above 0"]),
+        ("augment.noise_probability=1.5", ["augment.noise_probability", "at most 1"]),
+        ("audio.high_freq=9000", ["audio.high_freq=9000", "half"]),
+        ("backbone.num_heads=7", ["backbone.embed_dim=768", "7"]),
+        ("training.selection=fixed training.early_stopping_patience=3", ["patience", "fixed"]),
+        ("training.selection=fixed training.min_sensitivity=.5", ["min_sensitivity", "fixed"]),
+        ("training.loss=ce dataset.n_cls=2", ["training.loss=ce", "dataset.n_cls=4"]),
+        ("training.accumulation_steps=32", ["accumulation_steps", "batch_size"]),
+        ("epochs", ["not an override", "key=value"]),
+    ],
+)
+def test_a_bad_key_value_or_contradiction_is_named(override, words):
+    if "cuda" in override or "fp16" in override:
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("this machine has CUDA, so the value is right here")
+    with pytest.raises(UserError) as error:
+        shipped("ast_film", *override.split(" "))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_files_that_are_no_configuration_are_named(tmp_path):
+    with pytest.raises(UserError, match="no configuration file"):
+        load_config([tmp_path / "none.yaml"])
+    for content in ("- a\n- b\n", "training: [unclosed\n", "\x00"):
+        broken = tmp_path / "broken.yaml"
+        broken.write_text(content)
+        with pytest.raises(UserError, match=r"broken\.yaml"):
+            load_config([broken])
+
+
+def test_a_script_refuses_another_variants_configuration():
+    with pytest.raises(UserError, match=r"this script trains ast, but .* ast_film"):
+        load_config([ROOT / "configs" / "ast_film_config.yaml"], variant="ast")
+
+
+def test_data_folder_must_be_set():
+    with pytest.raises(UserError, match=r"dataset\.data_folder"):
+        config_from_dict({"models": {"ast": {}}})
+
+
+def test_wildcard_reaches_the_variants_that_have_the_key():
+    values = {"dataset": {"data_folder": "x"}, "models": {"*": {"conditioned_layers": "last_2"}}}
+    film = config_from_dict({**values, "models": {**values["models"], "ast_film": None}})
+    assert film.model.conditioned_layers == "last_2"
+    ast = config_from_dict({**values, "models": {**values["models"], "ast": None}})
+    assert not hasattr(ast.model, "conditioned_layers")
+
+
+def test_the_later_word_wins_between_the_wildcard_and_a_variants_name():
+    assert shipped("ast_film", extra=("demo.yaml",)).model.dropout == 0.1
+    named = shipped("ast_film", "models.ast_film.dropout=0.3", extra=("demo.yaml",))
+    assert named.model.dropout == 0.3 and named.model.input_tdim == 128
+    assert shipped("ast_film", "models.*.dropout=0.2", extra=("demo.yaml",)).model.dropout == 0.2
+
+
+@pytest.mark.parametrize("variant", CONFIGS)
+def test_round_trip_through_yaml_and_dictionary(variant):
+    config = shipped(variant, "training.seed=3", "augment.noise_snr_db=[5,15]")
+    again = config_from_dict(OmegaConf.to_container(OmegaConf.create(config_to_yaml(config))))
+    assert again == config and config_hash(again) == config_hash(config)
+
+
+def test_hash_ignores_places_and_nothing_else():
+    base = shipped("ast_film")
+    same = shipped(
+        "ast_film",
+        "training.output_dir=elsewhere",
+        "training.resume=never",
+        "dataset.cache_dir=elsewhere",
+        "mlflow.enabled=false",
+    )
+    assert config_hash(same) == config_hash(base)
+    for override in ("training.seed=1", "dataset.val_seed=1", "models.ast_film.dropout=.3"):
+        assert config_hash(shipped("ast_film", override)) != config_hash(base)
+
+
+@given(st.dictionaries(st.text(min_size=1), st.integers() | st.text() | st.none(), max_size=3))
+def test_any_section_loads_or_is_refused_in_words(section):
+    try:
+        config_from_dict({"dataset": {"data_folder": "x"}, "models": {"ast": {}}, **section})
+    except UserError as error:
+        assert str(error)
+
+
+def test_every_key_says_what_it_means_and_the_readme_has_the_table():
+    table = config_table.table()
+    assert all(row.split("|")[-2].strip() for row in table.splitlines()), "a key without a comment"
+    for name, variant in VARIANTS.items():
+        bare = config_from_dict({"dataset": {"data_folder": "x"}, "models": {name: {}}})
+        for key in flatten(config_to_dict(bare)):
+            shown = key.replace(f"models.{variant.name}.", "models.<variant>.")
+            if not key.startswith("mlflow.tags"):
+                assert f"`{shown}`" in table
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert config_table.insert(readme, table) == readme, "run: python -m utils.config_table --write"

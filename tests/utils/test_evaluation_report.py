@@ -1,0 +1,411 @@
+"""Predictions -> report -> Markdown, model card and the README's tables."""
+
+import csv
+import io
+import json
+import logging
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from tests.utils.evaluation_tables import cycle_table, predictions
+from utils.errors import UserError
+from utils.evaluation import paper
+from utils.evaluation.evaluate import compare_predictions, evaluate_predictions, plain
+from utils.evaluation.metrics import sp_se_score
+from utils.evaluation.predictions import (
+    class_numbers,
+    labels,
+    logits,
+    probabilities,
+    read_predictions,
+    write_predictions,
+)
+from utils.evaluation.protocol import MARKS, PARTIAL_MARK, caption, statement
+from utils.evaluation.render import model_card, to_markdown
+from utils.evaluation.report import build_tables, main
+from utils.evaluation.runs import folders_from_mlflow, read_runs
+from utils.evaluation.subgroups import age_group, subgroup_table
+from utils.figures.published import read_published
+from utils.task import Task
+
+TASKS = (Task(4), Task(2), Task(4, exclusive=True))
+
+
+def report_of(task, *, selection="validation", seed=0, thresholds=None, patients=12, **options):
+    frame = predictions(task, cycle_table(patients), seed)
+    thresholds = task.default_thresholds if thresholds is None else thresholds
+    return evaluate_predictions(
+        frame, task, thresholds, selection=selection, bootstrap=100, **options
+    )
+
+
+# --- predictions table ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_predictions_survive_the_file(task, tmp_path):
+    frame = predictions(task, cycle_table())
+    path = write_predictions(frame, tmp_path / "new" / "test.csv")
+    back = read_predictions(path, task)
+    pd.testing.assert_frame_equal(back, frame, check_dtype=False)
+    assert probabilities(back, task) == pytest.approx(task.probabilities(logits(back, task)))
+    assert (task.true_classes(labels(back, task)) == class_numbers(back, task)).all()
+    assert [p.name for p in path.parent.iterdir()] == ["test.csv"]
+
+
+def test_wrong_predictions_are_named(tmp_path):
+    path = write_predictions(predictions(Task(2), cycle_table()), tmp_path / "test.csv")
+    with pytest.raises(UserError, match="p_crackle"):
+        read_predictions(path, Task(4))
+    with pytest.raises(UserError, match=r"nothing\.csv"):
+        read_predictions(tmp_path / "nothing.csv", Task(2))
+    frame = read_predictions(path, Task(2))
+    write_predictions(frame.assign(pred_class="rhonchus"), path)
+    with pytest.raises(UserError, match="rhonchus"):
+        read_predictions(path, Task(2))
+
+
+# --- report --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_report_is_json_and_its_figures_are_the_metrics(task):
+    table = cycle_table()
+    frame = predictions(task, table)
+    thresholds = (0.4,) * task.n_thresholds
+    report = evaluate_predictions(frame, task, thresholds, selection="validation", bootstrap=200)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    true = class_numbers(frame, task)
+    rules = {"chosen": thresholds, "default": task.default_thresholds}
+    for rule, values in rules.items():
+        pred = task.predicted_classes(probabilities(frame, task), values)
+        expected = sp_se_score(true, pred)
+        found = report["metrics"][rule]
+        assert [found[k]["value"] for k in ("sp", "se", "score")] == pytest.approx(expected)
+        assert found["score"]["low"] < expected.score < found["score"]["high"]
+        assert np.trace(report["confusion"][rule]) == (true == pred).sum()
+    assert report["counts"]["cycles"] == len(table) == sum(np.ravel(report["patient_tables"]))
+    assert report["counts"]["patients"] == len(report["patients"]) == 12
+    assert report["thresholds"]["chosen"] == list(thresholds)
+    assert set(report["calibration"]) == set(task.outputs)
+
+
+def test_thresholds_none_keeps_the_decisions_of_the_table():
+    task, frame = Task(2), predictions(Task(2), cycle_table())
+    frame["pred_class"] = frame["true_class"]
+    report = evaluate_predictions(frame, task, None, selection="validation", bootstrap=20)
+    assert report["metrics"]["chosen"]["score"]["value"] == 100
+    assert report["metrics"]["default"]["score"]["value"] < 100
+    assert report["thresholds"]["chosen"] is None and "those of each fold" in to_markdown(report)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_part_with_one_class_reports_nothing_undefined(task):
+    frame = predictions(task, cycle_table().assign(Crackles=0, Wheezes=0))
+    report = evaluate_predictions(
+        frame, task, task.default_thresholds, selection="fixed", bootstrap=20
+    )
+    score = report["metrics"]["chosen"]["score"]
+    assert score == {"value": None, "low": None, "high": None}
+    assert report["operating_curve"]["se"] == []
+    text = to_markdown(report)
+    assert "nan" not in text.lower().split() and "| Score | – | – |" in text
+
+
+@pytest.mark.parametrize("selection", ["validation", "fixed", "test"])
+@pytest.mark.parametrize("partial", ["", "PARTIAL: 50 of 920 recordings"])
+def test_every_table_carries_rule_and_partial_data(selection, partial):
+    floors = {"class prior": {"metrics": report_of(Task(4))["metrics"]}}
+    report = report_of(Task(4), selection=selection, partial_message=partial)
+    difference = {"value": -3.0, "low": -5.0, "high": -1.0, "p": 0.004}
+    probe = [{"metadata": "shuffled", "sp": 50.0, "se": 40.0, "score": 45.0}]
+    report |= {"floors": floors, "metadata_test": [probe[0] | {"difference": difference}]}
+    text = to_markdown(report)
+    captions = [
+        line for line in text.splitlines() if line.startswith("**") and line.endswith(")**")
+    ]
+    assert len(captions) == text.count("\n|---") == 7  # one caption for each table
+    for line in captions:
+        assert MARKS[selection] in line and (PARTIAL_MARK in line) == bool(partial)
+    assert statement(selection) in text and (partial in text)
+    assert "| shuffled | 50.00 | 40.00 | 45.00 | -3.00 [-5.00, -1.00] | 0.004 |" in text
+    card = model_card(
+        report,
+        title="FiLM-AST",
+        variant="ast_film",
+        seed=3,
+        epoch=7,
+        training_counts=report["counts"],
+    )
+    for needed in (MARKS[selection], statement(selection), "research only", "12 patients", partial):
+        assert needed in card
+    assert (PARTIAL_MARK in card) == bool(partial)
+
+
+def test_caption_refuses_an_unknown_rule():
+    with pytest.raises(UserError, match="best-of-ten"):
+        caption("Table", "best-of-ten", False)
+
+
+def test_plain_has_no_numpy_and_no_nan():
+    value = {"a": np.float32(np.nan), 2: (np.int64(3), np.array([1.5, np.inf])), "c": [None, "x"]}
+    assert plain(value) == {"a": None, "2": [3, [1.5, None]], "c": [None, "x"]}
+
+
+# --- subgroups -----------------------------------------------------------------------------------
+
+
+def test_age_groups_by_hand():
+    ages = pd.Series([0.25, 17.9, 18, 64.9, 65, 93, np.nan])
+    assert list(age_group(ages)) == [
+        "< 18", "< 18", "18-64", "18-64", ">= 65", ">= 65", "unknown"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_subgroups_cover_all_cycles_and_hide_small_rates(task):
+    frame = predictions(task, cycle_table())
+    frame.loc[:4, "sex"] = None  # five cycles of unknown sex
+    table = subgroup_table(frame, task)
+    for group, rows in table.groupby("group"):
+        assert rows["cycles"].sum() == len(frame), group
+        assert (rows["normal"] + rows["abnormal"] == rows["cycles"]).all()
+    unknown = table[(table["group"] == "sex") & (table["value"] == "unknown")].iloc[0]
+    assert unknown["cycles"] == 5 and unknown[["sp", "se", "score"]].isna().all()
+    assert (table["sp"].isna() == (table["normal"] < 10)).all()
+    assert (table["se"].isna() == (table["abnormal"] < 10)).all()
+    device = table[(table["group"] == "device") & table["score"].notna()].iloc[0]
+    rows = frame[frame["device"] == device["value"]]
+    expected = sp_se_score(class_numbers(rows, task), class_numbers(rows, task, "pred_class"))
+    assert device[["sp", "se", "score"]].to_list() == pytest.approx(expected)
+    known = table[(table["group"] == "bmi") & (table["value"] == "unknown")].iloc[0]
+    assert known["patients"] == 1
+
+
+def test_comparison_is_second_minus_first():
+    table = cycle_table(patients=20)
+    named = {
+        name: predictions(Task(2), table, seed, skill)
+        for name, seed, skill in (("poor", 0, 0.0), ("good", 1, 2.0), ("fair", 2, 0.6))
+    }
+    rows = compare_predictions(named, Task(2), bootstrap=500)
+    score = {(r["first"], r["second"]): r for r in rows if r["figure"] == "score"}
+    assert list(score) == [("poor", "good"), ("poor", "fair"), ("good", "fair")]
+    assert score["poor", "good"]["low"] > 0 > score["good", "fair"]["high"]
+    assert score["poor", "good"]["p"] < 0.01
+
+
+# --- tables of runs ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """Maker of finished run folders."""
+
+    def make(variant="ast_film", *, seed=0, n_cls=4, selection="validation", blocks=12,
+             layers=tuple(range(12)), partial="", lr=3e-5, patients=12):  # fmt: skip
+        task = Task(n_cls)
+        test = report_of(
+            task, selection=selection, seed=seed, partial_message=partial, patients=patients
+        )
+        report = {
+            "variant": variant,
+            "title": paper.TITLES.get(variant, variant),
+            "n_cls": n_cls,
+            "selection": selection,
+            "seed": seed,
+            "partial": bool(partial),
+            "partial_message": partial,
+            "counts": {"train": test["counts"]},
+            "test": test,
+        }
+        layers = layers if isinstance(layers, str) else list(layers)
+        section = {} if variant in ("ast", "ast_grf") else {"conditioned_layers": layers}
+        config = {
+            "dataset": {"split_strategy": "official", "n_cls": n_cls, "cache_dir": "cache"},
+            "backbone": {"depth": 12, "trainable_blocks": blocks},
+            "models": {variant: section},
+            "training": {"seed": seed, "selection": selection, "lr": lr, "output_dir": "runs"},
+            "mlflow": {"enabled": False},
+        }
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        (folder / "report.json").write_text(json.dumps(report))
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        return folder
+
+    return make
+
+
+def cells(table, first):
+    """The row whose first cell is `first`, by heading."""
+    (row,) = [row for row in table.rows if row[0] == first]
+    return dict(zip(table.head, row, strict=True))
+
+
+def test_seeds_are_averaged_beside_the_paper(run_folder):
+    runs = read_runs([run_folder(seed=s) for s in (0, 1, 2)])
+    (table,) = build_tables(runs, ["4-class"])
+    row = cells(table, "FiLM-AST")
+    values = [r.report["test"]["metrics"]["chosen"]["score"]["value"] for r in runs]
+    assert row["Score, ours"].startswith(f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} [")
+    assert row["Score, ours"].endswith("n = 3")
+    assert row["Score, paper"] == "62.37 ± 1.05"
+    assert cells(table, "SoftFiLM-AST")["Score, ours"] == "–"
+    assert [r[0] for r in table.rows] == list(paper.TITLES.values())
+    assert any("Test: 144 cycles" in note for note in table.notes)
+
+
+def test_rules_and_partial_data_never_share_a_table(run_folder):
+    folders = [
+        run_folder(),
+        run_folder(selection="test"),
+        run_folder(partial="PARTIAL: 50 of 920 recordings"),
+        run_folder(patients=11),
+    ]
+    tables = build_tables(read_runs(folders), ["4-class"])
+    assert len(tables) == 4
+    marks = [MARKS["test"] in t.title for t in tables]
+    assert marks == [False, False, False, True]  # honest rules first
+    shouted = [t for t in tables if PARTIAL_MARK in t.title]
+    assert len(shouted) == 1 and "50 of 920 recordings" in shouted[0].notes[0]
+    assert all(cells(t, "FiLM-AST")["Score, ours"].endswith("n = 1") for t in tables)
+
+
+def test_other_settings_are_not_seeds(run_folder):
+    folders = [run_folder(seed=0), run_folder(seed=1), run_folder(seed=0, lr=1e-4)]
+    (table,) = build_tables(read_runs(folders), ["4-class"])
+    named = [row for row in table.rows if row[0].startswith("FiLM-AST · ")]
+    assert sorted(row[3].split(", ")[-1] for row in named) == ["n = 1", "n = 2"]
+
+
+def test_the_same_run_twice_is_refused(run_folder):
+    folders = [run_folder(), run_folder()]
+    with pytest.raises(UserError, match="same seed"):
+        build_tables(read_runs(folders))
+    assert len(read_runs([folders[0], folders[0]])) == 1
+
+
+def test_two_class_table_keeps_collapsed_figures_apart(run_folder):
+    folders = [run_folder("ast_tafilm", n_cls=2), run_folder("ast_tafilm", n_cls=4)]
+    tables = build_tables(read_runs(folders), ["2-class"])
+    (table,) = tables
+    assert cells(table, "TAFiLM-AST")["Score, paper"] == "71.10 ± 0.95"
+    collapsed = cells(table, "TAFiLM-AST (4-class model, collapsed)")
+    assert collapsed["Score, paper"] == "–" and collapsed["Score, ours"] != "–"
+    assert any("72.10, printed 71.10" in note for note in table.notes)
+
+
+def test_freezing_and_layers_tables(run_folder):
+    folders = [run_folder(blocks=b) for b in (0, 12)]
+    folders += [run_folder("ast_softfilm", layers=ls) for ls in (range(12), (10, 11), (0, 5))]
+    tables = build_tables(read_runs(folders))
+    by_title = {t.title.split(",")[0]: t for t in tables}
+    freezing, layers = by_title["Backbone freezing"], by_title["Conditioned layers"]
+    assert [row[0] for row in freezing.rows] == ["n = 0", "n = 4", "n = 8", "n = 12"]
+    assert cells(freezing, "n = 0")["FiLM-AST, paper"] == "53.09"
+    assert cells(freezing, "n = 0")["FiLM-AST, ours"] != "–"
+    assert cells(freezing, "n = 4")["FiLM-AST, ours"] == "–"
+    names = [row[0] for row in layers.rows]
+    assert names == ["{0, 5}", "Last 2 {10, 11}", "Last 6 {6–11}", "All 12 {0–11}"]
+    assert cells(layers, "Last 2 {10, 11}")["SoftFiLM-AST, paper"] == "62.45"
+    assert cells(layers, "Last 2 {10, 11}")["SoftFiLM-AST, ours"] != "–"
+    # a partly conditioned model is no entry of the main table
+    main_row = cells(by_title["4-class evaluation (selected on validation patients)"],
+                     "SoftFiLM-AST")  # fmt: skip
+    assert main_row["Score, ours"].endswith("n = 1")
+
+
+def test_presets_of_layers_count_as_what_they_name(run_folder):
+    folders = [run_folder("ast_softfilm", layers=name) for name in ("all", "last_2")]
+    tables = {t.title.split(",")[0]: t for t in build_tables(read_runs(folders))}
+    rows = [row[0] for row in tables["Conditioned layers"].rows if row[1] != "–"]
+    assert rows == ["Last 2 {10, 11}", "All 12 {0–11}"]
+    assert "4-class evaluation (selected on validation patients)" in tables
+
+
+def test_command_prints_each_format(run_folder, capsys):
+    folders = [str(run_folder("ast_tafilm", n_cls=2, partial="PARTIAL: 7 patients"))]
+    assert main([*folders, "--table", "2-class"]) == 0
+    assert "### 2-class evaluation (selected on validation patients; PARTIAL DATA)" in (
+        capsys.readouterr().out
+    )
+    assert main([*folders, "--format", "latex"]) == 0
+    latex = capsys.readouterr().out
+    assert r"\toprule" in latex and r"71.10 $\pm$ 0.95" in latex and "PARTIAL DATA" in latex
+    body = latex[latex.index(r"\midrule") : latex.index(r"\bottomrule")].strip().splitlines()[1:]
+    assert all(line.count(" & ") == 6 and line.endswith(r"\\") for line in body)
+    assert main([*folders, "--format", "csv"]) == 0
+    text = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    rows = list(csv.DictReader(io.StringIO("\n".join(text))))
+    assert len(rows) == 4 and {row["selection"] for row in rows} == {"validation"}
+    assert {row["partial"] for row in rows} == {"True"}
+
+
+def test_command_names_what_is_wrong(run_folder, tmp_path, caplog):
+    (tmp_path / "empty").mkdir()
+    assert main([str(tmp_path / "empty")]) == 2
+    assert "no config.yaml" in caplog.text and "fill no table" in caplog.text
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "no folder" in caplog.text
+    caplog.clear()
+    unfinished = run_folder()
+    (unfinished / "report.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert main([str(unfinished)]) == 2
+    assert "is not finished" in caplog.text and "fill no table" in caplog.text
+    (tmp_path / "empty" / "group.json").write_text("{}")  # runs/* holds groups as well
+    caplog.clear()
+    assert main([str(tmp_path / "empty"), str(run_folder())]) == 0
+    assert "left out" not in caplog.text
+    assert main([]) == 2
+    assert "no run folders given" in caplog.text
+
+
+def test_run_folders_are_found_through_mlflow(run_folder, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database takes seconds to set up
+    folder = run_folder()
+    uri = (tmp_path / "tracking").as_uri()
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    experiment = client.create_experiment("here")
+    for tags in ({"run_folder": str(folder)}, {"run_folder": str(tmp_path / "gone")}, {}):
+        client.create_run(experiment, tags=tags)
+    assert folders_from_mlflow(uri, "here") == [folder]
+    with pytest.raises(UserError, match="no MLflow experiment"):
+        folders_from_mlflow(uri, "elsewhere")
+
+
+# --- the paper's figures -------------------------------------------------------------------------
+
+
+def test_printed_scores_are_the_means_but_for_one():
+    wrong = []
+    for n_cls, rows in paper.RESULTS.items():
+        for variant, row in rows.items():
+            if "sp" in row:
+                mean = (row["sp"].value + row["se"].value) / 2
+                if abs(mean - row["score"].value) > 0.011:
+                    wrong.append((n_cls, variant))
+    assert wrong == [(2, "ast_tafilm")]
+    for variant, row in paper.RESULTS[4].items():
+        assert paper.FREEZING[12][variant] == row["score"].value
+    assert paper.LAYERS[12] == paper.FREEZING[12]["ast_softfilm"]
+
+
+def test_printed_figures_equal_those_of_the_comparison_figure():
+    table = read_published()
+    table = table[table["authors"].str.startswith("Kontogiannis")]
+    names = {title: variant for variant, title in paper.TITLES.items()}
+    seen = 0
+    for row in table.itertuples():
+        if row.method in names:
+            printed = paper.RESULTS[int(row.task[0])][names[row.method]]
+            for figure in ("sp", "se", "score"):
+                if figure in printed:
+                    assert getattr(row, figure) == printed[figure].value
+            seen += 1
+    assert seen >= 8

@@ -1,0 +1,256 @@
+"""Every configuration key does something: a second value changes what a run reads, builds or does.
+
+For each leaf key there is a second value and a probe; the probe's result under that value must
+differ from the one under the default. The few keys that no probe can show name the test that does.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.splits import split_cycles
+from models.registry import VARIANTS
+from tests.utils.tiny import LIVELY, cycle_table, tiny_config, tiny_trainer
+from utils.config import RunConfig, config_to_dict, flatten
+from utils.errors import UserError
+from utils.training.assemble import build_data
+from utils.training.runfolder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def digest(*values) -> str:
+    sha = hashlib.sha256()
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            value = value.detach().contiguous().numpy()
+        sha.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+    return sha.hexdigest()
+
+
+def trained(config: RunConfig, folder: Path) -> str:
+    """Weights, figures and checkpoint of a short training on sounds in memory."""
+    torch.manual_seed(0)
+    trainer = tiny_trainer(config, folder / "run")
+    progress = trainer.fit()
+    history = [{k: v for k, v in row.items() if k != "clips_per_s"} for row in progress.history]
+    weights = trainer.model.state_dict()
+    return digest(history, progress.thresholds, *weights, *weights.values())
+
+
+def read(config: RunConfig, folder: Path) -> str:
+    """Rows of each part and the sounds of a few cycles."""
+    data = build_data(config)
+    batch = data.batch(data.split.train[:4])
+    return digest(data.split.train, data.split.val, data.split.test, batch.waveform, data.label)
+
+
+def divided(config: RunConfig, folder: Path) -> str:
+    """Validation rows among so many patients that more than one choice is balanced."""
+    dataset = config.dataset
+    table = cycle_table(400).astype({"PID": int})
+    split = split_cycles(table, val_fraction=0.2, val_seed=dataset.val_seed)
+    return digest(split.val)
+
+
+def placed(config: RunConfig, folder: Path) -> str:
+    """Where a run keeps its files."""
+    return digest(RunFolder.of(config).path.parent)
+
+
+def refused(config: RunConfig, folder: Path) -> str:
+    """For keys with one legal value on this machine: the second is refused by name."""
+    raise AssertionError("a configuration with this value must not even load")
+
+
+# key: (second value, probe, what must hold besides for the key to matter)
+KEYS: dict[str, tuple] = {
+    "dataset.name": ("other", refused, {}),
+    "dataset.data_folder": ("elsewhere", read, {}),
+    "dataset.class_split": ("other", refused, {}),
+    "dataset.split_strategy": ("random", read, {}),
+    "dataset.test_fold": (1, read, {"dataset.split_strategy": "foldwise"}),
+    "dataset.split_seed": (3, read, {"dataset.split_strategy": "random"}),
+    "dataset.test_fraction": (0.7, read, {"dataset.split_strategy": "random"}),
+    "dataset.val_fraction": (0.5, read, {}),
+    "dataset.val_seed": (5, divided, {}),
+    "dataset.n_cls": (2, trained, {}),
+    "dataset.batch_size": (4, trained, {}),
+    "dataset.h": (24, trained, {}),
+    "dataset.w": (64, trained, {}),
+    "audio.sample_rate": (8000, read, {"audio.high_freq": 4000.0}),
+    "audio.resampler": ("soxr_hq", read, {}),
+    "audio.clip_seconds": (0.7, trained, {}),
+    "audio.pad_type": ("zero", trained, {}),
+    "audio.frame_length_ms": (25.0, trained, {}),
+    "audio.frame_shift_ms": (12.0, trained, {}),
+    "audio.low_freq": (50.0, trained, {}),
+    "audio.high_freq": (7000.0, trained, {}),
+    "audio.mean": (-4.0, trained, {}),
+    "audio.std": (4.0, trained, {}),
+    "audio.fit": ("pad", trained, {}),
+    "augment.enabled": (False, trained, {}),
+    "augment.noise_rms": (0.1, trained, {}),
+    "augment.noise_snr_db": ([0.0, 1.0], trained, {}),
+    "augment.speed_range": ([0.5, 0.6], trained, {}),
+    "augment.loudness_range": ([0.1, 0.2], trained, {}),
+    "augment.vtlp_range": ([0.7, 0.75], trained, {}),
+    "augment.vtlp_fhi": (2000.0, trained, {}),
+    "augment.freq_masks": (5, trained, {}),
+    "augment.freq_mask_width": (20, trained, {}),
+    "augment.time_masks": (5, trained, {}),
+    "augment.time_mask_width": (20, trained, {}),
+    "backbone.embed_dim": (24, trained, {}),
+    "backbone.depth": (3, trained, {}),
+    "backbone.num_heads": (4, trained, {}),
+    "backbone.mlp_ratio": (3.0, trained, {}),
+    "backbone.patch_size": (12, trained, {}),
+    "backbone.freq_stride": (8, trained, {}),
+    "backbone.time_stride": (8, trained, {}),
+    "backbone.trainable_blocks": (1, trained, {}),
+    "models.*.dropout": (0.1, trained, {}),
+    "models.*.activation": ("gelu", trained, {}),
+    "models.*.head_hidden_dim": (32, trained, {}),
+    "models.*.label_dim": (1, refused, {}),
+    "models.*.input_fdim": (7, refused, {}),
+    "models.*.input_tdim": (7, refused, {}),
+    "models.*.dev_embed_dim": (4, trained, {}),
+    "models.*.site_embed_dim": (4, trained, {}),
+    "models.*.rest_dim": (4, refused, {}),
+    "models.*.metadata_dropout": (0.5, trained, {}),
+    "models.*.metadata_fields": (["device", "age"], trained, {}),
+    "models.*.gate_init": (0.1, trained, {}),
+    "models.*.film_hidden_dim": (32, trained, {}),
+    "models.*.conditioned_layers": ([1], trained, {}),
+    "models.*.mask_init_scale": (1.0, trained, {}),
+    "models.*.mask_overlap_lambda": (1.0, trained, {}),
+    "models.*.mask_coverage_lambda": (1.0, trained, {}),
+    "models.*.per_layer_masks": (True, trained, {}),
+    "models.*.mask_mode": ("softmax", trained, {}),
+    "models.*.mask_temperature": (0.5, trained, {}),
+    "models.*.mask_annealing": (True, trained, {"training.epochs": 8}),
+    "models.*.mask_annealing_epochs": (
+        8,
+        trained,
+        {"models.*.mask_annealing": True, "training.epochs": 8},
+    ),
+    "models.*.mask_lr_multiplier": (1.0, trained, {}),
+    "training.epochs": (2, trained, {}),
+    "training.lr": (2e-3, trained, {}),
+    "training.warmup_epochs": (0.0, trained, {}),
+    "training.weight_decay": (0.5, trained, {}),
+    "training.sensitivity_bias": (3.0, trained, {}),
+    "training.grad_clip": (0.01, trained, {}),
+    "training.accumulation_steps": (2, trained, {}),
+    "training.loss": ("focal", trained, {}),
+    "training.focal_gamma": (1.0, trained, {"training.loss": "focal"}),
+    "training.asymmetric_gamma_pos": (3.0, trained, {"training.loss": "asymmetric"}),
+    "training.asymmetric_gamma_neg": (1.0, trained, {"training.loss": "asymmetric"}),
+    "training.asymmetric_clip": (0.3, trained, {"training.loss": "asymmetric"}),
+    "training.label_smoothing": (0.3, trained, {"training.loss": "ce"}),
+    "training.sampler": ("balanced", trained, {}),
+    "training.selection": ("fixed", trained, {}),
+    "training.min_sensitivity": (0.99, trained, {}),
+    "training.early_stopping_patience": (1, trained, {"training.epochs": 8}),
+    "training.seed": (1, trained, {}),
+    "training.precision": ("bf16", trained, {}),
+    "training.output_dir": ("elsewhere", placed, {}),
+    "training.device": ("gpu", refused, {}),
+    "mlflow.tracking_uri": ("http://user:secret@host", refused, {}),
+    **{
+        f"augment.{name}_probability": (0.0, trained, {})
+        for name in ("noise", "speed", "loudness", "vtlp", "specaugment")
+    },
+}
+
+# key: file and name of the test that shows what it does
+ELSEWHERE = {
+    "dataset.cycle_metadata_path": ("tests/data/test_metadata.py", "check_metadata"),
+    "dataset.cache_dir": ("tests/data/test_waveforms.py", "cache_dir"),
+    "dataset.on_bad_recording": ("tests/data/test_waveforms.py", "on_bad_recording"),
+    "dataset.store_workers": ("tests/data/test_waveforms.py", "workers"),
+    "backbone.weights": ("tests/models/test_pretrained.py", "imagenet"),
+    "backbone.weights_path": ("tests/models/test_pretrained.py", "audioset"),
+    "backbone.gradient_checkpointing": ("tests/models/test_ast.py", "gradient_checkpointing"),
+    "training.compile": ("tests/models/test_conditioners.py", "torch.compile"),
+    "training.resume": ("tests/test_scripts.py", "training.resume=never"),
+    "training.checkpoint_minutes": ("tests/utils/test_resume.py", "checkpoint_minutes"),
+    "training.frozen_cache": ("tests/utils/test_inputs.py", "frozen_cache"),
+    "training.checkpoint_dir": ("tests/test_scripts.py", "checkpoints"),
+    "mlflow.enabled": ("tests/utils/test_tracking.py", "enabled"),
+    "mlflow.experiment_name": ("tests/utils/test_tracking.py", "experiment_name"),
+    "mlflow.run_name": ("tests/utils/test_tracking.py", "run_name"),
+    "mlflow.tags": ("tests/utils/test_tracking.py", "tags"),
+    "mlflow.log_checkpoint": ("tests/test_scripts.py", "log_checkpoint"),
+}
+
+
+def all_keys() -> set[str]:
+    keys = set()
+    for name in VARIANTS:
+        flat = flatten(config_to_dict(tiny_config(name)))
+        keys |= {key.replace(f"models.{name}.", "models.*.") for key in flat}
+    return keys | {"mlflow.tags"}  # an empty dictionary has no leaf
+
+
+def test_no_key_is_forgotten():
+    assert all_keys() == set(KEYS) | set(ELSEWHERE)
+    assert not set(KEYS) & set(ELSEWHERE)
+
+
+def variant_with(key: str) -> str:
+    leaf = key.rpartition(".")[2]
+    wanted = "ast_grf" if leaf == "gate_init" else "ast_softfilm"
+    assert (
+        not key.startswith("models.") or leaf in VARIANTS[wanted].config_class.__dataclass_fields__
+    )
+    return wanted
+
+
+@pytest.fixture(scope="module")
+def baseline() -> dict:
+    """Results under the default value, shared by the keys that need the same surroundings."""
+    return {}
+
+
+@pytest.mark.parametrize("key", sorted(KEYS))
+def test_a_second_value_matters(key, baseline, tmp_path, synthetic_corpus):
+    value, probe, surroundings = KEYS[key]
+    variant = variant_with(key)
+    common = {**LIVELY, "training.epochs": 3, **surroundings}
+    if probe is read:
+        common |= {
+            "dataset.data_folder": str(synthetic_corpus),
+            "dataset.cache_dir": str(synthetic_corpus.parent / "cache"),
+            "dataset.store_workers": 1,
+        }
+    if probe is refused:
+        with pytest.raises(UserError, match=key.rpartition(".")[2]):
+            tiny_config(variant, **{**common, key: value})
+        return
+    if key == "dataset.data_folder":
+        with pytest.raises(UserError, match="elsewhere"):
+            read(tiny_config(variant, **{**common, key: value}), tmp_path)
+        return
+    place = (variant, probe.__name__, repr(sorted(common.items(), key=str)))
+    if place not in baseline:
+        baseline[place] = probe(tiny_config(variant, **common), tmp_path / "default")
+        again = probe(tiny_config(variant, **common), tmp_path / "again")
+        assert again == baseline[place], "the probe itself is not reproducible"
+    assert (
+        probe(tiny_config(variant, **{**common, key: value}), tmp_path / "new") != baseline[place]
+    )
+
+
+@pytest.mark.parametrize("key", sorted(ELSEWHERE))
+def test_the_test_that_shows_it_is_there(key):
+    file, word = ELSEWHERE[key]
+    source = (ROOT / file).read_text(encoding="utf-8")
+    tests = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]
+    assert any(word in ast.get_source_segment(source, node) for node in tests), (file, word)

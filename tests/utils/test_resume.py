@@ -1,0 +1,311 @@
+"""Interrupted and resumed equals uninterrupted, bit for bit, wherever the interruption falls."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from tests.utils.tiny import (
+    LIVELY,
+    comparable,
+    cycle_table,
+    differing,
+    tiny_config,
+    tiny_data,
+    tiny_trainer,
+    weights,
+)
+from utils.errors import Preempted, UserError
+from utils.training.checkpoint import load_checkpoint
+from utils.training.runfolder import RunFolder
+
+#: Dropout (the default .4), augmentation, annealed masks, metadata dropout, accumulation, early
+#: stopping: everything that has a state.
+STATEFUL = LIVELY | {
+    "models.*.mask_annealing": True,
+    "models.*.mask_annealing_epochs": 9,
+    "models.*.metadata_dropout": 0.2,
+    "training.accumulation_steps": 2,
+    "training.early_stopping_patience": 7,
+    "training.epochs": 12,
+}
+STEPS = 3  # per epoch
+
+
+class Crash(Exception):
+    """Stands for a kill: nothing is saved on the way out."""
+
+
+def outcome(trainer):
+    """Everything that must be equal, with the figures that may not."""
+    return {
+        "weights": weights(trainer),
+        "moments": [v for s in trainer.optimizer.state.values() for v in s.values()],
+        "schedule": trainer.schedule.state_dict(),
+        "history": comparable(trainer.progress.history),
+        "progress": (
+            trainer.progress.epoch,
+            trainer.progress.best_epoch,
+            trainer.progress.best_score,
+            trainer.progress.thresholds,
+            trainer.progress.stale,
+        ),
+        "logits": trainer.predict(trainer.data.split.test),
+        "generator": torch.get_rng_state(),
+    }
+
+
+def assert_same(a, b) -> None:
+    assert not differing(a["weights"], b["weights"])
+    assert all(torch.equal(x, y) for x, y in zip(a["moments"], b["moments"], strict=True))
+    assert a["history"] == b["history"]
+    assert a["progress"] == b["progress"]
+    assert a["schedule"] == b["schedule"]
+    assert np.array_equal(a["logits"], b["logits"])
+    assert torch.equal(a["generator"], b["generator"])
+
+
+def at_step(trainer, number: int, act) -> None:
+    """Call `act` during optimiser step `number` (from 0 in this process)."""
+    step, count = trainer._step, [0]
+
+    def watched(parts, batches):
+        if count[0] == number:
+            act()
+        count[0] += 1
+        return step(parts, batches)
+
+    trainer._step = watched
+
+
+def sigterm() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    config = tiny_config(**STATEFUL)
+    trainer = tiny_trainer(config, tmp_path_factory.mktemp("whole"))
+    assert trainer.steps_per_epoch == STEPS
+    progress = trainer.fit()
+    result = outcome(trainer)
+    temperatures = {row["model_masks/temperature"] for row in progress.history}
+    assert len(temperatures) > 1, "the annealing never began: the test would not see it"
+    assert progress.stale > 0
+    return result
+
+
+# Step 2 is the last of its epoch: its flag is read at the boundary.
+@pytest.mark.parametrize("number", [1, 2, 16])
+def test_sigterm_in_an_epoch(number, uninterrupted, tmp_path):
+    config = tiny_config(**STATEFUL)
+    first = tiny_trainer(config, tmp_path)
+    at_step(first, number, sigterm)
+    with pytest.raises(Preempted):
+        first.fit()
+    done = first.progress.epoch * STEPS + first.progress.step
+    assert number + 1 <= done <= number + 2
+    torch.manual_seed(99)  # a new process has other generators
+    np.random.seed(99)  # noqa: NPY002
+    second = tiny_trainer(config, tmp_path)
+    second.fit()
+    assert_same(outcome(second), uninterrupted)
+
+
+@pytest.mark.parametrize("moment", ["evaluation", "tracking"])
+def test_sigterm_between_two_epochs(moment, uninterrupted, tmp_path):
+    config = tiny_config(**STATEFUL)
+    first = tiny_trainer(config, tmp_path)
+    name = {"evaluation": "_close_epoch", "tracking": "_report"}[moment]
+    method, calls = getattr(first, name), []
+
+    def watched(*arguments):
+        calls.append(name)
+        if len(calls) == 2:
+            sigterm()
+        return method(*arguments)
+
+    setattr(first, name, watched)
+    with pytest.raises(Preempted):
+        first.fit()
+    assert (first.progress.epoch, first.progress.step) == (2, 0)
+    second = tiny_trainer(config, tmp_path)
+    second.fit()
+    assert_same(outcome(second), uninterrupted)
+
+
+def test_crashes_lose_only_what_came_after_the_checkpoint(uninterrupted, tmp_path):
+    """Checkpoints at every step, no farewell, several times over."""
+    config = tiny_config(**STATEFUL, **{"training.checkpoint_minutes": 1e-9})
+
+    def crash():
+        raise Crash
+
+    positions = []
+    for survive in (1, 4, 3):
+        trainer = tiny_trainer(config, tmp_path)
+        at_step(trainer, survive, crash)
+        with pytest.raises(Crash):
+            trainer.fit()
+        positions.append(trainer.progress.epoch * STEPS + trainer.progress.step)
+    assert positions == sorted(set(positions))  # each went on where the one before was
+    last = tiny_trainer(config, tmp_path)
+    last.fit()
+    assert_same(outcome(last), uninterrupted)
+
+
+def test_a_finished_training_is_not_trained_again(uninterrupted, tmp_path):
+    config = tiny_config(**STATEFUL, **{"training.checkpoint_minutes": 1e-9})
+    tiny_trainer(config, tmp_path).fit()
+    again = tiny_trainer(config, tmp_path)
+    again._train_epoch = None
+    again.fit()
+    result = outcome(again)
+    assert not differing(result["weights"], uninterrupted["weights"])
+    assert result["history"] == uninterrupted["history"]
+    assert np.array_equal(result["logits"], uninterrupted["logits"])
+
+
+@pytest.mark.parametrize("variant", ["ast", "ast_grf", "ast_film", "ast_tafilm"])
+def test_other_variants_resume_as_exactly(variant, tmp_path):
+    config = tiny_config(variant, **LIVELY, **{"training.sampler": "balanced"})
+    whole = tiny_trainer(config, tmp_path / "whole")
+    whole.fit()
+    expected = outcome(whole)
+    first = tiny_trainer(config, tmp_path / "parts")
+    at_step(first, 3, sigterm)
+    with pytest.raises(Preempted):
+        first.fit()
+    second = tiny_trainer(config, tmp_path / "parts")
+    second.fit()
+    assert_same(outcome(second), expected)
+
+
+def test_the_best_weights_on_disk_belong_to_the_state_beside_them(tmp_path):
+    config = tiny_config(**LIVELY, **{"training.checkpoint_minutes": 1e-9, "training.epochs": 6})
+    trainer = tiny_trainer(config, tmp_path)
+    folder, close, seen = RunFolder(tmp_path).checkpoints, trainer._close_epoch, []
+
+    def checked():
+        row = close()
+        seen.append(sorted(p.name for p in folder.iterdir()))
+        return row
+
+    trainer._close_epoch = checked
+    progress = trainer.fit()
+    assert all(len(names) <= 2 for names in seen)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        f"best-{progress.best_epoch:04d}.pt",
+        "last.pt",
+    ]
+    best = load_checkpoint(folder / f"best-{progress.best_epoch:04d}.pt")
+    assert not differing(best.weights, weights(trainer))
+    trainer.keeper.finish(trainer)
+    trainer.keeper.clean()
+    assert [p.name for p in folder.iterdir()] == ["best.pt"]
+
+
+def interrupted(tmp_path, **overrides):
+    config = tiny_config(**overrides)
+    trainer = tiny_trainer(config, tmp_path)
+    at_step(trainer, 4, sigterm)
+    with pytest.raises(Preempted):
+        trainer.fit()
+    return config
+
+
+def test_another_configuration_is_refused(tmp_path):
+    interrupted(tmp_path)
+    other = tiny_trainer(tiny_config(**{"training.lr": 5e-4}), tmp_path)
+    with pytest.raises(UserError, match=r"belongs to another configuration .*resume=never"):
+        other.fit()
+
+
+def test_keys_that_do_not_change_the_result_may_change(tmp_path):
+    interrupted(tmp_path)
+    config = tiny_config(**{"training.checkpoint_minutes": 1.0, "mlflow.experiment_name": "x"})
+    assert tiny_trainer(config, tmp_path).fit().epoch == 3
+
+
+def test_changed_data_is_refused(tmp_path):
+    config = interrupted(tmp_path)
+    table = cycle_table()
+    table.loc[table.index[0], "Age"] = 99.0
+    with pytest.raises(UserError, match=r"data has changed .*statistics.*resume=never"):
+        tiny_trainer(config, tmp_path, tiny_data(config, table)).fit()
+    table = cycle_table()
+    table["Crackles"] = table["Crackles"].to_numpy()[::-1].copy()
+    with pytest.raises(UserError, match=r"data has changed .*counts"):
+        tiny_trainer(config, tmp_path, tiny_data(config, table)).fit()
+
+
+def test_a_lost_or_damaged_file_is_named(tmp_path):
+    config = interrupted(tmp_path)
+    (best,) = tmp_path.glob("checkpoints/best-*.pt")
+    content = best.read_bytes()
+    best.write_bytes(content[:100])
+    with pytest.raises(UserError, match=best.name):
+        tiny_trainer(config, tmp_path).fit()
+    best.unlink()
+    with pytest.raises(UserError, match=best.name):
+        tiny_trainer(config, tmp_path).fit()
+
+
+def test_a_state_of_other_code_is_refused(tmp_path):
+    config = interrupted(tmp_path)
+    last = RunFolder(tmp_path).last
+    state = torch.load(last, weights_only=True)
+    del state["model"]["head.2.weight"]
+    torch.save(state, last)
+    with pytest.raises(UserError, match=r"does not fit this code .*resume=never"):
+        tiny_trainer(config, tmp_path).fit()
+
+
+# ------------------------------------------------------------------ real processes
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments_loses_nothing(tmp_path):
+    from benchmarks.kill_resume import OVERRIDES, kill_and_compare
+
+    short = (*OVERRIDES, "training.epochs=4", "training.early_stopping_patience=0")
+    tally = kill_and_compare(5, tmp_path, seed=3, overrides=short)
+    assert tally.kills == 5
+    assert tally.runs >= 1
+    assert tally.differences == []
+
+
+@pytest.mark.slow
+def test_sigterm_exits_with_75_and_the_same_command_goes_on(tmp_path, synthetic_corpus):
+    from benchmarks.kill_resume import OVERRIDES, Result, arguments, execute, processes
+
+    context = processes()
+
+    def start(runs):
+        overrides = (*OVERRIDES, "training.epochs=4", "training.early_stopping_patience=0")
+        words = arguments(synthetic_corpus, tmp_path / "cache", runs, overrides)
+        process = context.Process(target=execute, args=(words,))
+        process.start()
+        return process
+
+    whole = start(tmp_path / "whole")
+    whole.join()
+    assert whole.exitcode == 0
+    stopped = start(tmp_path / "parts")
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "parts").glob("*/checkpoints/last.pt")):
+        assert time.monotonic() < deadline and stopped.is_alive()
+        time.sleep(0.01)
+    stopped.terminate()
+    stopped.join()
+    assert stopped.exitcode == 75
+    again = start(tmp_path / "parts")
+    again.join()
+    assert again.exitcode == 0
+    (log,) = (tmp_path / "parts").glob("*/run.log")
+    assert "resuming after epoch" in log.read_text()
+    assert Result(tmp_path / "parts").differences(Result(tmp_path / "whole")) == []

@@ -1,0 +1,260 @@
+"""Bootstrap, paired comparison, seeds: against naive loops, exact cases and coverage."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from benchmarks.protocol_simulation import (
+    SENSITIVITY,
+    SPECIFICITY,
+    check_structure,
+    coverage,
+    draw_tables,
+    read_structure,
+    selection,
+)
+from utils.evaluation.metrics import summarise
+from utils.evaluation.stats import (
+    aligned_tables,
+    auroc_bootstrap,
+    cycle_bootstrap,
+    figures,
+    over_seeds,
+    paired_bootstrap,
+    patient_bootstrap,
+    patient_tables,
+    patient_weights,
+)
+from utils.task import Task
+
+
+def random_study(n=300, patients=12, classes=4, seed=0, accuracy=0.6):
+    rng = np.random.default_rng(seed)
+    true = rng.integers(0, classes, n)
+    pred = np.where(rng.random(n) < accuracy, true, rng.integers(0, classes, n))
+    return true, pred, rng.integers(0, patients, n)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.sampled_from("abcde")), min_size=1)
+)
+@settings(max_examples=100, deadline=None)
+def test_patient_tables_agree_with_counting(rows):
+    true, pred, patient = (np.array(column) for column in zip(*rows, strict=True))
+    patients, tables = patient_tables(true, pred, patient, 4)
+    assert list(patients) == sorted(set(patient))
+    for p, table in zip(patients, tables, strict=True):
+        for t in range(4):
+            for q in range(4):
+                assert table[t, q] == sum(row == (t, q, p) for row in rows)
+
+
+@pytest.mark.parametrize("task", [Task(4), Task(2)])
+def test_figures_agree_with_the_metrics(task):
+    rng = np.random.default_rng(1)
+    label = task.labels(rng.integers(0, 2, 200), rng.integers(0, 2, 200))
+    probability = rng.random((200, len(task.outputs)))
+    true = task.true_classes(label)
+    pred = task.predicted_classes(probability, task.default_thresholds)
+    _, tables = patient_tables(true, pred, np.zeros(200), len(task.classes))
+    expected = summarise(task, probability, label, task.default_thresholds)
+    for name, value in figures(tables[0]).items():
+        assert value == pytest.approx(expected[name]), name
+
+
+def test_bootstrap_agrees_with_resampling_the_rows():
+    """The counts give, resample by resample, what concatenating the drawn patients' rows gives."""
+    true, pred, patient = random_study()
+    patients, tables = patient_tables(true, pred, patient, 4)
+    weights = patient_weights(len(patients), 200, seed=3)
+    scores = []
+    for drawn in weights:
+        rows = np.concatenate(
+            [np.flatnonzero(patient == p) for p, k in zip(patients, drawn, strict=True)
+             for _ in range(k)]
+        )  # fmt: skip
+        t, p = true[rows], pred[rows]
+        scores.append(50 * ((p == 0)[t == 0].mean() + (p == t)[t > 0].mean()))
+    interval = patient_bootstrap(tables, resamples=200, seed=3)["score"]
+    assert (interval.low, interval.high) == pytest.approx(np.percentile(scores, [2.5, 97.5]))
+    assert interval.value == pytest.approx(
+        50 * ((pred == 0)[true == 0].mean() + (pred == true)[true > 0].mean())
+    )
+
+
+def test_weights_draw_each_patient_once_on_average():
+    weights = patient_weights(49, 4000, seed=0)
+    assert (weights.sum(axis=1) == 49).all()
+    assert weights.mean(axis=0) == pytest.approx(1, abs=0.08)
+    assert weights.var(axis=0).mean() == pytest.approx(48 / 49, abs=0.03)
+
+
+def test_clustered_outcomes_widen_the_patient_interval_only():
+    # 20 patients, half all right and half all wrong: the cycle bootstrap sees 2,000 coin flips
+    true = np.tile(np.repeat([0, 1], 50), 20)
+    patient = np.repeat(np.arange(20), 100)
+    pred = np.where(patient % 2 == 0, true, 1 - true)
+    _, tables = patient_tables(true, pred, patient, 2)
+    by_patient = patient_bootstrap(tables)["score"]
+    by_cycle = cycle_bootstrap(tables.sum(0))["score"]
+    assert by_patient.value == by_cycle.value == 50
+    assert by_patient.high - by_patient.low > 5 * (by_cycle.high - by_cycle.low)
+    # sd of the mean of 20 patients' 0/100 outcomes is 50 / sqrt(20) = 11.2 points
+    assert by_patient.high - by_patient.low == pytest.approx(2 * 1.96 * 11.2, rel=0.15)
+
+
+def test_cycle_bootstrap_is_the_binomial_interval():
+    table = np.array([[60, 40], [30, 70]])
+    interval = cycle_bootstrap(table, resamples=20_000)["sp"]
+    assert interval.value == 60
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * 4.9, rel=0.06)
+
+
+def test_equal_models_do_not_differ():
+    _, tables = patient_tables(*random_study(), 4)
+    difference = paired_bootstrap(tables, tables, resamples=500)["score"]
+    assert (difference.value, difference.low, difference.high, difference.p) == (0, 0, 0, 1)
+
+
+def test_a_better_model_is_found_and_the_sign_follows_the_order():
+    true, pred, patient = random_study(n=2000, patients=40, accuracy=0.4)
+    _, a = patient_tables(true, pred, patient, 4)
+    rng = np.random.default_rng(9)
+    better = np.where(rng.random(2000) < 0.5, true, pred)
+    _, b = patient_tables(true, better, patient, 4)
+    there, back = (paired_bootstrap(x, y)["score"] for x, y in ((a, b), (b, a)))
+    assert there.low > 0 and there.p == pytest.approx(2 / 10_001)
+    assert back.value == pytest.approx(-there.value)
+    assert back.low == pytest.approx(-there.high) and back.p == there.p
+
+
+def test_pairing_narrows_the_interval():
+    true, pred, patient = random_study(n=2000, patients=20)
+    hard = patient < 10
+    pred = np.where(hard & (np.arange(2000) % 3 > 0), (true + 1) % 4, pred)
+    fixed = np.where((np.arange(2000) % 20 == 0), true, pred)
+    (_, a), (_, b) = (patient_tables(true, p, patient, 4) for p in (pred, fixed))
+    paired = paired_bootstrap(a, b)["score"]
+    alone = patient_bootstrap(a)["score"]
+    assert paired.high - paired.low < 0.5 * (alone.high - alone.low)
+
+
+def test_p_is_uniform_without_a_difference():
+    small = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        true, patient = rng.integers(0, 2, 600), np.repeat(np.arange(30), 20)
+        a, b = (
+            patient_tables(true, np.where(rng.random(600) < 0.7, true, 1 - true), patient, 2)[1]
+            for _ in range(2)
+        )
+        small += paired_bootstrap(a, b, resamples=400, seed=seed)["score"].p < 0.1
+    assert 8 <= small <= 38  # 10 % of 200 give or take; percentile intervals run a little narrow
+
+
+def test_paired_refuses_other_cycles():
+    true, pred, patient = random_study()
+    _, a = patient_tables(true, pred, patient, 4)
+    _, b = patient_tables((true + 1) % 4, pred, patient, 4)
+    with pytest.raises(ValueError, match="same cycles"):
+        paired_bootstrap(a, b)
+
+
+def test_several_runs_are_averaged():
+    true, pred, patient = random_study()
+    _, a = patient_tables(true, pred, patient, 4)
+    _, b = patient_tables(true, true, patient, 4)
+    both = patient_bootstrap(np.stack([a, b]), resamples=100)["score"]
+    alone = patient_bootstrap(a, resamples=100)["score"]
+    assert both.value == pytest.approx((alone.value + 100) / 2)
+    assert both.low == pytest.approx((alone.low + 100) / 2)
+
+
+def test_aligned_tables_match_cycles_by_name_and_refuse_others():
+    frame = pd.DataFrame(
+        {
+            "recording": ["r1", "r1", "r2"],
+            "cycle_index": [0, 1, 0],
+            "patient": [1, 1, 2],
+            "true_class": ["normal", "abnormal", "normal"],
+            "pred_class": ["normal", "normal", "abnormal"],
+        }
+    )
+    patients, (a, b) = aligned_tables(frame, [frame.iloc[::-1]], ("normal", "abnormal"))
+    assert list(patients) == [1, 2] and (a == b).all()
+    assert a.tolist() == [[[1, 0], [1, 0]], [[0, 1], [0, 0]]]
+    for other in (frame.iloc[:2], frame.assign(true_class="normal")):
+        with pytest.raises(ValueError, match="same cycles"):
+            aligned_tables(frame, [other], ("normal", "abnormal"))
+
+
+def test_auroc_bootstrap_agrees_with_scikit_learn_on_resampled_rows():
+    rng = np.random.default_rng(0)
+    target, patient = rng.integers(0, 2, 200), rng.integers(0, 10, 200)
+    value = (rng.normal(size=200) + target).round(1)  # with ties
+    interval = auroc_bootstrap(target, value, patient, resamples=100, seed=5)
+    assert interval.value == pytest.approx(roc_auc_score(target, value))
+    samples = [
+        roc_auc_score(target, value, sample_weight=drawn[patient])
+        for drawn in patient_weights(10, 100, seed=5)
+    ]
+    assert (interval.low, interval.high) == pytest.approx(np.percentile(samples, [2.5, 97.5]))
+
+
+def test_undefined_figures_are_nan_everywhere():
+    _, tables = patient_tables([0, 0], [0, 1], [1, 2], 2)
+    interval = patient_bootstrap(tables, resamples=50)["score"]
+    assert all(math.isnan(v) for v in (interval.value, interval.low, interval.high))
+    assert math.isnan(auroc_bootstrap([0, 0], [0.1, 0.2], [1, 2], resamples=50).value)
+
+
+def test_seeds_by_hand():
+    summary = over_seeds([60, 62, 64])
+    assert (summary.mean, summary.sd, summary.n) == (62, 2, 3)
+    assert over_seeds([5]).n == 1 and math.isnan(over_seeds([5]).sd)
+
+
+# --- the protocol simulation, in short -----------------------------------------------------------
+
+
+def test_simulated_structure_is_the_test_half():
+    test, train = read_structure("test"), read_structure("train")
+    assert test.shape == (49, 2) and list(test.sum(axis=0)) == [1579, 1177]
+    assert train.shape == (79, 2) and list(train.sum(axis=0)) == [2063, 2079]
+
+
+@pytest.mark.real
+def test_simulated_structure_equals_the_annotations(icbhi_root):
+    assert check_structure(icbhi_root / "annotations")
+
+
+@pytest.mark.parametrize("correlation", [0.1, 0.3])
+def test_simulated_model_has_its_rates_and_correlation(correlation):
+    """Variance of a mean over n cycles of one patient: p q (1 + (n - 1) r) / n."""
+    structure = np.tile([[20, 20]], (20_000, 1))
+    tables = draw_tables(structure, correlation, np.random.default_rng(0))
+    assert (tables.sum(-1) == 20).all()
+    for k, p in enumerate((SPECIFICITY, SENSITIVITY)):
+        rate = tables[:, k, k] / 20
+        assert rate.mean() == pytest.approx(p, abs=0.01)
+        expected = p * (1 - p) * (1 + 19 * correlation) / 20
+        assert rate.var() == pytest.approx(expected, rel=0.05)
+
+
+def test_patients_cover_and_cycles_do_not():
+    found = coverage(0.3, repetitions=100, resamples=300)
+    assert 0.85 <= found["patient"]["score"]["coverage"] <= 1
+    assert found["cycle"]["score"]["coverage"] < 0.6
+    assert found["patient"]["score"]["width"] > 2 * found["cycle"]["score"]["width"]
+
+
+def test_choosing_on_test_inflates_and_honest_rules_do_not():
+    found = selection(0.1, 0.0, repetitions=25, epochs=30)
+    assert found["test"]["mean"] > 52.5
+    for rule in ("fixed", "validation"):
+        assert found[rule]["mean"] == pytest.approx(50, abs=4 * found[rule]["standard_error"])

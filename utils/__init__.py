@@ -1,0 +1,1 @@
+"""Configuration, tracking, training, evaluation and figures."""

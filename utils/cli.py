@@ -1,0 +1,103 @@
+"""What every command shares: messages that fit the terminal, and exit statuses that mean something.
+
+0 done; 2 something the user can mend; 75 preempted by SIGTERM with the state saved (start the same
+command again to go on); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+from utils.errors import Preempted, UserError
+
+WIDTH = 100
+EXIT_USER, EXIT_PREEMPTED, EXIT_INTERRUPTED = 2, 75, 130
+_HANDLER = "metadata-conditioned-ast"
+
+
+class _Wrapped(logging.Formatter):
+    """Plain messages; warnings and errors say so; long ones are wrapped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        lines = (prefix + super().format(record)).splitlines()
+        return "\n".join(
+            textwrap.fill(
+                line,
+                WIDTH,
+                subsequent_indent="    ",
+                break_on_hyphens=False,
+                break_long_words=False,
+            )
+            if len(line) > WIDTH
+            else line
+            for line in lines
+        )
+
+
+def set_up_logging(quiet: bool = False) -> None:
+    """Messages of this repository go to stderr; of other libraries, warnings only.
+
+    Args:
+        quiet: only errors, for all but the main process of several.
+    """
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if h.get_name() == _HANDLER]:
+        root.removeHandler(handler)
+    handler = logging.StreamHandler()
+    handler.set_name(_HANDLER)
+    handler.setFormatter(_Wrapped("%(message)s"))
+    handler.setLevel(logging.ERROR if quiet else logging.INFO)
+    handler.addFilter(_ours_or_warning)
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+
+
+def _ours_or_warning(record: logging.LogRecord) -> bool:
+    ours = record.name.split(".")[0] in ("__main__", "benchmarks", "data", "models", "utils")
+    return ours or record.levelno >= logging.WARNING
+
+
+class log_to:
+    """Context in which messages are appended to a file as well."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.handler = logging.FileHandler(self.path, encoding="utf-8")
+        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self.handler.addFilter(_ours_or_warning)
+        logging.getLogger().addHandler(self.handler)
+
+    def __exit__(self, *_) -> None:
+        logging.getLogger().removeHandler(self.handler)
+        self.handler.close()
+
+
+def command(main: Callable[[], None]) -> Callable[[], int]:
+    """Run `main` and turn its end into an exit status."""
+
+    def run() -> int:
+        set_up_logging()
+        try:
+            main()
+        except UserError as error:
+            logging.getLogger(__name__).error("%s", error)
+            return EXIT_USER
+        except Preempted:
+            logging.getLogger(__name__).warning(
+                "stopped by SIGTERM; the state is saved: the same command goes on from here"
+            )
+            return EXIT_PREEMPTED
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        return 0
+
+    return run

@@ -1,0 +1,159 @@
+"""From a configuration to the parts of a run. Only here are sections unpacked into plain values."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.augment import Augmentation
+from data.frontend import AudioFrontend
+from data.icbhi import completeness, read_cycles
+from data.loader import ICBHI
+from data.metadata import MetadataStatistics
+from data.splits import Split, split_cycles
+from data.waveforms import open_store
+from models.build import ConditionedAST
+from models.build import build_model as build
+from utils.config import RunConfig
+from utils.training.device import Machine
+from utils.training.inputs import FrozenInputs, Inputs
+
+logger = logging.getLogger(__name__)
+
+
+def build_data(config: RunConfig, statistics: MetadataStatistics | None = None) -> ICBHI:
+    """Cycle table, split, metadata and waveforms of a run.
+
+    Args:
+        statistics: those of a checkpoint; None fits them on the training part.
+    """
+    dataset = config.dataset
+    report = logger.warning if dataset.on_bad_recording == "skip" else None
+    table = read_cycles(
+        dataset.data_folder,
+        cycle_metadata_path=dataset.cycle_metadata_path,
+        **({"report": report} if report else {}),
+    )
+    split = split_cycles(
+        table,
+        strategy=dataset.split_strategy,
+        test_fold=dataset.test_fold,
+        split_seed=dataset.split_seed,
+        test_fraction=dataset.test_fraction,
+        val_fraction=dataset.val_fraction,
+        val_seed=dataset.val_seed,
+        selection=config.training.selection,
+    )
+    store = open_store(
+        table,
+        cache_dir=dataset.cache_dir,
+        sample_rate=config.audio.sample_rate,
+        resampler=config.audio.resampler,
+        workers=dataset.store_workers,
+        on_bad_recording=dataset.on_bad_recording,
+    )
+    for line in store.report:
+        logger.warning("%s", line)
+    parts = (split.train, split.val, split.test)
+    split = Split(*(rows[~np.asarray(store.bad)[rows]] for rows in parts))
+    if statistics is None:
+        statistics = MetadataStatistics.fit(table.iloc[split.train])
+    return ICBHI(
+        table=table,
+        split=split,
+        statistics=statistics,
+        metadata=statistics.transform(table),
+        store=store,
+        task=config.task,
+        completeness=completeness(table),
+        max_samples=round(config.audio.clip_seconds * config.audio.sample_rate),
+    )
+
+
+def build_frontend(config: RunConfig) -> AudioFrontend:
+    """Log-mel front end with the run's augmentation."""
+    augment = asdict(config.augment)
+    enabled = augment.pop("enabled")
+    rate = config.audio.sample_rate
+    return AudioFrontend(
+        sample_rate=rate,
+        clip_seconds=config.audio.clip_seconds,
+        pad_type=config.audio.pad_type,
+        frame_length_ms=config.audio.frame_length_ms,
+        frame_shift_ms=config.audio.frame_shift_ms,
+        low_freq=config.audio.low_freq,
+        high_freq=config.audio.high_freq,
+        mean=config.audio.mean,
+        std=config.audio.std,
+        fit=config.audio.fit,
+        n_mels=config.dataset.h,
+        n_frames=config.dataset.w,
+        augmentation=Augmentation(sample_rate=rate, **augment) if enabled else None,
+    )
+
+
+def build_model(
+    config: RunConfig, statistics: MetadataStatistics, *, layer_norm_eps: float = 1e-6
+) -> ConditionedAST:
+    """The configured variant, pretrained as the configuration says."""
+    backbone = config.backbone
+    return build(
+        config.variant,
+        config.model,
+        embed_dim=backbone.embed_dim,
+        depth=backbone.depth,
+        num_heads=backbone.num_heads,
+        mlp_ratio=backbone.mlp_ratio,
+        patch_size=backbone.patch_size,
+        freq_stride=backbone.freq_stride,
+        time_stride=backbone.time_stride,
+        n_mels=config.dataset.h,
+        n_frames=config.dataset.w,
+        n_outputs=len(config.task.outputs),
+        weights=backbone.weights,
+        weights_path=backbone.weights_path,
+        trainable_blocks=backbone.trainable_blocks,
+        gradient_checkpointing=backbone.gradient_checkpointing,
+        device_counts=statistics.device_counts,
+        site_counts=statistics.site_counts,
+        layer_norm_eps=layer_norm_eps,
+    )
+
+
+def build_inputs(config: RunConfig, data: ICBHI, model: ConditionedAST, machine: Machine) -> Inputs:
+    """Log-mels per batch; or stored features where a frozen backbone allows them."""
+    frontend = build_frontend(config)
+    wanted = config.training.frozen_cache and not config.augment.enabled
+    if not (wanted and model.cacheable):
+        return Inputs(frontend, machine)
+    settings = asdict(config.audio) | {"h": config.dataset.h, "w": config.dataset.w}
+    return FrozenInputs(
+        frontend,
+        machine,
+        model.to(machine.device),
+        data,
+        Path(config.dataset.cache_dir),
+        settings=json.dumps(settings, sort_keys=True),
+        batch_size=config.dataset.batch_size,
+    )
+
+
+def count_parts(data: ICBHI) -> dict[str, Any]:
+    """Cycles, recordings, patients and classes of each part, for checkpoints and reports."""
+    counts = {}
+    for part in ("train", "val", "test"):
+        rows = getattr(data.split, part)
+        table = data.table.iloc[rows]
+        classes = np.bincount(data.classes(rows), minlength=len(data.task.classes))
+        counts[part] = {
+            "cycles": len(rows),
+            "recordings": int(table["Filename"].nunique()),
+            "patients": int(table["PID"].nunique()),
+            **{name: int(n) for name, n in zip(data.task.classes, classes, strict=True)},
+        }
+    return counts

@@ -1,0 +1,209 @@
+"""Checkpoints: written whole or not at all, read without executing anything.
+
+A model checkpoint (`Checkpoint`) is all that evaluation, figures and prediction need beside the
+data. The training state is what resuming needs; it never leaves its run folder.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import zipfile
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.metadata import MetadataStatistics
+from models.build import ConditionedAST
+from utils.config import RunConfig, config_from_dict
+from utils.errors import UserError
+from utils.files import atomic_write
+
+FORMAT = "metadata-conditioned-ast"
+VERSION = 1
+
+
+#: Types of a checkpoint's fields as they come from a file.
+KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("weights", "config", "statistics", "counts", "versions"), dict),
+    **dict.fromkeys(("thresholds", "pos_weight"), (tuple, list)),
+    **dict.fromkeys(("selection", "partial", "run", "revision"), str),
+    "epoch": int,
+    **dict.fromkeys(("score", "layer_norm_eps"), (float, int)),
+}
+
+
+@dataclass
+class Checkpoint:
+    """A trained model and where it comes from.
+
+    Attributes:
+        weights: state dict of the `ConditionedAST`.
+        config: the run's resolved configuration as a plain dictionary.
+        statistics: `MetadataStatistics.to_dict()` of the training cycles.
+        thresholds: decision thresholds chosen by the selection rule.
+        selection: validation | fixed | test.
+        epoch: epoch of the weights, from 0.
+        score: ICBHI Score (percent) on the selection part at that epoch; NaN for `fixed`.
+        layer_norm_eps: of the backbone; it came with the pretrained weights.
+        pos_weight: weight of each output's positives in the loss; () when the loss has none.
+        counts: cycles, recordings and patients of each part; "data": of the whole data, as
+            `data.icbhi.Completeness.counts`.
+        partial: empty, or what is missing from the full ICBHI set.
+        run: name of the run folder.
+        versions: of Python, torch and the libraries that shape the numbers.
+        revision: git revision of the code, "+" appended when files were changed.
+    """
+
+    weights: dict[str, torch.Tensor]
+    config: dict[str, Any]
+    statistics: dict[str, Any]
+    thresholds: tuple[float, ...]
+    selection: str
+    epoch: int
+    score: float
+    layer_norm_eps: float
+    pos_weight: tuple[float, ...]
+    counts: dict[str, Any]
+    partial: str
+    run: str
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+    revision: str = field(default_factory=lambda: git_revision())
+
+    def run_config(self) -> RunConfig:
+        """The configuration, checked against today's schema."""
+        return config_from_dict(self.config)
+
+    def metadata_statistics(self) -> MetadataStatistics:
+        """The training cycles' statistics, for encoding any other cycles alike."""
+        return MetadataStatistics.from_dict(self.statistics)
+
+    def build_model(self) -> ConditionedAST:
+        """The trained model, in eval mode, on the CPU."""
+        from utils.training.assemble import build_model  # it imports the loader; this need not
+
+        config = self.run_config()
+        config.backbone.weights = "none"  # they come from here
+        model = build_model(config, self.metadata_statistics(), layer_norm_eps=self.layer_norm_eps)
+        try:
+            model.load_state_dict(self.weights)
+        except RuntimeError as error:  # names and shapes
+            lines = [line.strip() for line in str(error).splitlines()]
+            raise UserError(
+                f"the weights of {self.run} do not fit its configuration: {' '.join(lines[1:2])}"
+            ) from None
+        return model.eval()
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write atomically; `load_checkpoint` gives an equal object back."""
+    _save(path, {"format": FORMAT, "version": VERSION, **vars(checkpoint)})
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a model checkpoint with `weights_only=True`.
+
+    Raises:
+        UserError: no such file, another kind of file, a damaged or foreign one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"no checkpoint {path}; a finished training run writes it (the scripts copy their "
+            "latest best one to checkpoints/<variant>_best.pt)"
+        )
+    content = _content(path, FORMAT, "a model checkpoint of this repository")
+    try:
+        checkpoint = Checkpoint(**content)
+    except TypeError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    for name, kind in KINDS.items():
+        value = getattr(checkpoint, name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UserError(f"{path} is damaged: {name} is a {type(value).__name__}")
+    if not all(isinstance(value, torch.Tensor) for value in checkpoint.weights.values()):
+        raise UserError(f"{path} is damaged: its weights are not all tensors")
+    return checkpoint
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a training state atomically."""
+    _save(path, {"format": FORMAT + "-state", "version": VERSION, **state})
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read a training state written by `save_state`."""
+    return _content(path, FORMAT + "-state", "a training state; remove it to start anew")
+
+
+def _content(path: Path, form: str, what: str) -> dict[str, Any]:
+    """What was saved under a format name in this version."""
+    content = _load(path)
+    if not isinstance(content, dict) or content.pop("format", None) != form:
+        raise UserError(f"{path} is not {what}")
+    version = content.pop("version", None)
+    if version != VERSION:
+        raise UserError(
+            f"{path} has checkpoint version {version}, this code reads {VERSION}; use the "
+            "revision that wrote it"
+        )
+    return content
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    size = sum(t.numel() * t.element_size() for t in _tensors(content))
+    with atomic_write(path, needed_bytes=size) as file:
+        torch.save(content, file)
+
+
+def _load(path: Path) -> Any:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch itself does not look at the checksums
+        if damaged:
+            raise ValueError(f"wrong checksum of {damaged}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes can break the reader in any way
+        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} can not be read as a checkpoint (foreign, damaged or tampered with): {reason}"
+        ) from None
+
+
+def _tensors(value: Any):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what shapes the numbers."""
+    from importlib.metadata import version
+
+    names = ("torchaudio", "timm", "numpy", "pandas", "scikit-learn", "soxr")
+    own = {"python": platform.python_version(), "torch": str(torch.__version__)}  # with its CUDA
+    return own | {name: version(name) for name in names}
+
+
+@cache
+def git_revision() -> str:
+    """Short revision of the checkout, "+" appended when tracked files differ; "" without git."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -1,0 +1,158 @@
+"""From a batch to what the model takes: log-mels, or a frozen backbone's stored features."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from tqdm import tqdm
+
+from data.batch import Batch
+from data.frontend import AudioFrontend
+from data.loader import ICBHI
+from models.build import ConditionedAST
+from utils.files import atomic_write, write_error
+from utils.training.device import Machine
+
+logger = logging.getLogger(__name__)
+
+
+class Inputs:
+    """Batch -> spectrogram [B, 1, F, T], computed on the device for every batch."""
+
+    from_prefix = False
+
+    def __init__(self, frontend: AudioFrontend, machine: Machine):
+        self.frontend = frontend.to(machine.device)
+
+    def prepare(self, rows: np.ndarray) -> None:
+        """Called with the rows [n] that will be asked for; nothing to do here."""
+
+    def collect(self, data: ICBHI, rows: np.ndarray) -> Batch:
+        """The given rows [B] as a `Batch` on the CPU; runs in the loader's thread."""
+        return data.batch(rows)
+
+    def __call__(self, batch: Batch, seed: int | None) -> Tensor:
+        """A collected batch, on the device -> model input.
+
+        seed: of the augmentation; None: none.
+        """
+        return self.frontend(batch.waveform, batch.length, seed)
+
+
+class FrozenInputs(Inputs):
+    """Batch -> the frozen prefix's tokens [B, N, D], computed once per clip and stored on disk.
+
+    The store is one file per (waveforms, front end, frozen weights, precision) and a table of the
+    rows that are in it. Rows are computed when they are first asked for, so that the test half is
+    not read before its time. Two runs may fill the same store: they write the same values.
+    """
+
+    from_prefix = True
+    DTYPE = torch.bfloat16  # half the disk and reading time; the residual stream goes on in fp32
+
+    def __init__(
+        self,
+        frontend: AudioFrontend,
+        machine: Machine,
+        model: ConditionedAST,
+        data: ICBHI,
+        cache_dir: str | Path,
+        *,
+        settings: str,
+        batch_size: int,
+    ):
+        """settings: everything the front end depends on, as text."""
+        super().__init__(frontend, machine)
+        self.machine, self.model, self.data, self.batch_size = machine, model, data, batch_size
+        self.shape = tuple(self._prefix(data.split.train[:1]).shape[1:])
+        self.clip_bytes = int(np.prod(self.shape)) * self.DTYPE.itemsize
+        text = (
+            f"{data.store.folder.name} {settings} {model.prefix_fingerprint()} {machine.precision} "
+            f"{self.DTYPE}"
+        )
+        name = f"frozen-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        self.path = Path(cache_dir) / f"{name}.features"
+        self.table = Path(cache_dir) / f"{name}.rows"
+        self._open()
+
+    def _open(self) -> None:
+        """Map the file at its full size, sparse until it is filled."""
+        size = len(self.data.table) * self.clip_bytes
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:  # append: never shortens what another run wrote
+                file.truncate(size)
+            self.features = np.memmap(
+                self.path, np.uint8, "r", shape=(len(self.data.table), self.clip_bytes)
+            )
+        except OSError as error:
+            raise write_error(self.path, error, size) from error
+
+    def prepare(self, rows: np.ndarray) -> None:
+        """Compute what is not stored yet; the processes share the work."""
+        # one process looks and tells the others: another run may be filling the same table
+        missing = broadcast_object_list([rows[~self._stored()[rows]]])[0]
+        if len(missing) == 0:
+            return
+        needed = len(missing) * self.clip_bytes
+        logger.info(
+            "frozen backbone: storing %d clips (%.2f GB) in %s",
+            len(missing),
+            needed / 1e9,
+            self.path,
+        )
+        own = missing[self.machine.rank :: self.machine.world]
+        parts = [own[i : i + self.batch_size] for i in range(0, len(own), self.batch_size)]
+        try:
+            # written, not assigned to the map: there, a full disk would be a SIGBUS
+            with self.path.open("r+b") as file:
+                for part in tqdm(parts, "frozen features", disable=None, leave=False, ncols=100):
+                    for row, tokens in zip(part, self._prefix(part).cpu(), strict=True):
+                        file.seek(int(row) * self.clip_bytes)
+                        file.write(tokens.contiguous().view(torch.uint8).numpy())
+                file.flush()
+                os.fsync(file.fileno())  # the table below must not outlive the features
+        except OSError as error:
+            raise write_error(self.path, error, needed) from error
+        self.machine.barrier()
+        if self.machine.is_main:
+            stored = self._stored()
+            stored[missing] = True
+            with atomic_write(self.table) as file:
+                file.write(np.packbits(stored).tobytes())
+        self.machine.barrier()
+
+    def _stored(self) -> np.ndarray:
+        """Which rows are stored, [N] bool."""
+        count = len(self.data.table)
+        bits = np.frombuffer(self.table.read_bytes() if self.table.is_file() else b"", np.uint8)
+        if len(bits) != -(-count // 8):
+            return np.zeros(count, bool)
+        return np.unpackbits(bits, count=count).astype(bool)
+
+    @torch.no_grad()
+    def _prefix(self, rows: np.ndarray) -> Tensor:
+        """rows [B] -> [B, N, D] on the device, in the type they are stored in."""
+        batch = self.data.batch(rows).to(self.machine.device)
+        mode = self.model.training
+        self.model.eval()
+        with self.machine.autocast():
+            prefix = self.model.frozen_prefix(super().__call__(batch, None))
+        self.model.train(mode)
+        return prefix.to(self.DTYPE)
+
+    def collect(self, data: ICBHI, rows: np.ndarray) -> Batch:
+        """A `Batch` that carries the stored tokens [B, N, D] in place of the waveform."""
+        stored = torch.from_numpy(self.features[rows]).view(self.DTYPE)
+        return replace(data.batch(rows, waveforms=False), waveform=stored.view(-1, *self.shape))
+
+    def __call__(self, batch: Batch, seed: int | None) -> Tensor:
+        return batch.waveform

@@ -1,0 +1,102 @@
+"""Logits of any cycles: what the loop evaluates with, and what `evaluate.py` uses without a loop.
+
+B batch, K logits, n rows, M kinds of metadata.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batch import Batch, Metadata
+from data.loader import ICBHI
+from models.build import ConditionedAST
+from utils.training.device import Machine
+from utils.training.inputs import Inputs
+
+
+class Predictor:
+    """Computes logits with a model as it is, in eval mode and without augmentation.
+
+    Args:
+        data: the cycles.
+        model: on the machine's device.
+        inputs: what turns a batch into model input.
+        machine: device, precision; several processes share the rows.
+        batch_size: cycles per forward pass. Rounding depends on it, the meaning does not.
+    """
+
+    def __init__(
+        self,
+        data: ICBHI,
+        model: ConditionedAST,
+        inputs: Inputs,
+        machine: Machine,
+        batch_size: int,
+    ):
+        self.data, self.model, self.inputs = data, model, inputs
+        self.machine, self.batch_size = machine, batch_size
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """Logits [n, K] float32 of the given rows, in their order, on every process."""
+        return self._predict(rows, None)[:, 0]
+
+    def under(self, rows: np.ndarray, metadata: Sequence[Metadata]) -> np.ndarray:
+        """Logits [M, n, K] of the same sounds with each of M other metadata.
+
+        Every batch is read and turned into spectrograms once for all of them.
+
+        Args:
+            rows: row numbers [n].
+            metadata: each of length n, in the order of `rows`.
+        """
+        return self._predict(rows, metadata).swapaxes(0, 1)
+
+    @torch.no_grad()
+    def _predict(self, rows: np.ndarray, metadata: Sequence[Metadata] | None) -> np.ndarray:
+        """[n, M, K]; M is 1 for the cycles' own metadata (None)."""
+        self.inputs.prepare(rows)
+        self.model.eval()
+        places = np.arange(len(rows))[self.machine.rank :: self.machine.world]
+        parts = [places[i : i + self.batch_size] for i in range(0, len(places), self.batch_size)]
+        shape = (1 if metadata is None else len(metadata), len(self.data.task.outputs))
+        results = []
+        batches = self.data.batches((rows[part] for part in parts), collect=self._collect)
+        for part, batch in zip(parts, batches, strict=True):
+            batch = batch.to(self.machine.device)
+            place = torch.from_numpy(part)
+            told = [batch.metadata] if metadata is None else [m[place] for m in metadata]
+            with self.machine.autocast():
+                sound = self.inputs(batch, None)
+                logits = [
+                    self.model(sound, m.to(self.machine.device), self.inputs.from_prefix).logits
+                    for m in told
+                ]
+            results.append((place.to(self.machine.device), torch.cat(logits, dim=1)))
+        found, record = gather_rows(self.machine, results, shape[0] * shape[1])
+        logits = np.empty((len(rows), *shape), np.float32)
+        logits[found] = record.reshape(-1, *shape)
+        return logits
+
+    def _collect(self, rows: np.ndarray) -> Batch:
+        return self.inputs.collect(self.data, rows)
+
+
+def gather_rows(
+    machine: Machine, parts: Sequence[tuple[Tensor, Tensor]], width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers [n] and what belongs to them [n, width] from all processes, without padding.
+
+    Args:
+        parts: (numbers [B], values [B, width]) on the machine's device.
+    """
+    device = machine.device
+    rows = torch.cat([torch.empty(0, dtype=torch.int64, device=device)] + [r for r, _ in parts])
+    record = torch.cat([torch.empty(0, width, device=device)] + [v for _, v in parts])
+    rows = machine.gather(rows, -1)
+    record = machine.gather(record, 0.0)
+    keep = rows >= 0
+    return rows[keep].cpu().numpy(), record[keep].cpu().numpy()

@@ -1,0 +1,130 @@
+"""The run folder: what a run leaves on disk, where, and in which order.
+
+    runs/<variant>-<n_cls>cls-<selection>-s<seed>-<hash of the resolved config>/
+        config.yaml             every resolved key
+        run.log                 what was printed
+        metrics.csv             one row per finished epoch
+        tracking.jsonl          journal of what is sent to MLflow
+        checkpoints/last.pt     training state, replaced at every checkpoint; removed at the end
+        checkpoints/best-NNNN.pt  weights of the best epoch that last.pt refers to, while training
+        checkpoints/best.pt     the finished model: weights and all that evaluation needs
+        predictions/val.csv, test.csv   one row per cycle
+        figures/                pictures of this run
+        report.md, model_card.md    for reading
+        evaluation/<split>/     what evaluate.py adds later
+        report.json             figures of the finished run; its presence means "finished"
+
+Every file is written beside its final name and renamed, so that none is ever half there; only
+run.log and tracking.jsonl grow line by line.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from utils.config import RunConfig, config_hash, config_to_yaml
+from utils.errors import UserError
+from utils.files import TEMPORARY, write_text
+
+logger = logging.getLogger(__name__)
+
+
+def run_name(config: RunConfig) -> str:
+    """Folder name of the run that a configuration describes."""
+    return (
+        f"{config.variant}-{config.dataset.n_cls}cls-{config.training.selection}"
+        f"-s{config.training.seed}-{config_hash(config)}"
+    )
+
+
+class RunFolder:
+    """Paths of one run, and the small files in it."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.log = self.path / "run.log"
+        self.metrics = self.path / "metrics.csv"
+        self.checkpoints = self.path / "checkpoints"
+        self.last = self.checkpoints / "last.pt"
+        self.best = self.checkpoints / "best.pt"
+        self.predictions = self.path / "predictions"
+        self.figures = self.path / "figures"
+        self.report = self.path / "report.json"
+
+    @classmethod
+    def of(cls, config: RunConfig) -> RunFolder:
+        """The folder that belongs to a configuration; nothing is created."""
+        return cls(Path(config.training.output_dir) / run_name(config))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run was trained and tested to its end."""
+        return self.report.is_file() and self.best.is_file()
+
+    def prepare(self, config: RunConfig, *, fresh: bool) -> None:
+        """Create the folder and write the configuration.
+
+        `fresh` removes an earlier attempt; otherwise only what a killed one left half-written.
+
+        Raises:
+            UserError: something else lies there, or it can not be removed or written.
+        """
+        try:
+            if fresh and self.path.exists():
+                if not self.path.is_dir() or (
+                    not self.config.is_file() and any(self.path.iterdir())
+                ):
+                    raise UserError(f"{self.path} is not a run folder; move it away")
+                shutil.rmtree(self.path)
+            for leftover in self.path.rglob(TEMPORARY):
+                leftover.unlink()
+        except OSError as error:
+            raise UserError(
+                f"{self.path} can not be tidied ({error.strerror}: {error.filename}); check its "
+                "permissions"
+            ) from error
+        write_text(self.config, config_to_yaml(config))
+
+    def write_metrics(self, history: list[dict[str, float]]) -> None:
+        """metrics.csv from the whole history; an empty cell is a figure that does not exist."""
+        text = io.StringIO()
+        columns = list(dict.fromkeys(key for row in history for key in row))
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        for row in history:
+            writer.writerow({k: "" if _is_nan(v) else v for k, v in row.items()})
+        write_text(self.metrics, text.getvalue())
+
+    def write_report(self, report: dict[str, Any], name: str = "report.json") -> None:
+        """report.json; NaN becomes null, so that any JSON reader takes it."""
+        text = json.dumps(_plain(report), indent=2, ensure_ascii=False)
+        write_text(self.path / name, text + "\n")
+
+    def read_report(self) -> dict[str, Any]:
+        """The finished run's report."""
+        return json.loads(self.report.read_text(encoding="utf-8"))
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _plain(value: Any) -> Any:
+    """numpy scalars and arrays, tuples and NaN -> what JSON knows."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
