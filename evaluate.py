@@ -1,0 +1,190 @@
+"""Evaluate trained models, or compare them; no configuration is needed, the checkpoint holds it.
+
+    python evaluate.py --checkpoint checkpoints/softfilm_best.pt
+    python evaluate.py --checkpoint FILE --data-folder DIR --split val
+    python evaluate.py --compare checkpoints/ast_best.pt checkpoints/softfilm_best.pt
+
+The report has 95 % intervals over patients, subgroups, calibration, the floors (models that hear
+nothing) and, for models that see metadata, the metadata test: the same model and sounds with real,
+shuffled and unknown metadata. report.json, report.md, predictions.csv and figures/ go to
+evaluation/<split>/ in the run's folder, and to the run in MLflow where it was tracked.
+
+--compare prints and writes the paired patient bootstrap of each pair on the test part. It takes
+the predictions from the runs' folders where they are there, and computes them otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from utils.cli import command
+from utils.evaluation.compare import SHOWN, compare, default_folder, write_comparison
+from utils.evaluation.evaluator import SPLITS, Evaluator
+from utils.evaluation.predictions import write_predictions
+from utils.evaluation.protocol import MARKS
+from utils.evaluation.render import number, to_markdown, with_interval
+from utils.files import write_text
+from utils.tracking import continue_tracking
+from utils.training.runfolder import RunFolder
+from utils.training.summary import banner, defined, figure_row
+
+logger = logging.getLogger(__name__)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", metavar="FILE", help="report on this model")
+    what.add_argument("--compare", nargs="+", metavar="FILE", help="two models or more")
+    parser.add_argument("--data-folder", metavar="DIR", help="instead of the checkpoint's own")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="part of the data")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: as configured")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="cycles per forward pass")
+    parser.add_argument(
+        "--no-metadata-test", action="store_true", help="leave out its ten further predictions"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="instead of the run's folder")
+    options = parser.parse_args(arguments)
+    if options.compare and len(options.compare) < 2:
+        parser.error("--compare needs two checkpoints or more")
+    if options.compare and options.split != "test":
+        parser.error("--compare is about the test part; leave --split out")
+    if options.batch_size is not None and options.batch_size < 1:
+        parser.error("--batch-size must be at least 1")
+    return options
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """--checkpoint."""
+    model = open_model(options.checkpoint, options)
+    folder = options.output or output_folder(model, options.split)
+    report, frame = model.report(options.split, with_metadata_test=not options.no_metadata_test)
+    for message in (report["partial_message"], *report["notes"]):
+        if message:
+            logger.warning("%s", banner(message))
+    write_evaluation(folder, report, frame, model)
+    track(model, folder, options.split, report)
+    print_report(report)
+    print(f"\nwritten to {folder}")
+
+
+def open_model(path: str, options: argparse.Namespace) -> Evaluator:
+    return Evaluator(
+        path,
+        data_folder=options.data_folder,
+        device=options.device,
+        batch_size=options.batch_size,
+    )
+
+
+def output_folder(model: Evaluator, split: str) -> Path:
+    """evaluation/<split> in the run's folder, else beside the checkpoint; other data apart."""
+    own = model.run_folder
+    root = own.path if own else model.path.with_name(f"{model.path.stem}_evaluation")
+    name = split
+    if model.other_data():
+        name += f"-{Path(model.config.dataset.data_folder).resolve().name}"
+    return root / "evaluation" / name if own else root / name
+
+
+def write_evaluation(
+    folder: Path, report: dict[str, Any], frame: pd.DataFrame, model: Evaluator
+) -> None:
+    """predictions.csv, report.md, figures/ and, last, report.json."""
+    from utils.figures.runs import evaluation_figures
+    from utils.figures.sources import Evaluation, is_synthetic
+
+    write_predictions(frame, folder / "predictions.csv")
+    title = f"{report['title']}: {report['part']} part of {report['data_folder']}"
+    write_text(folder / "report.md", to_markdown(report, title))
+    synthetic = is_synthetic(report["data_folder"])
+    name = Path(report["run"])  # what a figure names as its source
+    one = Evaluation(name, report["part"], {"title": report["title"]}, report, synthetic)
+    evaluation_figures(one, folder / "figures")
+    RunFolder(folder).write_report(report)
+
+
+def track(model: Evaluator, folder: Path, split: str, report: dict[str, Any]) -> None:
+    """Add figures and files to the MLflow run of the training, where there is one."""
+    own = model.run_folder
+    if own is None or not own.finished or not folder.resolve().is_relative_to(own.path.resolve()):
+        return
+    tracker = continue_tracking(own.path)
+    tracker.metrics(defined(report["metrics"]["chosen"], f"evaluation_{folder.name}"))
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".json", ".md", ".csv", ".png"):
+            inside = path.parent.relative_to(folder)
+            tracker.artifact(path, (Path("evaluation") / folder.name / inside).as_posix())
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The figures that matter most, at most 100 columns."""
+    print(
+        f"\n{report['title']}, {report['n_cls']}-class, seed {report['seed']}, "
+        f"epoch {report['epoch'] + 1}, {report['part']} part: {MARKS[report['selection']]}"
+    )
+    print(f"{'percent, [95 % over patients]':32}{'Sp':>9}{'Se':>9}{'Score':>9}")
+    metrics = report["metrics"]
+    print(figure_row("chosen thresholds", metrics["chosen"]))
+    if "collapsed_score" in metrics["chosen"]:
+        print(figure_row("collapsed to 2 classes", metrics["chosen"], "collapsed_"))
+    print(figure_row("thresholds at .5", metrics["default"]))
+    for name, floor in report.get("floors", {}).items():
+        print(figure_row(f"floor: {name}", floor["metrics"]["chosen"]))
+    if report.get("metadata_test"):
+        print(f"\n{'metadata test':32}{'Sp':>9}{'Se':>9}{'Score':>9}  Score minus real [95 %], p")
+    for row in report.get("metadata_test", []):
+        values = "".join(f"{number(row[name]):>9}" for name in ("sp", "se", "score"))
+        change = row["difference"]
+        tail = f"  {with_interval(change, 1)}, {number(change['p'], 3)}"
+        print(f"{row['metadata']:32}{values}" + (tail if row["metadata"] != "real" else ""))
+
+
+def print_comparison(result: dict[str, Any]) -> None:
+    """Each model, then each pair, at most 100 columns."""
+    counts = result["counts"]
+    what = f"{counts['cycles']:,} test cycles, {counts['patients']} patients"
+    print(f"\n{result['task']['n_cls']}-class, {what}")
+    print(f"{'percent, [95 % over patients]':44}{'Sp':>9}{'Se':>9}{'Score':>9}")
+    for model in result["models"]:
+        print(figure_row(f"{model['name']:43} ", model["figures"]))
+        print(f"  {MARKS[model['selection']]}; {model['run']}")
+    print("\npaired differences in points [95 %], p")
+    pair = None
+    for row in result["pairs"]:
+        if row["figure"] not in SHOWN:
+            continue
+        if pair != (pair := (row["second"], row["first"])):
+            print(" minus ".join(pair))
+        print(f"  {SHOWN[row['figure']]:30}{with_interval(row):>26}  {number(row['p'], 4)}")
+    for note in result["notes"]:
+        print(textwrap.fill(f"note: {note}", 100, subsequent_indent="    "))
+
+
+@command
+def main() -> None:
+    options = parse()
+    if options.checkpoint:
+        evaluate(options)
+        return
+    models = [open_model(path, options) for path in options.compare]
+    result = compare(models)
+    if result["partial"]:
+        logger.warning("%s", banner(result["partial_message"]))
+    path = write_comparison(result, options.output or default_folder(models))
+    print_comparison(result)
+    print(f"\nwritten to {path.parent}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

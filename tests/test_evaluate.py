@@ -1,0 +1,326 @@
+"""evaluate.py as a user starts it: reports from a checkpoint alone, and paired comparisons."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import evaluate
+from data.batch import FIELDS
+from data.frontend import AudioFrontend
+from data.synthetic import write_corpus
+from tests.test_real import HANDFUL, TABLES
+from tests.utils.tiny import tiny_config
+from utils.evaluation import compare as comparison
+from utils.evaluation.evaluate import compare_predictions
+from utils.evaluation.evaluator import Evaluator
+from utils.evaluation.predictions import read_predictions
+from utils.task import Task
+from utils.tracking import Journal
+from utils.training.device import Machine
+from utils.training.run import Run
+from utils.training.runfolder import RunFolder
+
+SAME = (
+    "task", "protocol", "partial", "partial_message", "counts", "thresholds", "metrics",
+    "confusion", "operating_curve", "calibration", "subgroups", "patients", "patient_tables",
+    "floors",
+)  # fmt: skip
+
+
+def train(variant: str, corpus: Path, work: Path, **overrides) -> RunFolder:
+    """A finished tiny run."""
+    config = tiny_config(
+        variant,
+        **{
+            "dataset.data_folder": str(corpus),
+            "dataset.cache_dir": str(corpus.parent / "cache"),
+            "dataset.store_workers": 1,
+            "training.output_dir": str(work / "runs"),
+            "training.checkpoint_dir": str(work / "checkpoints"),
+            "training.lr": 1e-2,
+            "training.min_sensitivity": 0.5,  # so that something is called abnormal
+            **overrides,
+        },
+    )
+    with mock.patch("utils.training.summary.draw_figures"), Run(config, Machine("cpu")) as run:
+        data = run.data()
+        run.test(run.fit(run.model(data), data))
+    return RunFolder.of(config)
+
+
+@pytest.fixture(scope="module")
+def corpus(synthetic_corpus, tmp_path_factory) -> Path:
+    """A copy, beside which the waveform store may lie."""
+    return Path(shutil.copytree(synthetic_corpus, tmp_path_factory.mktemp("evaluate") / "corpus"))
+
+
+@pytest.fixture(scope="module")
+def work(corpus, tmp_path_factory) -> Path:
+    """runs/ and checkpoints/ of a SoftFiLM and a plain AST."""
+    work = tmp_path_factory.mktemp("work")
+    for variant in ("ast_softfilm", "ast"):
+        train(variant, corpus, work)
+    return work
+
+
+def best(work: Path, variant: str) -> Path:
+    (folder,) = work.glob(f"runs/{variant}-*")
+    return folder / "checkpoints" / "best.pt"
+
+
+def start(monkeypatch, *words) -> int:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    return evaluate.main()
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """For tests that look at something else."""
+    monkeypatch.setattr("utils.figures.runs.evaluation_figures", lambda *_: [])
+
+
+def report_of(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+# -------------------------------------------------------------------- one model
+
+
+@pytest.mark.parametrize("variant", ["ast_softfilm", "ast"])
+def test_the_figures_of_the_test_part_are_the_runs_own(variant, work, monkeypatch, capsys):
+    checkpoint = best(work, variant)
+    run = checkpoint.parent.parent
+    assert start(monkeypatch, "--checkpoint", checkpoint) == 0
+    folder = run / "evaluation" / "test"
+    own, again = report_of(run)["test"], report_of(folder)
+    for key in SAME:
+        assert again[key] == own[key], key
+    assert (folder / "predictions.csv").read_bytes() == (run / "predictions/test.csv").read_bytes()
+    assert {p.name for p in (folder / "figures").iterdir()} == {
+        "confusion.png", "operating_curve.png", "reliability.png", "subgroups.png"
+    }  # fmt: skip
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "PARTIAL DATA" in text and "Floors" in text
+    assert ("Is it the sound?" in text) == (variant == "ast_softfilm") == ("metadata_test" in again)
+    printed = capsys.readouterr()
+    score = own["metrics"]["chosen"]["score"]["value"]
+    assert f"{score:.2f}" in printed.out and "PARTIAL DATA" in printed.err
+    lines = [line for line in printed.out.splitlines() if str(run) not in line]
+    assert max(map(len, lines)) <= 100
+
+
+def test_the_metadata_test_hears_every_sound_once(work, monkeypatch):
+    model = Evaluator(best(work, "ast_softfilm"))
+    heard = []
+    forward = AudioFrontend.forward
+
+    def counted(self, waveform, length, seed):
+        heard.append(len(waveform))
+        return forward(self, waveform, length, seed)
+
+    monkeypatch.setattr(AudioFrontend, "forward", counted)
+    rows = model.rows("test")
+    table = model._metadata_test(rows)
+    assert sum(heard) == len(rows)
+    assert [row["metadata"] for row in table] == [
+        "real", "shuffled", "all unknown", *(f"{f} unknown" for f in FIELDS)
+    ]  # fmt: skip
+    own = report_of(model.run_folder.path)["test"]["metrics"]["chosen"]
+    for key in ("sp", "se", "score", "collapsed_score"):
+        assert table[0][key] == own[key]["value"]
+
+
+def test_predictions_under_other_metadata_are_those_of_cycles_that_have_them(work):
+    model = Evaluator(best(work, "ast_softfilm"))
+    rows = model.rows("test")[::-1].copy()
+    index = torch.from_numpy(rows)
+    real, hidden = model.data.metadata, model.data.metadata.without(*FIELDS)
+    plain, blind = model.predictor.under(rows, [real[index], hidden[index]])
+    np.testing.assert_array_equal(plain, model.predictor(rows))
+    model.data.metadata = hidden
+    np.testing.assert_array_equal(blind, model.predictor(rows))
+    assert np.abs(plain - blind).max() > 1e-3
+
+
+def test_the_run_is_found_from_the_copy_and_strangers_stay_beside_the_file(
+    work, no_pictures, monkeypatch, tmp_path
+):
+    copy = work / "checkpoints" / "softfilm_best.pt"
+    assert copy.with_suffix(".md").read_text().startswith("# Model card: SoftFiLM-AST")
+    run = best(work, "ast_softfilm").parent.parent
+    options = evaluate.parse(["--checkpoint", str(copy)])
+    model = evaluate.open_model(options.checkpoint, options)
+    assert evaluate.output_folder(model, "test").resolve() == run.resolve() / "evaluation" / "test"
+    alone = Path(shutil.copy(copy, tmp_path / "mailed.pt"))
+    model = Evaluator(alone)
+    model.config.training.output_dir = str(tmp_path / "nowhere")
+    assert evaluate.output_folder(model, "val") == tmp_path / "mailed_evaluation" / "val"
+    assert start(monkeypatch, "--checkpoint", alone, "--no-metadata-test", "--output",
+                 tmp_path / "o", "--batch-size", 3) == 0  # fmt: skip
+    report = report_of(tmp_path / "o")
+    assert "metadata_test" not in report
+    own = report_of(run)["test"]["metrics"]["chosen"]["auroc_crackle"]["value"]
+    assert report["metrics"]["chosen"]["auroc_crackle"]["value"] == pytest.approx(own, abs=1e-3)
+
+
+def test_other_parts_say_what_they_are(work, no_pictures, monkeypatch, capsys):
+    checkpoint = best(work, "ast")
+    run = checkpoint.parent.parent
+    for split, mark in (("train", "SEEN IN TRAINING"), ("val", "SELECTED HERE"), ("all", "SEEN")):
+        assert start(monkeypatch, "--checkpoint", checkpoint, "--split", split) == 0
+        assert mark in capsys.readouterr().err
+        folder = run / "evaluation" / split
+        assert mark in (folder / "report.md").read_text(encoding="utf-8")
+        report = report_of(folder)
+        assert report["part"] == split and "floors" not in report
+    counts = report_of(run)["counts"]
+    everything = sum(counts[part]["cycles"] for part in ("train", "val", "test"))
+    assert report["counts"]["cycles"] == everything
+    val = report_of(run / "evaluation" / "val")
+    assert val["metrics"] == report_of(run)["val"]["metrics"]
+
+
+def test_other_data_are_shouted_and_kept_apart(work, no_pictures, monkeypatch, capsys, tmp_path):
+    write_corpus(tmp_path / "clinic", patients=9, seed=5)
+    checkpoint = best(work, "ast_softfilm")
+    model = Evaluator(checkpoint, data_folder=str(tmp_path / "clinic"))
+    assert model.data.statistics.to_dict() == model.checkpoint.statistics, "nothing is fitted anew"
+    words = ("--checkpoint", checkpoint, "--data-folder", tmp_path / "clinic")
+    assert start(monkeypatch, *words, "--no-metadata-test") == 0
+    assert "OTHER DATA" in capsys.readouterr().err
+    folder = checkpoint.parent.parent / "evaluation" / "test-clinic"
+    report = report_of(folder)
+    assert "OTHER DATA" in report["partial_message"] and report["partial"]
+    assert "OTHER DATA" in (folder / "report.md").read_text(encoding="utf-8")
+    assert report["counts"]["cycles"] == len(model.rows("test"))
+    # the same cycles in another folder are the same data
+    moved = Path(shutil.copytree(model.checkpoint.run_config().dataset.data_folder, tmp_path / "m"))
+    assert Evaluator(checkpoint, data_folder=str(moved)).other_data() == ""
+
+
+def test_what_is_not_there_is_named(work, corpus, monkeypatch, capsys, tmp_path):
+    assert start(monkeypatch, "--checkpoint", tmp_path / "no.pt") == 2
+    assert "no.pt" in capsys.readouterr().err
+    words = ("--checkpoint", best(work, "ast"), "--data-folder", tmp_path / "gone")
+    assert start(monkeypatch, *words) == 2
+    assert "gone" in capsys.readouterr().err
+    rule = {"training.selection": "fixed", "training.min_sensitivity": 0.0, "training.epochs": 1}
+    fixed = train("ast", corpus, tmp_path, **rule)
+    assert start(monkeypatch, "--checkpoint", fixed.best, "--split", "val") == 2
+    assert "no val part" in " ".join(capsys.readouterr().err.split())
+    for words in ((), ("--compare", "a.pt"), ("--compare", "a", "b", "--split", "val")):
+        with pytest.raises(SystemExit):
+            start(monkeypatch, *words)
+
+
+def test_what_the_runs_mlflow_run_is_to_get_is_in_its_journal(corpus, monkeypatch, tmp_path):
+    tracked = {"mlflow.enabled": True, "mlflow.tracking_uri": "http://127.0.0.1:9"}  # nobody there
+    run = train("ast_grf", corpus, tmp_path, **tracked, **{"training.epochs": 1})
+    before = len(Journal(run.path).records)
+    assert start(monkeypatch, "--checkpoint", run.best, "--no-metadata-test") == 0
+    records = Journal(run.path).records[before:]
+    assert {record["op"] for record in records} == {"metrics", "artifact"}, "status as it was"
+    score = run.read_report()["test"]["metrics"]["chosen"]["score"]["value"]
+    assert records[0]["values"]["evaluation_test/score"] == score
+    files = {record["path"]: record["folder"] for record in records[1:]}
+    assert files["evaluation/test/report.json"] == "evaluation/test"
+    assert files["evaluation/test/figures/confusion.png"] == "evaluation/test/figures"
+    before = len(Journal(run.path).records)
+    words = ("--checkpoint", run.best, "--no-metadata-test", "--output", tmp_path / "elsewhere")
+    assert start(monkeypatch, *words) == 0
+    assert len(Journal(run.path).records) == before
+
+
+# -------------------------------------------------------------------- several models
+
+
+def test_comparing_takes_the_runs_predictions_or_computes_the_same(
+    work, monkeypatch, capsys, tmp_path
+):
+    first, second = best(work, "ast"), best(work, "ast_softfilm")
+    frames = [read_predictions(p.parent.parent / "predictions/test.csv", Task(4))
+              for p in (first, second)]  # fmt: skip
+    expected = compare_predictions(
+        {"AST": frames[0], "SoftFiLM-AST": frames[1]}, Task(4), bootstrap=10_000
+    )
+    assert start(monkeypatch, "--compare", first, second, "--output", tmp_path / "o") == 0
+    result = json.loads((tmp_path / "o" / "comparison.json").read_text())
+    assert result["pairs"] == expected
+    row = next(r for r in expected if r["figure"] == "score")
+    interval = f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+    text = (tmp_path / "o" / "comparison.md").read_text(encoding="utf-8")
+    assert f"| {interval} | {row['p']:.4f} |" in text and "PARTIAL DATA" in text
+    printed = capsys.readouterr()
+    assert f"{interval}  {row['p']:.4f}" in printed.out and "PARTIAL DATA" in printed.err
+    lines = [line for line in printed.out.splitlines() if str(tmp_path) not in line]
+    assert max(map(len, lines)) <= 100
+
+    strangers = []
+    for path, name in ((first, "a.pt"), (second, "b.pt")):
+        strangers.append(Evaluator(shutil.copy(path, tmp_path / name)))
+        strangers[-1].config.training.output_dir = str(tmp_path / "nowhere")
+        assert strangers[-1].stored_predictions() is None
+    assert comparison.compare(strangers)["pairs"] == expected
+
+
+def test_predictions_of_another_training_are_not_taken(work):
+    model = Evaluator(best(work, "ast"))
+    assert model.stored_predictions() is not None
+    model.checkpoint.epoch += 1
+    assert model.stored_predictions() is None
+
+
+def test_what_can_not_be_compared_is_refused(work, corpus, monkeypatch, capsys, tmp_path):
+    ast = best(work, "ast")
+    short = {"training.epochs": 1}
+    two = train("ast_grf", corpus, tmp_path, **short, **{"dataset.n_cls": 2})
+    assert start(monkeypatch, "--compare", ast, two.best) == 2
+    assert "4 classes" in capsys.readouterr().err
+    other = train("ast_grf", corpus, tmp_path, **short, **{"dataset.split_strategy": "random"})
+    assert start(monkeypatch, "--compare", ast, other.best) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "equal test parts" in error and "GRF-AST on" in error
+    assert start(monkeypatch, "--compare", ast, ast) == 2
+    assert "given twice" in capsys.readouterr().err
+
+
+def test_different_selection_rules_are_warned_of(work, corpus, monkeypatch, capsys, tmp_path):
+    chosen = {"training.selection": "test", "training.epochs": 1}
+    biased = train("ast", corpus, tmp_path, **chosen)
+    words = ("--compare", best(work, "ast"), biased.best, "--output", tmp_path / "o")
+    assert start(monkeypatch, *words) == 0
+    printed = capsys.readouterr()
+    assert "DIFFERENT SELECTION RULES" in printed.err
+    text = (tmp_path / "o" / "comparison.md").read_text()
+    assert "DIFFERENT SELECTION RULES" in text and "SELECTED ON TEST" in text
+    assert biased.path.name in text, "two ASTs go by the names of their runs"
+
+
+# -------------------------------------------------------------------- real recordings
+
+
+@pytest.mark.real
+def test_real_recordings(icbhi_root, no_pictures, monkeypatch, tmp_path):
+    folder = tmp_path / "icbhi"
+    folder.mkdir()
+    for stem in HANDFUL:
+        for suffix in (".wav", ".txt"):
+            shutil.copy(icbhi_root / "recordings" / f"{stem}{suffix}", folder)
+    for name in TABLES:
+        shutil.copy(icbhi_root / name, folder)
+    run = train("ast_tafilm", folder, tmp_path, **{"dataset.val_fraction": 0.3})
+    assert start(monkeypatch, "--checkpoint", run.best) == 0
+    own, again = run.read_report()["test"], report_of(run.path / "evaluation" / "test")
+    assert all(again[key] == own[key] for key in SAME)
+    assert len(again["metadata_test"]) == 8
+    groups = pd.DataFrame(again["subgroups"])
+    assert groups[groups["group"] == "device"]["cycles"].sum() == again["counts"]["cycles"]

@@ -1,0 +1,306 @@
+"""Ablation grids: their cells and commands, skipping, failing, stopping, resuming, the table."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import evaluate
+from data.synthetic import write_corpus
+from models.registry import VARIANTS
+from tests.utils.evaluation_tables import cycle_table, predictions
+from tests.utils.tiny import words
+from utils.config import config_hash, config_to_yaml, load_config
+from utils.errors import Preempted, UserError
+from utils.evaluation import ablation
+from utils.evaluation.ablation import Cell, read_grid, run_grid, run_tracked, start_process
+from utils.evaluation.evaluate import evaluate_predictions
+from utils.training.run import parse_arguments
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = {"freezing": 20, "conditioned_layers": 3}
+GRID = """
+table: freezing
+scripts:
+  ast_train.py: configs/ast_config.yaml
+  ast_meta_fus_train.py: configs/ast_fus_config.yaml
+grid:
+  backbone.trainable_blocks: [0, 2]
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def grid_file(here) -> Path:
+    file = here / "small.yaml"
+    file.write_text(GRID)
+    return file
+
+
+def small(**overrides) -> list[str]:
+    """Overrides that make every cell tiny; `trainable_blocks` is the grid's."""
+    sizes = {"models.*.input_fdim": "null", "models.*.input_tdim": "null"}  # those of the dataset
+    found = words(**{"dataset.data_folder": "corpus", **sizes, **overrides})
+    return [word for word in found if not word.startswith("backbone.trainable_blocks")]
+
+
+def finish(cell: Cell, seed: int = 0) -> float:
+    """What training leaves of a finished cell; returns its test Score."""
+    folder, task = cell.folder, cell.config.task
+    frame = predictions(task, cycle_table(), seed=seed)
+    selection = cell.config.training.selection
+    test = evaluate_predictions(
+        frame, task, task.default_thresholds, selection=selection, bootstrap=20
+    )
+    folder.checkpoints.mkdir(parents=True)
+    folder.best.write_bytes(b"weights")
+    folder.config.write_text(config_to_yaml(cell.config))
+    report = {
+        "variant": cell.config.variant, "title": VARIANTS[cell.config.variant].title, "n_cls": 4,
+        "selection": selection, "seed": cell.config.training.seed, "partial": False,
+        "partial_message": "", "counts": {"train": test["counts"]}, "test": test,
+    }  # fmt: skip
+    folder.write_report(report)
+    return test["metrics"]["chosen"]["score"]["value"]
+
+
+# -------------------------------------------------------------------- cells and commands
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_grids_are_sound(name, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    grid = read_grid(f"configs/ablations/{name}.yaml", overrides=["dataset.data_folder=DIR"])
+    assert len(grid.cells) == SHIPPED[name] == len({c.folder.path for c in grid.cells})
+    for cell, line in zip(grid.cells, grid.commands(), strict=True):
+        python, script, *arguments = shlex.split(line)
+        assert python == "python" and (ROOT / script).is_file()
+        options = parse_arguments(cell.config.variant, "", arguments)
+        # the command alone makes the very run of the cell, and it is for this script
+        config = load_config(options.config, options.overrides, variant=cell.config.variant)
+        assert config_hash(config) == config_hash(cell.config)
+        assert options.member_of == grid.folder
+        assert f'VARIANT = "{config.variant}"' in (ROOT / script).read_text()
+    if name == "freezing":
+        cells = [(c.config.variant, c.config.backbone.trainable_blocks) for c in grid.cells]
+        assert cells == [(v, n) for v in list(VARIANTS)[:5] for n in (0, 4, 8, 12)]
+    else:
+        layers = [c.config.model.conditioned_layers for c in grid.cells]
+        assert layers == [list(range(first, 12)) for first in (10, 6, 0)]
+
+
+def test_the_last_layer_cell_is_the_plain_run(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    grid = read_grid("configs/ablations/conditioned_layers.yaml")
+    plain = load_config(["configs/ast_film_soft_config.yaml"])
+    assert config_hash(grid.cells[-1].config) == config_hash(plain)
+
+
+def test_seeds_and_words_reach_every_cell(grid_file):
+    (grid_file.parent / "more.yaml").write_text("training:\n  epochs: 70\n")
+    grid = read_grid(
+        grid_file, seeds=[2], config_files=["more.yaml"], overrides=["training.lr=1e-3"]
+    )
+    assert [c.label for c in grid.cells][:3] == [
+        "AST trainable_blocks=0 seed=0", "AST trainable_blocks=0 seed=1",
+        "AST trainable_blocks=2 seed=0",
+    ]  # fmt: skip
+    assert len(grid.cells) == 8
+    for cell in grid.cells:
+        assert (cell.config.training.epochs, cell.config.training.lr) == (70, 1e-3)
+    assert read_grid(grid_file, seeds=[5]).folder != grid.folder
+
+
+@pytest.mark.parametrize(
+    ("change", "overrides", "message"),
+    [
+        (("table: freezing", "table: freezin"), [], "no table 'freezin'; there are 4-class"),
+        (("grid:", "grids:"), [], "unknown key grids; did you mean grid?"),
+        (("[0, 2]", "0"), [], "grid.backbone.trainable_blocks must be a list"),
+        (("trainable_blocks", "trainable_block"), [], "did you mean backbone.trainable_blocks?"),
+        (("[0, 2]", "[0, x]"), [], "ast_train.py trainable_blocks=x seed=0: backbone"),
+        (("ast_train.py", "ast_trian.py"), [], "no file ast_trian.py"),
+        (("scripts:", "overrides:"), [], "scripts is missing"),
+        (("table:", "table: ["), [], "not readable YAML"),
+        (("", ""), ["backbone.trainable_blocks=4"], "is set by the grid"),
+        (("", ""), ["training.seed=4"], "is set by --seeds"),
+    ],
+)  # fmt: skip
+def test_a_grid_that_is_wrong_is_refused_before_anything_runs(
+    change, overrides, message, grid_file
+):
+    grid_file.write_text(GRID.replace(*change) if change[0] else GRID)
+    with pytest.raises(UserError) as error:
+        read_grid(grid_file, overrides=overrides)
+    assert message in str(error.value)
+    assert sorted(p.name for p in grid_file.parent.iterdir()) == ["small.yaml"]
+
+
+def test_dry_run_prints_one_command_per_line_and_runs_nothing(grid_file, monkeypatch, capsys):
+    given = ["ablation", str(grid_file), "training.lr=1e-3", "--dry-run", "--seeds", "0", "1"]
+    monkeypatch.setattr(sys, "argv", given)
+    assert ablation.main() == 0
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert len(lines) == 8 and all(line.startswith("python ") for line in lines)
+    assert all("training.lr=1e-3" in line for line in lines)
+    assert "8 cells, 0 of them finished" in printed.err
+    assert sorted(p.name for p in grid_file.parent.iterdir()) == ["small.yaml"]
+
+
+# -------------------------------------------------------------------- running
+
+
+def test_finished_cells_are_skipped_and_a_failing_one_does_not_stop_the_others(
+    grid_file, capsys, caplog
+):
+    grid = read_grid(grid_file, overrides=["mlflow.enabled=false"])
+    first, broken, *rest = grid.cells
+    before = finish(first)
+    started = []
+
+    def start(cell, log):
+        started.append(cell)
+        if cell is broken:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text("epoch 1\nerror: the gradient was not finite\n    lower training.lr\n")
+            return 2
+        finish(cell, seed=len(started))
+        return 0
+
+    assert run_tracked(grid, start) == [broken]
+    assert started == [broken, *rest]
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if line.startswith("[")]
+    assert lines[0] == f"[1/4] {first.label}: Score {before:.2f}, finished before"
+    assert lines[1].startswith(f"[2/4] {broken.label}: FAILED with status 2, see ")
+    for cell, line in zip(rest, lines[2:], strict=True):
+        assert cell.label in line and f"Score {cell.score()}, " in line
+    assert "error: the gradient was not finite\n    lower training.lr" in caplog.text
+    # the same command again goes on with what is missing, and then the table is whole
+    broken, started[:] = None, []
+    assert run_tracked(grid, start) == []
+    assert [cell.label for cell in started] == ["AST trainable_blocks=2 seed=0"]
+    table = (grid.folder / "table.md").read_text(encoding="utf-8")
+    assert "Backbone freezing" in table and table.strip() in capsys.readouterr().out
+    assert f"| n = 0 | {before:.2f} [" in table
+    assert {"table.csv", "table.tex", "grid.json"} <= {p.name for p in grid.folder.iterdir()}
+    cells = json.loads((grid.folder / "grid.json").read_text())["cells"]
+    assert [cell["run"] for cell in cells] == [c.folder.path.name for c in grid.cells]
+
+
+def test_a_cell_that_says_it_is_done_but_is_not_has_failed(grid_file, capsys):
+    grid = read_grid(grid_file)
+    assert run_grid(grid, lambda *_: 0) == list(grid.cells)
+    assert "FAILED with status 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("status", "stop"), [(75, Preempted), (130, KeyboardInterrupt), (-2, KeyboardInterrupt)]
+)
+def test_a_stopped_cell_stops_the_grid(status, stop, grid_file):
+    grid, started = read_grid(grid_file, overrides=["mlflow.enabled=false"]), []
+    with pytest.raises(stop):
+        run_tracked(grid, lambda cell, _: [started.append(cell)] and status)
+    assert len(started) == 1
+
+
+def test_exit_statuses(grid_file, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ablation", str(grid_file), "mlflow.enabled=false"])
+
+    def ending(status):
+        monkeypatch.setattr(ablation, "run_tracked", lambda grid: run_grid(grid, lambda *_: status))
+        return ablation.main()
+
+    assert ending(75) == 75
+    with pytest.raises(SystemExit) as end:
+        ending(3)
+    assert end.value.code == 1
+    monkeypatch.setattr(ablation, "run_tracked", lambda grid: [])
+    assert ablation.main() == 0
+    monkeypatch.setattr(sys, "argv", ["ablation", "nowhere.yaml"])
+    assert ablation.main() == 2
+
+
+def test_sigterm_reaches_the_cell_and_its_state_counts(here):
+    script = here / "cell.py"
+    script.write_text(
+        "import pathlib, signal, sys, time\n"
+        "def stop(*_): print('saved', flush=True); sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "pathlib.Path('ready').touch()\n"
+        "time.sleep(60)\n"
+    )
+
+    def terminate():
+        while not (here / "ready").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate).start()
+    cell = Cell("stub", (str(script),), config=None)
+    began = time.monotonic()
+    assert start_process(cell, here / "logs" / "cell.log") == 75
+    assert time.monotonic() - began < 30
+    assert (here / "logs" / "cell.log").read_text() == "saved\n"
+    script.write_text("import sys; sys.exit('error: no')")
+    assert start_process(cell, here / "logs" / "cell.log") == 1
+    assert (here / "logs" / "cell.log").read_text() == "saved\nerror: no\n"
+
+
+# -------------------------------------------------------------------- the whole thing
+
+
+@pytest.mark.slow
+def test_a_killed_grid_goes_on_and_its_cells_are_nested_in_mlflow(here, monkeypatch, capsys):
+    """One cell is there, the other one runs as a process of its own, like under a scheduler."""
+    from mlflow import MlflowClient
+
+    write_corpus(here / "corpus", patients=9)
+    (here / "one.yaml").write_text(GRID.replace("  ast_train.py: configs/ast_config.yaml\n", ""))
+    overrides = small(**{"training.epochs": 1, "mlflow.enabled": True, "dataset.store_workers": 1})
+    overrides.append("dataset.cycle_metadata_path=null")
+    done, cell = read_grid("one.yaml", overrides=overrides).cells
+    finish(done)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(sys, "argv", ["ablation", "one.yaml", *overrides])
+    assert ablation.main() == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    assert "finished before" in lines[0] and f"Score {cell.score()}" in lines[1]
+    assert not (here / "checkpoints").exists(), "cells do not replace the plain run's copy"
+
+    client = MlflowClient("sqlite:///mlflow.db")
+    experiment = client.get_experiment_by_name("icbhi").experiment_id
+    runs = client.search_runs([experiment])
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert parent.info.run_name == "ablation one: 2 runs" and parent.info.status == "FINISHED"
+    (child,) = [run for run in runs if run is not parent]
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert child.data.params["backbone.trainable_blocks"] == "2"
+    assert "grid.json" in {file.path for file in client.list_artifacts(parent.info.run_id)}
+
+    # an evaluation later adds to the cell's run, whose status and times stay
+    monkeypatch.setattr("utils.figures.runs.evaluation_figures", lambda *_: [])
+    words = ["--checkpoint", str(cell.folder.best), "--no-metadata-test"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
+    assert evaluate.main() == 0
+    after = client.get_run(child.info.run_id)
+    assert (after.info.status, after.info.end_time) == ("FINISHED", child.info.end_time)
+    assert after.data.metrics["evaluation_test/score"] == after.data.metrics["test/score"]
+    names = {file.path for file in client.list_artifacts(child.info.run_id, "evaluation/test")}
+    assert {"evaluation/test/report.json", "evaluation/test/predictions.csv"} <= names
+    assert len(client.search_runs([experiment])) == 2

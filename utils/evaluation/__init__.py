@@ -1,0 +1,1 @@
+"""Metrics, uncertainty, calibration, reports and ablations."""
