@@ -1,0 +1,145 @@
+"""Each variant on real ICBHI recordings: it learns them by heart, and a run writes everything.
+
+Skipped where there are none (set ICBHI_ROOT, or put them at ../shared/icbhi).
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from data.splits import Split
+from models.registry import VARIANTS
+from utils.config import RunConfig, config_from_dict
+from utils.tracking import Tracker
+from utils.training.assemble import build_data, build_frontend, build_model
+from utils.training.device import Machine
+from utils.training.engine import Trainer
+from utils.training.inputs import Inputs
+from utils.training.run import Run
+from utils.training.runfolder import RunFolder
+from utils.training.state import Keeper
+
+pytestmark = pytest.mark.real
+
+# Training and test patients, all four devices, every class but "both".
+HANDFUL = (
+    "106_2b1_Pl_mc_LittC2SE",
+    "107_2b4_Ll_mc_AKGC417L",
+    "107_2b4_Pr_mc_AKGC417L",
+    "109_1b1_Al_sc_Litt3200",
+    "130_3p2_Al_mc_AKGC417L",
+    "138_1p2_Al_mc_AKGC417L",
+    "154_4b4_Ar_mc_AKGC417L",
+    "161_1b1_Al_sc_Meditron",
+    "173_1b1_Al_sc_Meditron",
+    "187_1b1_Ll_sc_Meditron",
+    "206_1b1_Lr_sc_Meditron",
+)
+TABLES = ("ICBHI_challenge_train_test.txt", "demographic_info.txt", "patient_diagnosis.csv")
+
+
+@pytest.fixture(scope="module")
+def handful(icbhi_root, tmp_path_factory) -> Path:
+    """A few real recordings in the layout of a user's folder."""
+    folder = tmp_path_factory.mktemp("real")
+    for stem in HANDFUL:
+        for suffix in (".wav", ".txt"):
+            shutil.copy(icbhi_root / "recordings" / f"{stem}{suffix}", folder)
+    for name in TABLES:
+        shutil.copy(icbhi_root / name, folder)
+    return folder
+
+
+def configure(variant: str, folder: Path, work: Path, **training) -> RunConfig:
+    return config_from_dict(
+        {
+            "dataset": {
+                "data_folder": str(folder),
+                "cache_dir": str(folder.parent / "cache"),
+                "w": 128,
+                "val_fraction": 0.3,
+                "store_workers": 1,
+            },
+            "audio": {"clip_seconds": 4.0},
+            "backbone": {
+                "weights": "none",
+                "embed_dim": 64,
+                "depth": 2,
+                "num_heads": 2,
+                "freq_stride": 16,
+                "time_stride": 16,
+            },
+            "models": {variant: {}},
+            "training": {
+                "output_dir": str(work / "runs"),
+                "checkpoint_dir": str(work / "checkpoints"),
+                "lr": 2e-3,
+                "warmup_epochs": 0,
+                **training,
+            },
+            "mlflow": {"enabled": False},
+        }
+    )
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_it_trains_for_two_epochs_and_writes_every_artifact(
+    variant, handful, tmp_path, monkeypatch
+):
+    if variant != "ast_softfilm":  # pictures cost seconds; one variant, with all of them, will do
+        monkeypatch.setattr("utils.training.summary.draw_figures", lambda *_: None)
+    config = configure(variant, handful, tmp_path, epochs=2)
+    with Run(config, Machine("cpu")) as run:
+        data = run.data()
+        run.test(run.fit(run.model(data), data))
+    folder = RunFolder.of(config)
+    history = pd.read_csv(folder.metrics)
+    assert len(history) == 2 and history["train_loss"].iloc[1] < history["train_loss"].iloc[0]
+    assert folder.finished
+    for part in ("val", "test"):
+        assert len(pd.read_csv(folder.predictions / f"{part}.csv"))
+    for name in ("config.yaml", "run.log", "report.md", "model_card.md"):
+        assert (folder.path / name).stat().st_size
+
+
+class Remembered(Inputs):
+    """Inputs that compute each cycle's spectrogram once; without augmentation nothing changes."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.known: dict[int, torch.Tensor] = {}
+
+    def __call__(self, batch, seed):
+        cycles = batch.cycle.tolist()
+        if not set(cycles) <= set(self.known):
+            self.known |= dict(zip(cycles, super().__call__(batch, None), strict=True))
+        return torch.stack([self.known[cycle] for cycle in cycles])
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_it_learns_32_real_cycles_by_heart(variant, handful, tmp_path):
+    config = configure(variant, handful, tmp_path, epochs=150, lr=5e-4, selection="fixed")
+    config.augment.enabled = False
+    config.model.dropout = 0.0
+    config.dataset.batch_size = 8
+    data = build_data(config)
+    chosen = np.random.default_rng(0).permutation(data.split.train)[:32]
+    data.split = Split(np.sort(chosen), np.empty(0, np.int64), data.split.test)
+    machine = Machine("cpu")
+    torch.manual_seed(0)
+    model = build_model(config, data.statistics)
+    keeper = Keeper(RunFolder(tmp_path / "run"), machine, {})
+    inputs = Remembered(build_frontend(config), machine)
+    trainer = Trainer(config, data, model, inputs, machine, keeper, Tracker())
+    trainer.fit()
+    task = data.task
+    probability = task.probabilities(trainer.predict(chosen))
+    predicted = task.predicted_classes(probability, task.default_thresholds)
+    assert len(np.unique(data.classes(chosen))) >= 3
+    assert (predicted == data.classes(chosen)).mean() > 0.95

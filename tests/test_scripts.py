@@ -1,0 +1,221 @@
+"""The five scripts as a user starts them, on a small synthetic corpus."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from models.registry import VARIANTS
+from utils.training.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {
+    "ast": ("ast_train.py", "ast_config.yaml"),
+    "ast_grf": ("ast_meta_fus_train.py", "ast_fus_config.yaml"),
+    "ast_film": ("ast_film_train.py", "ast_film_config.yaml"),
+    "ast_tafilm": ("ast_tafilm_train.py", "ast_tafilm_config.yaml"),
+    "ast_softfilm": ("ast_film_soft.py", "ast_film_soft_config.yaml"),
+}
+TINY = (
+    "backbone.embed_dim=32",
+    "backbone.num_heads=2",
+    "audio.clip_seconds=2",
+    "dataset.w=64",
+    "models.*.input_tdim=64",
+    "training.epochs=2",
+    "training.warmup_epochs=0",
+    "dataset.store_workers=1",
+)
+ARTIFACTS = (
+    "config.yaml",
+    "run.log",
+    "metrics.csv",
+    "report.json",
+    "report.md",
+    "model_card.md",
+    "checkpoints/best.pt",
+    "predictions/val.csv",
+    "predictions/test.csv",
+)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, tmp_path_factory) -> Path:
+    """A working folder of its own; the waveform store is shared by the session's runs."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Leave a run's figures out: they cost seconds, and the MLflow test looks at them."""
+    monkeypatch.setattr("utils.training.summary.draw_figures", lambda *_: None)
+
+
+def words(variant: str, corpus: Path, *overrides: str) -> list[str]:
+    script, config = SCRIPTS[variant]
+    return [
+        str(ROOT / script),
+        "--config",
+        str(ROOT / "configs" / config),
+        str(ROOT / "configs" / "demo.yaml"),
+        f"dataset.data_folder={corpus}",
+        "dataset.cycle_metadata_path=null",
+        f"dataset.cache_dir={corpus.parent / 'cache'}",
+        *TINY,
+        *overrides,
+    ]
+
+
+def run(monkeypatch, variant: str, corpus: Path, *overrides: str) -> int:
+    """Start a script in this process: importing everything anew takes longer than training."""
+    arguments = words(variant, corpus, *overrides)
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(arguments[0], run_name="__main__")
+    return end.value.code
+
+
+def only_run(folder: Path) -> Path:
+    (found,) = (folder / "runs").iterdir()
+    return found
+
+
+@pytest.mark.parametrize("n_cls", [4, 2])
+@pytest.mark.parametrize("variant", SCRIPTS)
+def test_a_script_trains_tests_and_writes_everything(
+    variant, n_cls, here, monkeypatch, synthetic_corpus, capsys, no_pictures
+):
+    arguments = (f"dataset.n_cls={n_cls}", "mlflow.enabled=false")
+    assert run(monkeypatch, variant, synthetic_corpus, *arguments) == 0
+    folder = only_run(here)
+    assert folder.name.startswith(f"{variant}-{n_cls}cls-validation-s0-")
+    for name in ARTIFACTS:
+        assert (folder / name).stat().st_size > 0, name
+    left = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert left == ["best.pt"], "the optimiser's state goes when the run has finished"
+    checkpoint = load_checkpoint(here / "checkpoints" / f"{VARIANTS[variant].short}_best.pt")
+    assert checkpoint.selection == "validation" and checkpoint.partial
+    report = json.loads((folder / "report.json").read_text())
+    predictions = pd.read_csv(folder / "predictions" / "test.csv")
+    assert (
+        report["test"]["counts"]["cycles"] == len(predictions) == report["counts"]["test"]["cycles"]
+    )
+    assert len(pd.read_csv(folder / "metrics.csv")) == 2
+    printed = capsys.readouterr()
+    assert str(folder.name) in printed.out and "PARTIAL DATA" in printed.out
+    lines = (printed.out + printed.err).splitlines()
+    assert max(map(len, lines)) <= 100, max(lines, key=len)
+    assert sum(line.startswith("epoch ") for line in lines) == 2
+
+
+def test_the_same_command_again_shows_the_finished_run(
+    here, monkeypatch, synthetic_corpus, capsys, no_pictures
+):
+    assert run(monkeypatch, "ast", synthetic_corpus, "mlflow.enabled=false") == 0
+    best = only_run(here) / "checkpoints" / "best.pt"
+    written = best.stat().st_mtime_ns
+    capsys.readouterr()
+    assert run(monkeypatch, "ast", synthetic_corpus, "mlflow.enabled=false") == 0
+    assert best.stat().st_mtime_ns == written
+    assert "Score" in capsys.readouterr().out
+    again = ("mlflow.enabled=false", "training.resume=never")
+    assert run(monkeypatch, "ast", synthetic_corpus, *again) == 0
+    assert best.stat().st_mtime_ns > written
+
+
+def test_seeds_and_folds_are_grouped(here, monkeypatch, synthetic_corpus, capsys, no_pictures):
+    common = ("mlflow.enabled=false", "training.epochs=1", "training.selection=fixed")
+    assert run(monkeypatch, "ast_grf", synthetic_corpus, "--seeds", "2", *common) == 0
+    (group,) = here.glob("runs/*-group-*")
+    content = json.loads((group / "group.json").read_text())
+    assert content["seeds"] == [0, 1] and content["summary"]["score"]["n"] == 2
+    assert not (here / "checkpoints").exists(), "members do not replace the plain run's copy"
+    folds = ("--folds", "all", "dataset.split_strategy=foldwise")
+    assert run(monkeypatch, "ast_grf", synthetic_corpus, *folds, *common) == 0
+    (pooled,) = here.glob("runs/*-group-*/predictions/out_of_fold-s0.csv")
+    frame = pd.read_csv(pooled)
+    assert frame["cycle"].is_unique and frame["patient"].nunique() == 10
+    assert "out-of-fold patients" in capsys.readouterr().out
+
+
+def test_mlflow_gets_the_run_by_default(here, monkeypatch, synthetic_corpus):
+    from mlflow import MlflowClient
+
+    mlflow_config = ("--mlflow-config", str(ROOT / "configs" / "mlflow.yaml"))
+    upload = "mlflow.log_checkpoint=true"
+    assert run(monkeypatch, "ast_film", synthetic_corpus, *mlflow_config, upload) == 0
+    client = MlflowClient(f"sqlite:///{here}/mlflow.db")  # MLflow caches stores by address
+    experiment = client.get_experiment_by_name("icbhi")
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.run_name == "FiLM-AST 4-class validation s0"
+    assert found.info.status == "FINISHED"
+    assert {"train/loss", "val/score", "val/sp", "test/score", "lr"} <= set(found.data.metrics)
+    assert found.data.params["training.epochs"] == "2"
+    assert found.data.params["data.train.cycles"].isdigit()
+    assert found.data.tags["partial_data"] == "true"
+    names = {file.path for file in client.list_artifacts(found.info.run_id)}
+    assert {"config.yaml", "predictions", "report.json", "figures", "checkpoints"} <= names
+
+
+def test_a_real_process_without_mlflow_does_not_import_it(here, synthetic_corpus):
+    code = (
+        "import runpy, sys\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0, end.code\n"
+        "assert 'mlflow' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    arguments = words("ast", synthetic_corpus, "mlflow.enabled=false", "training.epochs=1")
+    program = f"import sys; sys.argv = {arguments!r}; sys.path.insert(0, {str(ROOT)!r})\n{code}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("dataset.data_folder=nowhere",), "nowhere"),
+        (("training.epoch=3",), "did you mean training.epochs?"),
+        (("models.ast.label_dim=1",), "models.ast.label_dim=1"),
+    ],
+)
+def test_bad_input_ends_with_status_2_and_writes_nothing(
+    overrides, message, here, monkeypatch, synthetic_corpus, capsys
+):
+    assert run(monkeypatch, "ast", synthetic_corpus, "mlflow.enabled=false", *overrides) == 2
+    assert message in capsys.readouterr().err
+    leftover = [p for p in here.rglob("*") if p.suffix in (".pt", ".csv", ".json")]
+    assert not leftover
+
+
+def test_an_unknown_option_is_refused_by_name(here, monkeypatch, synthetic_corpus, capsys):
+    assert run(monkeypatch, "ast", synthetic_corpus, "--epochs", "3") == 2
+    assert "--epochs" in capsys.readouterr().err
+
+
+def commands_of_the_readme() -> list[list[str]]:
+    """Every `python <script> ...` of the README's code blocks, continuation lines joined."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    lines = [line.split() for block in blocks for line in block.splitlines() if line.strip()]
+    scripts = {script for script, _ in SCRIPTS.values()}
+    return [line for line in lines if line[0] == "python" and line[1] in scripts]
+
+
+def test_the_readmes_training_commands_are_there_and_parse(monkeypatch, capsys):
+    commands = commands_of_the_readme()
+    assert {words[1] for words in commands} == {script for script, _ in SCRIPTS.values()}
+    monkeypatch.chdir(ROOT)
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", [*command[1:], "--print-config"])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(command[1], run_name="__main__")
+        assert end.value.code == 0
+        assert "data_folder: /path/to/icbhi_dataset" in capsys.readouterr().out
