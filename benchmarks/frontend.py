@@ -1,0 +1,110 @@
+"""Log-mel front end against torchaudio's call, clip by clip: speed and error.
+
+    python -m benchmarks.frontend [--device cpu|cuda] [--batch 16] [--threads 2] [--rounds 20]
+
+Both turn the same padded 10 s clips into log-mel frames at the paper's settings, in turn on the
+same machine; `forward_clips_per_s` is the whole front end (padding, log-mel, normalisation,
+stretching). `error_ratio` is the largest, over all signals, of our largest error over
+torchaudio's, both against torchaudio in float64. Real recordings are taken from ICBHI_ROOT or
+../shared/icbhi where there are any, noise-like synthetic ones otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+
+import torch
+from torch import Tensor
+from torchaudio.compliance.kaldi import fbank
+
+from benchmarks.recordings import clips_for_benchmark
+from benchmarks.timing import Timing, interleave, print_result
+from data.frontend import AudioFrontend
+
+
+def torchaudio_log_mel(clip: Tensor) -> Tensor:
+    """[S] -> [T, F] in the clip's own dtype, at the paper's settings."""
+    return fbank(
+        clip.unsqueeze(0),
+        num_mel_bins=128,
+        frame_length=40.0,
+        frame_shift=10.0,
+        low_freq=100.0,
+        high_freq=8000.0,
+        sample_frequency=16000.0,
+        window_type="hanning",
+    )
+
+
+def signals(clips: Tensor) -> Tensor:
+    """The clips, and noise, tones, an offset and silence: [n, S]."""
+    samples = clips.shape[1]
+    noise = torch.randn(samples, generator=torch.Generator().manual_seed(0))
+    time = torch.arange(samples, dtype=torch.float64) / 16000
+    tones = [(0.5 * torch.sin(2 * math.pi * f * time)).float() for f in (50, 440, 1000, 3000, 7000)]
+    made = [0.1 * noise, 1e-4 * noise, 0.5 + 1e-3 * noise, *tones, torch.zeros(samples)]
+    return torch.cat([clips.cpu(), torch.stack(made)])
+
+
+def error_ratio(frontend: AudioFrontend, clips: Tensor, device: str) -> float:
+    """Largest ratio of our error to torchaudio's over the signals; both exact counts as 1."""
+    worst = 0.0
+    for clip in signals(clips):
+        exact = torchaudio_log_mel(clip.double())
+        ours = frontend.log_mel(clip.unsqueeze(0).to(device))[0].cpu()
+        mine = (ours - exact).abs().max().item()
+        theirs = (torchaudio_log_mel(clip) - exact).abs().max().item()
+        worst = max(worst, 1.0 if mine == theirs else mine / max(theirs, 1e-12))
+    return worst
+
+
+def cpu_ms(timing: Timing, batch: int) -> float:
+    """Processor milliseconds per clip."""
+    return 1000 * statistics.median(timing.cpu_seconds) / batch
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=20)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    clips, source = clips_for_benchmark(args.batch)
+    clips = clips.to(args.device)
+    length = torch.full((args.batch,), clips.shape[1], device=args.device)
+    frontend = AudioFrontend().to(args.device)
+    times = interleave(
+        {
+            "ours": lambda: frontend.log_mel(clips),
+            "torchaudio": lambda: [torchaudio_log_mel(clip) for clip in clips],
+            "forward": lambda: frontend(clips, length),
+        },
+        rounds=args.rounds,
+        device=args.device,
+    )
+    print_result(
+        {
+            "device": args.device,
+            "threads": args.threads,
+            "batch": args.batch,
+            "clips": source,
+            "clips_per_s": args.batch / times["ours"].median,
+            "forward_clips_per_s": args.batch / times["forward"].median,
+            "torchaudio_clips_per_s": args.batch / times["torchaudio"].median,
+            "cpu_ms_per_clip": cpu_ms(times["ours"], args.batch),
+            "torchaudio_cpu_ms_per_clip": cpu_ms(times["torchaudio"], args.batch),
+            "ratio": times["ours"].ratio(times["torchaudio"]),
+            "ratio_spread": times["ours"].ratio_spread(times["torchaudio"]),
+            "error_ratio": error_ratio(frontend, clips, args.device),
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
