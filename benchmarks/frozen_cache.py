@@ -54,9 +54,15 @@ FROZEN = (
 )
 
 
-def frozen_trainer(config: RunConfig, data: ICBHI, folder: Path, rows: np.ndarray) -> Trainer:
-    """The loop over `rows` only."""
-    machine = Machine("cpu", "fp32", "false")
+def frozen_trainer(
+    config: RunConfig,
+    data: ICBHI,
+    folder: Path,
+    rows: np.ndarray,
+    machine: Machine | None = None,
+) -> Trainer:
+    """The loop over `rows` only; on the CPU in fp32, or on another machine."""
+    machine = machine or Machine("cpu", "fp32", "false")
     torch.manual_seed(0)
     model = build_model(config, data.statistics)
     inputs = build_inputs(config, data, model, machine)
@@ -68,7 +74,15 @@ def frozen_trainer(config: RunConfig, data: ICBHI, folder: Path, rows: np.ndarra
     return trainer
 
 
-def measure(name: str, folder: Path, data: ICBHI, clips: int, rounds: int) -> dict[str, float]:
+def measure(
+    name: str,
+    folder: Path,
+    data: ICBHI,
+    clips: int,
+    rounds: int,
+    machine: Machine | None = None,
+    overrides: tuple[str, ...] = (),
+) -> dict[str, float]:
     """Seconds per epoch without and with the cache, and their ratio."""
     file, words, _ = CASES[name]
     rows = data.split.train[:clips]
@@ -82,9 +96,10 @@ def measure(name: str, folder: Path, data: ICBHI, clips: int, rounds: int) -> di
                 f"dataset.data_folder={folder / 'corpus'}",
                 f"dataset.cache_dir={folder / 'cache'}",
                 f"training.frozen_cache={cached}",
+                *overrides,
             ],
         )
-        trainer = frozen_trainer(config, data, folder / "run", rows)
+        trainer = frozen_trainer(config, data, folder / "run", rows, machine)
         if isinstance(trainer.inputs, FrozenInputs) != (kind == "cached"):
             raise RuntimeError(f"{name}: the cache is not what was asked for")
         trainer.inputs.prepare(rows)
@@ -94,7 +109,7 @@ def measure(name: str, folder: Path, data: ICBHI, clips: int, rounds: int) -> di
             trainer._train_epoch()
 
         epochs[kind] = epoch
-    times = interleave(epochs, rounds=rounds, warmup=1)
+    times = interleave(epochs, rounds=rounds, warmup=1, device=trainer.machine.device)
     return {
         f"{name}_uncached_s": times["uncached"].median,
         f"{name}_cached_s": times["cached"].median,

@@ -75,9 +75,11 @@ def corpus(folder: Path, *overrides: str) -> tuple[RunConfig, ICBHI]:
     return config, build_data(config)
 
 
-def stub_trainer(config: RunConfig, data: ICBHI, folder: Path) -> Trainer:
+def stub_trainer(
+    config: RunConfig, data: ICBHI, folder: Path, machine: Machine | None = None
+) -> Trainer:
     """The real loop around the stub, with epochs of `STEPS` batches."""
-    machine = Machine("cpu", "fp32", "false")
+    machine = machine or Machine("cpu", "fp32", "false")
     inputs = Inputs(nn.Identity(), machine)
     inputs.frontend = lambda waveform, length, seed: length
     keeper = Keeper(RunFolder(folder), machine, {})
@@ -86,7 +88,47 @@ def stub_trainer(config: RunConfig, data: ICBHI, folder: Path) -> Trainer:
     trainer.rows = np.resize(trainer.rows, size)
     trainer.classes = np.resize(trainer.classes, size)
     trainer.steps_per_epoch = STEPS
+    trainer.signals = Signals(machine.device, 1, 1e9)
     return trainer
+
+
+def measure(trainer: Trainer, rounds: int) -> dict[str, float]:
+    """Milliseconds per batch of the loop around the stub, and of what any loop does with it."""
+    processor: list[tuple[float, float]] = []  # s of this thread and of all threads
+
+    def loop() -> None:
+        trainer.progress.step, trainer.seen = 0, []
+        own, every = time.thread_time(), time.process_time()
+        trainer._train_epoch()
+        processor.append((time.thread_time() - own, time.process_time() - every))
+
+    device, data = trainer.machine.device, trainer.data
+    stub = Stub().to(device)
+    optimizer = build_optimizer(stub.parameter_groups(), lr=1e-3, weight_decay=0.01)
+    batch = data.batch(data.split.train[: trainer.config.dataset.batch_size]).to(device)
+
+    def bare() -> None:
+        for _ in range(STEPS):
+            output = stub(batch.length, batch.metadata, False)
+            trainer.loss(output.logits, batch.label).mean().backward()
+            nn.utils.clip_grad_norm_([stub.bias], 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    times = interleave({"loop": loop, "bare": bare}, rounds=rounds, warmup=2, device=device)
+    per_batch = {name: 1000 * timing.median / STEPS for name, timing in times.items()}
+    own, every = (
+        1000 * statistics.median(column) / STEPS for column in zip(*processor, strict=True)
+    )
+    return {
+        "loop_ms_per_batch": per_batch["loop"],
+        "bare_ms_per_batch": per_batch["bare"],
+        "added_ms_per_batch": per_batch["loop"] - per_batch["bare"],
+        "loop_cpu_ms_per_batch": own,
+        "reading_cpu_ms_per_batch": every - own,
+        "spread": times["loop"].spread,
+        "limit_ms": 1.0,
+    }
 
 
 def main() -> None:
@@ -99,46 +141,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config, data = corpus(Path(folder))
         trainer = stub_trainer(config, data, Path(folder) / "run")
-        trainer.signals = Signals(trainer.machine.device, 1, 1e9)
-
-        processor: list[tuple[float, float]] = []  # s of this thread and of all threads
-
-        def loop() -> None:
-            trainer.progress.step, trainer.seen = 0, []
-            own, every = time.thread_time(), time.process_time()
-            trainer._train_epoch()
-            processor.append((time.thread_time() - own, time.process_time() - every))
-
-        stub = Stub()
-        optimizer = build_optimizer(stub.parameter_groups(), lr=1e-3, weight_decay=0.01)
-        batch = data.batch(data.split.train[: config.dataset.batch_size])
-
-        def bare() -> None:
-            for _ in range(STEPS):
-                output = stub(batch.length, batch.metadata, False)
-                trainer.loss(output.logits, batch.label).mean().backward()
-                nn.utils.clip_grad_norm_([stub.bias], 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-
-        times = interleave({"loop": loop, "bare": bare}, rounds=args.rounds, warmup=2)
-    per_batch = {name: 1000 * timing.median / STEPS for name, timing in times.items()}
-    own, every = (
-        1000 * statistics.median(column) / STEPS for column in zip(*processor, strict=True)
-    )
-    print_result(
-        {
-            "threads": args.threads,
-            "batch": config.dataset.batch_size,
-            "loop_ms_per_batch": per_batch["loop"],
-            "bare_ms_per_batch": per_batch["bare"],
-            "added_ms_per_batch": per_batch["loop"] - per_batch["bare"],
-            "loop_cpu_ms_per_batch": own,
-            "reading_cpu_ms_per_batch": every - own,
-            "spread": times["loop"].spread,
-            "limit_ms": 1.0,
-        }
-    )
+        figures = measure(trainer, args.rounds)
+    print_result({"threads": args.threads, "batch": config.dataset.batch_size, **figures})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,17 @@ from models.pretrained import Weights, from_transformers, load_into
 from models.registry import VARIANTS
 from models.summary import Flops, backbone_flops, small_parts_flops
 
-EMBED_DIM, HEADS, N_MELS, N_FRAMES, N_OUTPUTS = 768, 12, 128, 1024, 2
+N_MELS, N_OUTPUTS = 128, 2
 SAME_WORK, OURS, SDPA, EAGER, MATMUL = "same work", "ours", "transformers", "eager", "matmul"
+
+
+class Size(NamedTuple):
+    """Of the transformer and its input; the defaults are the paper's."""
+
+    depth: int = 12
+    embed_dim: int = 768
+    heads: int = 12
+    n_frames: int = 1024
 
 
 class AllTokens(nn.Module):
@@ -72,42 +82,58 @@ class Transformers(nn.Module):
         return self.model(spectrogram[:, 0].transpose(1, 2)).logits
 
 
-def our_model(variant: str, depth: int) -> ConditionedAST:
-    """A variant at the paper's size with random weights."""
+def our_model(
+    variant: str,
+    size: Size,
+    *,
+    trainable_blocks: int | None = None,
+    gradient_checkpointing: bool = False,
+) -> ConditionedAST:
+    """A variant with random weights, all blocks trainable unless told otherwise."""
     return build_model(
         variant,
         VARIANTS[variant].config_class(),
-        embed_dim=EMBED_DIM,
-        depth=depth,
-        num_heads=HEADS,
+        embed_dim=size.embed_dim,
+        depth=size.depth,
+        num_heads=size.heads,
         mlp_ratio=4.0,
         patch_size=16,
         freq_stride=10,
         time_stride=10,
         n_mels=N_MELS,
-        n_frames=N_FRAMES,
+        n_frames=size.n_frames,
         n_outputs=N_OUTPUTS,
         weights="none",
         weights_path=None,
-        trainable_blocks=depth,
+        trainable_blocks=size.depth if trainable_blocks is None else trainable_blocks,
+        gradient_checkpointing=gradient_checkpointing,
     )
 
 
-def transformers_model(depth: int, attention: str) -> ASTForAudioClassification:
-    """The published configuration, with `depth` blocks."""
-    config = ASTConfig(num_hidden_layers=depth, num_labels=N_OUTPUTS, attn_implementation=attention)
+def transformers_model(size: Size, attention: str) -> ASTForAudioClassification:
+    """The published configuration, at another size perhaps."""
+    config = ASTConfig(
+        num_hidden_layers=size.depth,
+        hidden_size=size.embed_dim,
+        num_attention_heads=size.heads,
+        intermediate_size=4 * size.embed_dim,
+        max_length=size.n_frames,
+        num_labels=N_OUTPUTS,
+        attn_implementation=attention,
+    )
     return ASTForAudioClassification(config)
 
 
-def peers(depth: int, metadata: Metadata) -> dict[str, nn.Module]:
+def peers(size: Size, metadata: Metadata) -> dict[str, nn.Module]:
     """Our AST with both kinds of work and transformers' with both kinds of attention; all of them
     hold the same backbone weights."""
-    sdpa, eager = transformers_model(depth, "sdpa"), transformers_model(depth, "eager")
+    sdpa, eager = transformers_model(size, "sdpa"), transformers_model(size, "eager")
     eager.load_state_dict(sdpa.state_dict())
-    same, ours = our_model("ast", depth), our_model("ast", depth)
+    same, ours = our_model("ast", size), our_model("ast", size)
     state = from_transformers(sdpa.state_dict())
     for model in (same, ours):
-        load_into(model.backbone, Weights(state, 1e-12, model.backbone.grid, HEADS, "transformers"))
+        weights = Weights(state, 1e-12, model.backbone.grid, size.heads, "transformers")
+        load_into(model.backbone, weights)
     return {
         SAME_WORK: AllTokens(same),
         OURS: Conditioned(ours, metadata),
@@ -116,9 +142,9 @@ def peers(depth: int, metadata: Metadata) -> dict[str, nn.Module]:
     }
 
 
-def variants(depth: int, metadata: Metadata) -> dict[str, nn.Module]:
+def variants(size: Size, metadata: Metadata) -> dict[str, nn.Module]:
     """Every variant there is."""
-    return {name: Conditioned(our_model(name, depth), metadata) for name in VARIANTS}
+    return {name: Conditioned(our_model(name, size), metadata) for name in VARIANTS}
 
 
 def some_metadata(batch: int, device: str) -> Metadata:
@@ -131,9 +157,11 @@ def some_metadata(batch: int, device: str) -> Metadata:
     ).to(device)
 
 
-def large_matmul(device: str, dtype: torch.dtype) -> tuple[Callable[[], Tensor], float]:
-    """A square matrix product and its FLOPs."""
-    n = 8192 if torch.device(device).type == "cuda" else 3072
+def large_matmul(
+    device: str, dtype: torch.dtype, n: int | None = None
+) -> tuple[Callable[[], Tensor], float]:
+    """A product of two n x n matrices and its FLOPs; long enough to drown what a call costs."""
+    n = n or (16384 if torch.device(device).type == "cuda" else 3072)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return lambda: a @ b, 2.0 * n**3
 
@@ -167,7 +195,7 @@ def actions(module: nn.Module, x: Tensor, kind: str, name: str, device: str) -> 
     return step
 
 
-def flops_of(models: dict[str, nn.Module]) -> dict[str, Flops]:
+def flops_of(models: dict[str, nn.Module], size: Size) -> dict[str, Flops]:
     """FLOPs per clip of each contestant; transformers does the same work as `same work`."""
     flops = {}
     for label, module in models.items():
@@ -177,35 +205,43 @@ def flops_of(models: dict[str, nn.Module]) -> dict[str, Flops]:
         if not everything:
             with torch.device("meta"):
                 name = label if label in VARIANTS else "ast"
-                flops[label] += small_parts_flops(our_model(name, model.backbone.depth))
+                flops[label] += small_parts_flops(our_model(name, size))
     return flops
 
 
-def measure(
-    models: dict[str, nn.Module], kind: str, name: str, options: argparse.Namespace
-) -> tuple[dict[str, Timing], dict[str, float]]:
-    """Time contestants and the matrix product in turn.
+def contestants(
+    models: dict[str, nn.Module],
+    kind: str,
+    name: str,
+    *,
+    size: Size,
+    batch: int,
+    device: str,
+    compiled: Collection[str] = (),
+    matmul_size: int | None = None,
+) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
+    """What takes turns: every model's forward pass or step, and the matrix product.
+
+    Args:
+        kind, name: "forward" or "step"; "fp32" or "bf16".
+        compiled: labels of the models that torch.compile shall have.
 
     Returns:
-        Timings by label (`matmul` among them), and FLOPs per call by label.
+        Calls by label (`matmul` among them), and FLOPs per call by label.
     """
-    device, batch = options.device, options.batch
-    x = torch.randn(batch, 1, N_MELS, N_FRAMES, device=device)
+    x = torch.randn(batch, 1, N_MELS, size.n_frames, device=device)
     flops = {
         label: batch * (f.forward if kind == "forward" else f.training)
-        for label, f in flops_of(models).items()
+        for label, f in flops_of(models, size).items()
     }
-    contestants = {}
+    calls: dict[str, Callable[[], object]] = {}
     for label, module in models.items():
         module.to(device).train(kind == "step")
-        called = torch.compile(module) if options.compile else module
-        contestants[label] = actions(called, x, kind, name, device)
-    product, flops[MATMUL] = large_matmul(
-        device, torch.bfloat16 if name == "bf16" else torch.float32
-    )
-    contestants[MATMUL] = product
-    timings = interleave(contestants, rounds=options.rounds, warmup=options.warmup, device=device)
-    return timings, flops
+        called = torch.compile(module) if label in compiled else module
+        calls[label] = actions(called, x, kind, name, device)
+    dtype = torch.bfloat16 if name == "bf16" else torch.float32
+    calls[MATMUL], flops[MATMUL] = large_matmul(device, dtype, matmul_size)
+    return calls, flops
 
 
 def report(
@@ -227,7 +263,7 @@ def report(
             "time_over_base": timings[base].ratio(timing),
             "spread": timings[base].ratio_spread(timing),
         }
-        seconds = "" if label == MATMUL else f"{rows[label]['seconds_per_clip']:.4f}"
+        seconds = "" if label == MATMUL else f"{rows[label]['seconds_per_clip']:.4g}"
         relative = "" if label == MATMUL else f"{rows[label]['time_over_base']:.3f}"
         spread = "" if label == MATMUL else f"{rows[label]['spread']:.3f}"
         print(
@@ -246,6 +282,7 @@ def run(options: argparse.Namespace) -> dict:
     if options.threads:
         torch.set_num_threads(options.threads)
     metadata = some_metadata(options.batch, options.device)
+    size = Size(depth=options.depth)
     results: dict = {
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
@@ -259,12 +296,23 @@ def run(options: argparse.Namespace) -> dict:
         make, base = groups[group]
         for name in options.precision:
             for kind in options.kind:
-                models = make(options.depth, metadata)
-                timings, flops = measure(models, kind, name, options)
+                models = make(size, metadata)
+                calls, flops = contestants(
+                    models,
+                    kind,
+                    name,
+                    size=size,
+                    batch=options.batch,
+                    device=options.device,
+                    compiled=models if options.compile else (),
+                )
+                timings = interleave(
+                    calls, rounds=options.rounds, warmup=options.warmup, device=options.device
+                )
                 title = f"{group}, {kind}, {name}, batch {options.batch}"
                 key = f"{group}_{kind}_{name}"
                 results[key] = report(title, timings, flops, base, options.batch)
-                del models
+                del models, calls
     return results
 
 
