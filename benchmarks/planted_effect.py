@@ -62,7 +62,7 @@ SHUFFLES = 3
 
 #: Sections of the configuration that differ from the defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "dataset": {"w": 128, "store_workers": 1},
+    "dataset": {"w": 128, "batch_size": 32, "store_workers": 1},
     "audio": {"clip_seconds": 3.0},
     "augment": {"enabled": False},
     "backbone": {
@@ -74,7 +74,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "time_stride": 16,
     },
     "training": {
-        "epochs": 30,
+        "epochs": 12,
         "lr": 5e-4,
         "warmup_epochs": 3,
         "sensitivity_bias": 1.0,
@@ -141,7 +141,7 @@ class Benchmark:
     """
 
     def __init__(
-        self, work: Path, *, patients: int = 48, overrides: dict[str, dict[str, Any]] | None = None
+        self, work: Path, *, patients: int = 160, overrides: dict[str, dict[str, Any]] | None = None
     ):
         self.work, self.patients = work, patients
         self.overrides = overrides or {}
@@ -175,6 +175,16 @@ class Benchmark:
                 values.setdefault(name, {}).update(section)
         values["models"] = {job.variant: {}, "*": dict(MODEL)}
         return config_from_dict(values)
+
+    def setup(self, job: Job) -> str:
+        """How a run is trained, in words."""
+        config = self.configure(job)
+        backbone, training = config.backbone, config.training
+        return (
+            f"{backbone.depth} blocks {backbone.embed_dim} wide from random weights, "
+            f"{training.epochs} epochs in batches of {config.dataset.batch_size}, the last epoch's "
+            "weights, thresholds .5"
+        )
 
     def path(self, job: Job) -> Path:
         """Where the record of a run is kept; another configuration has another one."""
@@ -320,6 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             best,
             wanted=len(wanted),
             command=command,
+            setup=benchmark.setup(wanted[0]),
             day=date.today(),
             remarks=remarks_of(old),
         )

@@ -52,6 +52,7 @@ def to_markdown(
     *,
     wanted: int,
     command: str,
+    setup: str,
     day: date,
     remarks: str = "",
 ) -> str:
@@ -61,6 +62,7 @@ def to_markdown(
         records: finished runs.
         best: corpus -> `CorpusReport.best_score`.
         wanted: number of runs the command asks for.
+        setup: how a run was trained, one sentence without its stop.
         remarks: text below `REMARKS`.
     """
     fields = [name for name in dict.fromkeys(r["corpus"] for r in records) if name != OFF]
@@ -75,7 +77,7 @@ def to_markdown(
         "resampled test patients (paired; seeds averaged). They do not cover what other training "
         "patients would change.",
         "",
-        *_training(records),
+        *_training(records, setup),
     ]
     for place, name in enumerate(fields):
         runs = [r for r in records if r["corpus"] == name]
@@ -97,7 +99,7 @@ def remarks_of(text: str) -> str:
     return text.partition(REMARKS + "\n")[2]
 
 
-def _training(records: Sequence[Record]) -> list[str]:
+def _training(records: Sequence[Record], setup: str) -> list[str]:
     if not records:
         return []
     counts = records[0]["counts"]
@@ -108,10 +110,9 @@ def _training(records: Sequence[Record]) -> list[str]:
         for p, word in (("train", "training"), ("test", "test"))
     )
     return [
-        f"{', '.join(parts)}. Two blocks 96 wide from random weights, 30 epochs, the last epoch's "
-        f"weights, thresholds .5. A run took {np.median(cpu):.0f} s of processor time (largest "
-        f"{max(cpu):.0f}) with {threads} thread(s); other programs shared the cores (median "
-        f"{np.median([r['seconds'] for r in records]):.0f} s on the clock)."
+        f"{', '.join(parts)}. {setup}. A run took {np.median(cpu):.0f} s of processor time "
+        f"(largest {max(cpu):.0f}) with {threads} thread(s); other programs shared the cores "
+        f"(median {np.median([r['seconds'] for r in records]):.0f} s on the clock)."
     ]
 
 

@@ -158,6 +158,7 @@ def test_the_command_keeps_what_is_finished_and_writes_the_table(tmp_path, monke
     assert benchmark.main([*words, "--threads", threads]) == 0
     text = output.read_text(encoding="utf-8")
     assert "3 of 3 runs finished" in text and "Synthetic" in text and "Earlier" not in text
+    assert "2 blocks 16 wide from random weights, 2 epochs in batches of 32" in text
     assert "minus plain AST" in text and text.endswith("\nA remark.\n")
     assert "| site | " in text  # SoftFiLM's factors
 
@@ -215,7 +216,10 @@ def test_the_text_says_what_went_against_expectation():
         record("ast_tafilm", 0.5, 0.5),
         record("ast_softfilm", 0.9, 0.8),
     ]
-    text = to_markdown(runs, {"site": best}, wanted=4, command="c", day=date(2026, 1, 2))
+    text = to_markdown(
+        runs, {"site": best}, wanted=4, command="c", setup="In a way", day=date(2026, 1, 2)
+    )
+    assert "10 patients. In a way. A run took 1 s" in text
     assert "Better than the plain AST (interval above 0): FiLM-AST, SoftFiLM-AST." in text
     assert "No different beyond the interval: TAFiLM-AST." in text
     assert "against expectation: SoftFiLM-AST (shuffled), SoftFiLM-AST (all unknown)." in text
