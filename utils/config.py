@@ -9,7 +9,6 @@ contradictions before anything is read.
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -18,15 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from utils.config_merge import (
+    ANY_VARIANT,
+    first_line,
+    merge,
+    parse_override,
+    read_yaml,
+    unknown_key,
+    without_overruled,
+)
 from utils.errors import UserError
 from utils.task import Task
 from utils.validation import validate
-
-ANY_VARIANT = "*"  # `models."*".key` in a preset means: of whichever variant is configured
 
 
 @dataclass
@@ -210,36 +215,44 @@ def load_config(
     """
     merged = OmegaConf.create()
     for file in files:
-        content = _read(file)
-        merged = _merge(_without_overruled(merged, content), content, f"in {file}")
+        content = read_yaml(file)
+        merged = merge(without_overruled(merged, content), content, f"in {file}")
     if mlflow_file is not None:
-        section = _read(mlflow_file)
+        section = read_yaml(mlflow_file)
         foreign = sorted(set(section) - {"mlflow"})
         if foreign:
             raise UserError(
                 f"{mlflow_file} may hold the section 'mlflow' only, but it has {foreign[0]!r}; "
                 "give other sections with --config"
             )
-        merged = _merge(merged, section, f"in {mlflow_file}")
+        merged = merge(merged, section, f"in {mlflow_file}")
     for override in overrides:
-        key, separator, _ = override.partition("=")
-        if not separator or not key.strip("-"):
-            raise UserError(
-                f"{override!r} is not an override; write key=value, such as training.epochs=20"
-            )
-    given = OmegaConf.from_dotlist(list(overrides))
-    merged = _merge(_without_overruled(merged, given), given, "on the command line")
-    return config_from_dict(OmegaConf.to_container(merged), variant=variant)
+        given = parse_override(override)
+        merged = merge(without_overruled(merged, given), given, "on the command line")
+    return config_from_dict(OmegaConf.to_container(merged), variant=variant, interpolate=True)
 
 
-def config_from_dict(values: dict[str, Any], *, variant: str | None = None) -> RunConfig:
-    """Plain nested dictionary (YAML or a checkpoint's copy) -> checked `RunConfig`."""
+def config_from_dict(
+    values: dict[str, Any], *, variant: str | None = None, interpolate: bool = False
+) -> RunConfig:
+    """Plain nested dictionary (YAML or a checkpoint's copy) -> checked `RunConfig`.
+
+    Args:
+        values: sections, keys and values.
+        variant: as in `load_config`.
+        interpolate: resolve ${...}, which may name other keys and variables of the environment;
+            in a stored configuration, which may be someone else's, it is refused.
+
+    Raises:
+        UserError: as `load_config`.
+    """
     from models.registry import VARIANTS  # a variant's module may import this one
 
     values = copy.deepcopy(values)
+    if not interpolate:
+        _refuse_interpolations(values)
     models = values.pop("models", None) or {}
-    if not isinstance(models, dict):
-        raise UserError("models must be a section that holds one variant, such as models.ast_film")
+    _check_sections(values, models)
     wildcard = models.pop(ANY_VARIANT, None) or {}
     name = _the_variant(models, variant, VARIANTS)
     schema = OmegaConf.structured(RunConfig)
@@ -249,16 +262,13 @@ def config_from_dict(values: dict[str, Any], *, variant: str | None = None) -> R
         if key in section:
             models[name] = {**(models.get(name) or {}), key: value}
         elif key not in known_somewhere:
-            raise UserError(_unknown_key(f"models.{ANY_VARIANT}.{key}", known_somewhere))
-    section = _merge(section, OmegaConf.create(models.get(name) or {}), "", prefix=f"models.{name}")
-    schema = _merge(schema, OmegaConf.create(values), "")
+            raise UserError(unknown_key(f"models.{ANY_VARIANT}.{key}", known_somewhere))
+    section = merge(section, OmegaConf.create(models.get(name) or {}), "", prefix=f"models.{name}")
+    schema = merge(schema, OmegaConf.create(values), "")
     schema.models = {name: section}
-    for key in sorted(OmegaConf.missing_keys(schema)):
-        raise UserError(
-            f"{key} is not set; set it in the configuration file, or as {key}=... on the command "
-            "line"
-        )
-    config = OmegaConf.to_object(schema)
+    config = _resolved(schema)
+    # YAML and the command line make a truth value of `true`, OmegaConf the text "True" of that
+    config.training.compile = config.training.compile.lower()
     validate(config)
     with torch.device("meta"):  # takes no memory; a variant refuses what it can not be built from
         VARIANTS[name].build(
@@ -302,61 +312,45 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _without_overruled(base: DictConfig, new: DictConfig) -> DictConfig:
-    """`base` without the wildcard keys that `new` sets by a variant's name: the later word wins."""
-    wildcard = OmegaConf.select(base, f"models.{ANY_VARIANT}")
-    for name, section in (new.get("models") or {}).items():
-        if name != ANY_VARIANT and wildcard and section:
-            for key in section:
-                wildcard.pop(key, None)
-    return base
-
-
-def _read(file: str | Path) -> DictConfig:
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"no configuration file {path}; the shipped ones are in configs/")
+def _resolved(schema: DictConfig) -> RunConfig:
+    """The object behind a merged schema, every ${...} replaced by what it names."""
     try:
-        content = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError, OmegaConfBaseException) as e:
-        raise UserError(f"{path} is not readable YAML: {e}") from None
-    if not isinstance(content, DictConfig):
-        raise UserError(f"{path} must hold sections such as dataset: and training:, not a list")
-    return content
-
-
-def _merge(base: DictConfig, new: Any, where: str, prefix: str = "") -> DictConfig:
-    """OmegaConf.merge whose complaints are sentences about a key."""
-    try:
-        return OmegaConf.merge(base, new)
+        for key in sorted(OmegaConf.missing_keys(schema)):
+            raise UserError(
+                f"{key} is not set; set it in the configuration file, or as {key}=... on the "
+                "command line"
+            )
+        return OmegaConf.to_object(schema)
     except OmegaConfBaseException as error:
-        key = ".".join(part for part in (prefix, getattr(error, "full_key", "") or "") if part)
-        if type(error).__name__ in ("ConfigKeyError", "ConfigAttributeError"):
-            parent = OmegaConf.select(base, error.full_key.rpartition(".")[0]) or base
-            raise UserError(_unknown_key(key, list(parent))) from None
-        raise UserError(f"{key} {where}: {_first_line(error)}".replace("  ", " ")) from None
+        raise UserError(
+            f"{error.full_key} can not be resolved: {first_line(error)}; name a key or variable "
+            "that exists, or write the value itself"
+        ) from None
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _refuse_interpolations(values: dict[str, Any]) -> None:
+    for key, value in flatten(values).items():
+        if "${" in str(value):
+            raise UserError(
+                f"{key}={value} can not be: a stored configuration holds plain values; restore it"
+            )
 
 
-def _unknown_key(key: str, known: Sequence[str]) -> str:
-    parent, _, leaf = key.rpartition(".")
-    near = difflib.get_close_matches(leaf, [str(k) for k in known], n=1, cutoff=0.5)
-    prefix = f"{parent}." if parent else ""
-    hint = (
-        f"did you mean {prefix}{near[0]}?"
-        if near
-        else f"known here: {', '.join(sorted(map(str, known)))}"
-    )
-    return f"unknown configuration key {key}; {hint}"
+def _check_sections(values: dict[str, Any], models: Any) -> None:
+    """Sections must be sections before they can be merged."""
+    if not isinstance(models, dict):
+        raise UserError("models must be a section that holds one variant, such as models.ast_film")
+    sections = {name: values[name] for name in RunConfig.__dataclass_fields__ if name in values}
+    sections |= {f"models.{name}": section or {} for name, section in models.items()}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise UserError(f"{name} must be a section of keys, not {section!r}")
 
 
 def _the_variant(models: dict[str, Any], wanted: str | None, variants: dict[str, Any]) -> str:
     for name in models:
         if name not in variants:
-            raise UserError(_unknown_key(f"models.{name}", list(variants)))
+            raise UserError(unknown_key(f"models.{name}", list(variants)))
     if len(models) > 1:
         raise UserError(f"models holds {' and '.join(models)}; a run has exactly one variant")
     if not models and wanted is None:

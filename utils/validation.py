@@ -5,6 +5,7 @@ Each complaint names the key, its value and the remedy.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from utils.errors import UserError
@@ -31,59 +32,70 @@ CHOICES = {
     "model.activation": ("relu", "gelu"),
 }
 
-# key: (lowest, highest, is the lowest itself allowed); None: unbounded
-RANGES = {
-    "dataset.test_fraction": (0, 1, False),
-    "dataset.val_fraction": (0, 1, False),
-    "dataset.batch_size": (1, None, True),
-    "dataset.val_seed": (0, None, True),
-    "dataset.split_seed": (0, None, True),
-    "training.seed": (0, None, True),
-    "dataset.h": (1, None, True),
-    "dataset.w": (1, None, True),
-    "dataset.store_workers": (0, None, True),
-    "audio.sample_rate": (1000, None, True),
-    "audio.clip_seconds": (0, None, False),
-    "audio.frame_length_ms": (0, None, False),
-    "audio.frame_shift_ms": (0, None, False),
-    "audio.low_freq": (0, None, True),
-    "audio.std": (0, None, False),
-    "augment.noise_probability": (0, 1, True),
-    "augment.noise_rms": (0, None, True),
-    "augment.speed_probability": (0, 1, True),
-    "augment.loudness_probability": (0, 1, True),
-    "augment.vtlp_probability": (0, 1, True),
-    "augment.vtlp_fhi": (0, None, False),
-    "augment.specaugment_probability": (0, 1, True),
-    "augment.freq_masks": (0, None, True),
-    "augment.freq_mask_width": (1, None, True),
-    "augment.time_masks": (0, None, True),
-    "augment.time_mask_width": (1, None, True),
-    "backbone.embed_dim": (1, None, True),
-    "backbone.depth": (1, None, True),
-    "backbone.num_heads": (1, None, True),
-    "backbone.mlp_ratio": (0, None, False),
-    "backbone.patch_size": (1, None, True),
-    "backbone.freq_stride": (1, None, True),
-    "backbone.time_stride": (1, None, True),
-    "backbone.trainable_blocks": (0, None, True),
-    "model.dropout": (0, 1, True),
-    "model.head_hidden_dim": (1, None, True),
-    "training.epochs": (1, None, True),
-    "training.lr": (0, None, False),
-    "training.warmup_epochs": (0, None, True),
-    "training.weight_decay": (0, None, True),
-    "training.sensitivity_bias": (0, None, False),
-    "training.grad_clip": (0, None, True),
-    "training.accumulation_steps": (1, None, True),
-    "training.focal_gamma": (0, None, True),
-    "training.asymmetric_gamma_pos": (0, None, True),
-    "training.asymmetric_gamma_neg": (0, None, True),
-    "training.asymmetric_clip": (0, 1, True),
-    "training.label_smoothing": (0, 1, True),
-    "training.min_sensitivity": (0, 1, True),
-    "training.early_stopping_patience": (0, None, True),
-    "training.checkpoint_minutes": (0, None, True),
+MAX_SEED = 2**32 - 1  # the range that every generator takes
+
+# key: (lowest, highest, ends), ends as intervals are written: "[" and "]" belong to the range, "("
+# and ")" do not. None: unbounded. Keys of `model` are checked where the variant has them.
+RANGES: dict[str, tuple[float, float | None, str]] = {
+    "dataset.test_fraction": (0, 1, "()"),
+    "dataset.val_fraction": (0, 1, "()"),
+    "dataset.batch_size": (1, None, "[]"),
+    "dataset.val_seed": (0, MAX_SEED, "[]"),
+    "dataset.split_seed": (0, MAX_SEED, "[]"),
+    "training.seed": (0, MAX_SEED, "[]"),
+    "dataset.h": (1, None, "[]"),
+    "dataset.w": (1, None, "[]"),
+    "dataset.store_workers": (0, 1024, "[]"),
+    "audio.sample_rate": (1000, 384_000, "[]"),
+    "audio.clip_seconds": (0, 600, "(]"),
+    "audio.frame_length_ms": (0, 1000, "(]"),
+    "audio.frame_shift_ms": (0, None, "(]"),
+    "audio.low_freq": (0, None, "[]"),
+    "audio.std": (0, None, "(]"),
+    "augment.noise_probability": (0, 1, "[]"),
+    "augment.noise_rms": (0, None, "[]"),
+    "augment.speed_probability": (0, 1, "[]"),
+    "augment.loudness_probability": (0, 1, "[]"),
+    "augment.vtlp_probability": (0, 1, "[]"),
+    "augment.vtlp_fhi": (0, None, "(]"),
+    "augment.specaugment_probability": (0, 1, "[]"),
+    "augment.freq_masks": (0, None, "[]"),
+    "augment.freq_mask_width": (1, None, "[]"),
+    "augment.time_masks": (0, None, "[]"),
+    "augment.time_mask_width": (1, None, "[]"),
+    "backbone.embed_dim": (1, None, "[]"),
+    "backbone.depth": (1, None, "[]"),
+    "backbone.num_heads": (1, None, "[]"),
+    "backbone.mlp_ratio": (0, None, "(]"),
+    "backbone.patch_size": (1, None, "[]"),
+    "backbone.freq_stride": (1, None, "[]"),
+    "backbone.time_stride": (1, None, "[]"),
+    "backbone.trainable_blocks": (0, None, "[]"),
+    "model.dropout": (0, 1, "[)"),
+    "model.head_hidden_dim": (1, None, "[]"),
+    "model.dev_embed_dim": (1, None, "[]"),
+    "model.site_embed_dim": (1, None, "[]"),
+    "model.film_hidden_dim": (1, None, "[]"),
+    "model.mask_overlap_lambda": (0, None, "[]"),
+    "model.mask_coverage_lambda": (0, None, "[]"),
+    "model.mask_temperature": (0.1, None, "[]"),
+    "model.mask_annealing_epochs": (1, None, "[]"),
+    "model.mask_lr_multiplier": (0, None, "[]"),
+    "training.epochs": (1, None, "[]"),
+    "training.lr": (0, None, "(]"),
+    "training.warmup_epochs": (0, None, "[]"),
+    "training.weight_decay": (0, None, "[]"),
+    "training.sensitivity_bias": (0, None, "(]"),
+    "training.grad_clip": (0, None, "[]"),
+    "training.accumulation_steps": (1, None, "[]"),
+    "training.focal_gamma": (0, None, "[]"),
+    "training.asymmetric_gamma_pos": (0, None, "[]"),
+    "training.asymmetric_gamma_neg": (0, None, "[]"),
+    "training.asymmetric_clip": (0, 1, "[)"),
+    "training.label_smoothing": (0, 1, "[)"),
+    "training.min_sensitivity": (0, 1, "[]"),
+    "training.early_stopping_patience": (0, None, "[]"),
+    "training.checkpoint_minutes": (0, None, "[]"),
 }
 
 INTERVALS = (
@@ -96,27 +108,46 @@ INTERVALS = (
 
 def validate(config: Any) -> None:
     """Raise `UserError` for the first contradiction in a `utils.config.RunConfig`."""
+    _check_leaves(config)
     for key, choices in CHOICES.items():
         if _value(config, key) not in choices:
             _refuse(config, key, f"it must be one of {', '.join(map(str, choices))}")
-    for key, (low, high, closed) in RANGES.items():
-        value = _value(config, key)
-        below = value < low or (value == low and not closed)
-        if below or (high is not None and value > high):
-            bounds = f"at least {low}" if closed else f"above {low}"
-            _refuse(config, key, f"it must be {bounds}" + (f", at most {high}" if high else ""))
+    for key, (low, high, ends) in RANGES.items():
+        value = _value(config, key, default=low)  # not every variant has every key of `model`
+        below = value < low or (value == low and ends[0] == "(")
+        above = high is not None and (value > high or (value == high and ends[1] == ")"))
+        if below or above:
+            bounds = f"{'at least' if ends[0] == '[' else 'above'} {low}"
+            if high is not None:
+                bounds += f", {'at most' if ends[1] == ']' else 'below'} {high}"
+            _refuse(config, key, f"it must be {bounds}")
     for key in INTERVALS:
         interval = _value(config, key)
         if interval is not None and (len(interval) != 2 or interval[0] > interval[1]):
             _refuse(config, key, "it must be [low, high] with low <= high")
-    for key in ("augment.speed_range", "augment.loudness_range", "augment.vtlp_range"):
-        if _value(config, key)[0] <= 0:
-            _refuse(config, key, "factors must be above 0")
+    for key in ("augment.speed_range", "augment.vtlp_range"):
+        low, high = _value(config, key)
+        if low < 0.1 or high > 10:
+            _refuse(config, key, "factors must be at least 0.1, at most 10")
+    if config.augment.loudness_range[0] <= 0:
+        _refuse(config, "augment.loudness_range", "factors must be above 0")
     if config.training.loss == "ce" and config.dataset.n_cls != 4:
         _refuse(config, "training.loss", "ce is over the four classes; set dataset.n_cls=4 or bce")
     check_tracking_uri(config.mlflow.tracking_uri)
     _check_shapes(config)
+    _check_audio(config)
     _check_training(config)
+
+
+def _check_leaves(config: Any) -> None:
+    """No NaN (which passes every comparison), no infinity, no empty text."""
+    for section in ("dataset", "audio", "augment", "backbone", "model", "training", "mlflow"):
+        for leaf, value in vars(getattr(config, section)).items():
+            numbers = value if isinstance(value, list) else [value]
+            if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
+                _refuse(config, f"{section}.{leaf}", "it must be finite")
+            if value == "":
+                _refuse(config, f"{section}.{leaf}", "it is empty; name one, or leave the key out")
 
 
 def _check_shapes(config: Any) -> None:
@@ -139,12 +170,27 @@ def _check_shapes(config: Any) -> None:
     for key in ("h", "w"):
         if getattr(config.dataset, key) < backbone.patch_size:
             _refuse(config, f"dataset.{key}", f"a patch is {backbone.patch_size} wide")
-    if config.audio.high_freq <= config.audio.low_freq:
-        _refuse(config, "audio.high_freq", f"audio.low_freq is {config.audio.low_freq}")
-    if config.audio.high_freq > config.audio.sample_rate / 2:
-        _refuse(config, "audio.high_freq", "it must not exceed half of audio.sample_rate")
+    if int(backbone.embed_dim * backbone.mlp_ratio) < 1:
+        _refuse(config, "backbone.mlp_ratio", f"of backbone.embed_dim={backbone.embed_dim} it "
+                "leaves no hidden unit")  # fmt: skip
     if backbone.weights == "audioset" and not backbone.weights_path:
         _refuse(config, "backbone.weights_path", "name the AudioSet checkpoint (hub, folder, .pth)")
+
+
+def _check_audio(config: Any) -> None:
+    audio, augment = config.audio, config.augment
+    nyquist = audio.sample_rate / 2
+    if audio.high_freq <= audio.low_freq:
+        _refuse(config, "audio.high_freq", f"audio.low_freq is {audio.low_freq}")
+    if audio.high_freq > nyquist:
+        _refuse(config, "audio.high_freq", "it must not exceed half of audio.sample_rate")
+    if audio.frame_length_ms > 1000 * audio.clip_seconds:
+        _refuse(config, "audio.frame_length_ms", f"a clip has {1000 * audio.clip_seconds:g} ms")
+    for key, samples in (("frame_length_ms", 2), ("frame_shift_ms", 1)):
+        if int(audio.sample_rate * getattr(audio, key) * 0.001) < samples:
+            _refuse(config, f"audio.{key}", f"it is shorter than {samples} samples")
+    if augment.enabled and augment.vtlp_probability and augment.vtlp_fhi >= nyquist:
+        _refuse(config, "augment.vtlp_fhi", "it must be below half of audio.sample_rate")
 
 
 def _check_training(config: Any) -> None:
@@ -180,9 +226,9 @@ def _check_training(config: Any) -> None:
             _refuse(config, "training.precision", "fp16 needs a CUDA device; use bf16 or fp32")
 
 
-def _value(config: Any, key: str) -> Any:
+def _value(config: Any, key: str, **default: Any) -> Any:
     section, _, leaf = key.partition(".")
-    return getattr(getattr(config, section), leaf)
+    return getattr(getattr(config, section), leaf, *default.values())
 
 
 def _refuse(config: Any, key: str, remedy: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -115,7 +116,8 @@ def test_later_files_and_overrides_win(tmp_path):
         ("training.precision=fp16", ["training.precision=fp16"]),
         ("training.label_smoothing=.1", ["training.label_smoothing", "ce"]),
         ("augment.speed_range=[1.1,.9]", ["augment.speed_range", "low <= high"]),
-        ("augment.vtlp_range=[0,1]", ["augment.vtlp_range", "above 0"]),
+        ("augment.vtlp_range=[0,1]", ["augment.vtlp_range", "at least 0.1"]),
+        ("augment.loudness_range=[0,1]", ["augment.loudness_range", "above 0"]),
         ("augment.noise_probability=1.5", ["augment.noise_probability", "at most 1"]),
         ("audio.high_freq=9000", ["audio.high_freq=9000", "half"]),
         ("backbone.num_heads=7", ["backbone.embed_dim=768", "7"]),
@@ -124,6 +126,34 @@ def test_later_files_and_overrides_win(tmp_path):
         ("training.loss=ce dataset.n_cls=2", ["training.loss=ce", "dataset.n_cls=4"]),
         ("training.accumulation_steps=32", ["accumulation_steps", "batch_size"]),
         ("epochs", ["not an override", "key=value"]),
+        ("training..lr=3", ["not an override"]),
+        ("[=3", ["not an override"]),
+        ("models=3", ["not an override"]),
+        ("models.ast_film=3", ["models.ast_film must be a section", "3"]),
+        ("models.*=3", ["models.* must be a section", "3"]),
+        ("training=3", ["training must be a section", "3"]),
+        ("training=[1]", ["training=[1]", "command line"]),
+        ("training=", ["training must be a section"]),
+        ("training.epochs=", ["training.epochs has no value"]),
+        ("training.epochs=3.5", ["training.epochs=3.5", "whole number", "100"]),
+        ("mlflow.enabled=maybe", ["mlflow.enabled=maybe", "true or false"]),
+        ("models.ast_film.metadata_fields=age", ["metadata_fields=age", "a list"]),
+        ("dataset.data_folder=${nothing}", ["dataset.data_folder", "resolved", "'nothing'"]),
+        ("mlflow.tags={a:[1]}", ["mlflow.tags={a:[1]}", "quotes"]),
+        ("dataset.cache_dir=''", ["dataset.cache_dir", "empty"]),
+        ("training.lr=nan", ["training.lr=nan", "finite"]),
+        ("training.lr=inf", ["training.lr=inf", "finite"]),
+        ("augment.noise_snr_db=[nan,1]", ["augment.noise_snr_db", "finite"]),
+        ("training.seed=99999999999999999999", ["training.seed", "4294967295"]),
+        ("dataset.val_fraction=1", ["dataset.val_fraction=1.0", "below 1"]),
+        ("models.ast_film.dropout=1", ["models.ast_film.dropout=1.0", "below 1"]),
+        ("models.ast_film.film_hidden_dim=-3", ["film_hidden_dim=-3", "at least 1"]),
+        ("audio.clip_seconds=0.01", ["audio.frame_length_ms=40.0", "10 ms"]),
+        ("audio.frame_shift_ms=0.01", ["audio.frame_shift_ms", "1 samples"]),
+        ("audio.low_freq=8000", ["audio.high_freq=8000.0", "audio.low_freq"]),
+        ("augment.vtlp_fhi=8000", ["augment.vtlp_fhi=8000.0", "half of audio.sample_rate"]),
+        ("augment.speed_range=[0,2]", ["augment.speed_range", "at least 0.1"]),
+        ("backbone.mlp_ratio=.001", ["backbone.mlp_ratio", "no hidden unit"]),
     ],
 )
 def test_a_bad_key_value_or_contradiction_is_named(override, words):
@@ -146,6 +176,35 @@ def test_files_that_are_no_configuration_are_named(tmp_path):
         broken.write_text(content)
         with pytest.raises(UserError, match=r"broken\.yaml"):
             load_config([broken])
+
+
+@pytest.mark.parametrize("content", ["models: 3\n", "models: {ast: 3}\n", "models: [1]\n"])
+def test_a_file_whose_models_are_no_section_is_refused(tmp_path, content):
+    path = tmp_path / "odd.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match="section"):
+        load_config([ROOT / "configs" / "ast_config.yaml", path])
+
+
+@pytest.mark.parametrize("value", ["true", "false", "auto"])
+def test_compile_takes_yamls_truth_values(tmp_path, value):
+    assert shipped("ast", f"training.compile={value}").training.compile == value
+    path = tmp_path / "compile.yaml"
+    path.write_text(f"training: {{compile: {value}}}\n")
+    config = load_config([ROOT / "configs" / "ast_config.yaml", path])
+    assert config.training.compile == value
+    assert config_from_dict(config_to_dict(config)) == config
+
+
+def test_only_files_and_the_command_line_may_refer_to_other_values(monkeypatch):
+    """A checkpoint of unknown origin must not read the environment."""
+    monkeypatch.setenv("A_SECRET", "12345")
+    assert shipped("ast", "mlflow.run_name=${oc.env:A_SECRET}").mlflow.run_name == "12345"
+    values = config_to_dict(shipped("ast"))
+    values["mlflow"]["run_name"] = "${oc.env:A_SECRET}"
+    with pytest.raises(UserError, match=r"mlflow\.run_name=.* plain values") as error:
+        config_from_dict(values)
+    assert "12345" not in str(error.value)
 
 
 def test_a_script_refuses_another_variants_configuration():
@@ -195,9 +254,53 @@ def test_hash_ignores_places_and_nothing_else():
 
 
 @given(st.dictionaries(st.text(min_size=1), st.integers() | st.text() | st.none(), max_size=3))
+@settings(deadline=None, max_examples=50)
 def test_any_section_loads_or_is_refused_in_words(section):
     try:
         config_from_dict({"dataset": {"data_folder": "x"}, "models": {"ast": {}}, **section})
+    except UserError as error:
+        assert str(error)
+
+
+def small(variant: str = "ast_softfilm") -> dict:
+    return config_to_dict(shipped(variant, extra=("demo.yaml",)))
+
+
+odd_values = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.lists(st.integers() | st.floats() | st.text(max_size=3), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+
+
+@given(key=st.sampled_from(sorted(flatten(small()))), value=odd_values)
+@settings(deadline=None, max_examples=40)
+def test_any_value_of_any_key_loads_or_is_refused_in_words(key, value):
+    values = small()
+    *sections, leaf = key.split(".")
+    section = values
+    for name in sections:
+        section = section[name]
+    section[leaf] = value
+    try:
+        config = config_from_dict(values)
+    except UserError as error:
+        assert len(str(error)) > 20
+        return
+    for number in flatten(config_to_dict(config)).values():
+        assert not isinstance(number, float) or math.isfinite(number)
+    assert config_from_dict(config_to_dict(config)) == config
+
+
+@given(st.text(max_size=30) | st.builds("training.{}={}".format, st.text(max_size=8), st.text()))
+@settings(deadline=None, max_examples=40)
+def test_any_word_on_the_command_line_is_understood_or_refused(word):
+    try:
+        shipped("ast", word)
     except UserError as error:
         assert str(error)
 

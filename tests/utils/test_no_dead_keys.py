@@ -21,6 +21,7 @@ from utils.config import RunConfig, config_to_dict, flatten
 from utils.errors import UserError
 from utils.training.assemble import build_data
 from utils.training.runfolder import RunFolder
+from utils.validation import CHOICES, INTERVALS, RANGES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,7 +85,11 @@ KEYS: dict[str, tuple] = {
     "dataset.batch_size": (4, trained, {}),
     "dataset.h": (24, trained, {}),
     "dataset.w": (64, trained, {}),
-    "audio.sample_rate": (8000, read, {"audio.high_freq": 4000.0}),
+    "audio.sample_rate": (
+        8000,
+        read,
+        {"audio.high_freq": 4000.0, "augment.vtlp_fhi": 2000.0},
+    ),
     "audio.resampler": ("soxr_hq", read, {}),
     "audio.clip_seconds": (0.7, trained, {}),
     "audio.pad_type": ("zero", trained, {}),
@@ -202,6 +207,11 @@ def all_keys() -> set[str]:
 def test_no_key_is_forgotten():
     assert all_keys() == set(KEYS) | set(ELSEWHERE)
     assert not set(KEYS) & set(ELSEWHERE)
+
+
+def test_every_checked_key_exists():
+    checked = {*CHOICES, *RANGES, *INTERVALS}
+    assert {key.replace("model.", "models.*.", 1) for key in checked} <= all_keys()
 
 
 def variant_with(key: str) -> str:
