@@ -88,11 +88,12 @@ def our_model(
     *,
     trainable_blocks: int | None = None,
     gradient_checkpointing: bool = False,
+    activation: str = "relu",
 ) -> ConditionedAST:
     """A variant with random weights, all blocks trainable unless told otherwise."""
     return build_model(
         variant,
-        VARIANTS[variant].config_class(),
+        VARIANTS[variant].config_class(activation=activation),
         embed_dim=size.embed_dim,
         depth=size.depth,
         num_heads=size.heads,
@@ -262,6 +263,7 @@ def report(
             "of_matmul": share,
             "time_over_base": timings[base].ratio(timing),
             "spread": timings[base].ratio_spread(timing),
+            "seconds_spread": timing.spread,
         }
         seconds = "" if label == MATMUL else f"{rows[label]['seconds_per_clip']:.4g}"
         relative = "" if label == MATMUL else f"{rows[label]['time_over_base']:.3f}"
