@@ -140,6 +140,11 @@ class FactorEncoder(nn.Module):
 
     def __init__(self, width: int, hidden: int, *, dropout: float, act: str, norm: bool = True):
         super().__init__()
+        if norm and width == 1:
+            raise UserError(
+                "models.*.dev_embed_dim, site_embed_dim: 1 leaves a LayerNorm with one feature, "
+                "whose output does not depend on it; use 2 or more"
+            )
         self.net = nn.Sequential(
             nn.LayerNorm(width) if norm else nn.Identity(),
             nn.Linear(width, hidden),

@@ -142,6 +142,12 @@ def _build(config: SoftFiLMConfig, *, embed_dim, depth, device_counts, site_coun
             "use sigmoid or softmax"
         )
     embeddings = build_embeddings(config, device_counts=device_counts, site_counts=site_counts)
+    if config.mask_mode == "softmax" and len(embeddings.widths) == 1:
+        raise UserError(
+            "models.ast_softfilm.mask_mode: softmax over one factor is 1 whatever its mask, which "
+            "then never trains; use sigmoid, or metadata_fields of more than one factor (device, "
+            "site, and age, BMI and duration together)"
+        )
     arguments = film_arguments(config, "ast_softfilm", embed_dim=embed_dim, depth=depth)
     masks = SoftMasks(
         tuple(embeddings.widths),
