@@ -167,6 +167,18 @@ def test_full_size_grid_and_parameter_count():
     assert ast.grid == (12, 101)
     assert ast.pos_embed.shape == (1, 1214, 768)
     assert sum(p.numel() for p in ast.parameters()) == 86_187_264
+    assert {m.eps for m in ast.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
+
+
+def test_random_weights_start_as_deit_does(make_model):
+    """Truncated normal of sd .02 and zero biases; LN eps of DeiT."""
+    backbone = make_model("ast", embed_dim=96, trainable_blocks=12).backbone
+    assert {m.eps for m in backbone.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
+    for linear in [m for m in backbone.modules() if isinstance(m, nn.Linear)]:
+        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert (linear.bias == 0).all()
+    for name in ("pos_embed", "cls_token", "dist_token"):
+        assert getattr(backbone, name).std().item() == pytest.approx(0.02, rel=0.25)
 
 
 def test_spectrogram_of_another_size_is_refused(make_spectrogram):
@@ -181,7 +193,11 @@ def test_gradient_checkpointing_changes_no_gradient(make_model, make_spectrogram
         model = make_model("ast_tafilm", {"dropout": 0.0}, gradient_checkpointing=checkpointing)
         torch.nn.init.normal_(model.conditioner.generators.weight, std=0.1)
         model.train()
+        calls = []
+        for block in model.backbone.blocks:
+            block.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         out = model(make_spectrogram(2), make_metadata(2))
         out.logits.square().sum().backward()
+        assert len(calls) == (6 if checkpointing else 3)  # each block computed twice, or once
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

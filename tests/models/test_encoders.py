@@ -72,6 +72,8 @@ def test_any_combination_of_missing_fields_is_answered(
         for parameter in model.conditioner.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     model.conditioner.finalise()
+    table = model.conditioner.embeddings.device.weight
+    assert torch.allclose(table[UNKNOWN_DEVICE], table[:UNKNOWN_DEVICE].mean(dim=0), atol=1e-6)
     metadata, x = make_metadata(4), make_spectrogram(4)
     with torch.no_grad():
         complete = model(x, metadata).logits
@@ -109,6 +111,26 @@ def test_metadata_dropout_hides_each_field_at_its_rate(field):
     assert not torch.equal(hidden(), hidden())
     embeddings.eval()
     assert not hidden().any()
+
+
+def test_metadata_dropout_hides_fields_and_clips_independently():
+    """Hidden together at the product of the rates, and not in all clips of a batch at once."""
+    embeddings, n = MetadataEmbeddings(dropout=0.5).train(), 4000
+    out = embeddings(
+        Metadata(
+            torch.zeros(n, dtype=torch.long),
+            torch.zeros(n, dtype=torch.long),
+            torch.ones(n, 3),
+            torch.ones(n, 5, dtype=torch.bool),
+        )
+    )
+    device, site = (
+        (out[k] == getattr(embeddings, k).weight[-1]).all(1) for k in ("device", "site")
+    )
+    hidden = torch.stack([device, site, *(out["rest"] == 0).T])
+    for a, b in itertools.combinations(hidden, 2):
+        assert 0.2 < (a & b).float().mean() < 0.3
+    assert (hidden[:, 1:] & hidden[:, :-1]).float().mean(dim=1).max() < 0.3
 
 
 def test_metadata_dropout_trains_the_unknown_rows(make_model, make_metadata):

@@ -26,7 +26,9 @@ def test_the_last_n_blocks_train(variant, n, make_model, make_spectrogram, make_
         inside = any(f"backbone.{name}.".startswith(k + ".") for k in _frozen_modules(n))
         assert module.training == (not inside), name
     start = {k: p.detach().clone() for k, p in model.named_parameters()}
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    grouped = [p for group in model.parameter_groups() for p in group.parameters]
+    assert {id(p) for p in grouped} == {id(p) for p in model.parameters() if p.requires_grad}
+    optimiser = torch.optim.Adam(grouped, lr=1e-3)
     for step in range(2):
         optimiser.zero_grad()
         out = model(make_spectrogram(16, seed=step), make_metadata(16, seed=step))
@@ -94,11 +96,17 @@ def test_the_prefix_ends_where_something_trains_or_is_conditioned(
     assert torch.allclose(model.embed(x, metadata)[0], whole, atol=1e-6)
 
 
-def test_a_prefix_in_half_precision_is_accepted(make_model, make_spectrogram, make_metadata):
-    model = make_model("ast_film", trainable_blocks=1).eval()
+@pytest.mark.parametrize(("variant", "n"), [("ast_film", 1), ("ast", 1), ("ast", 0)])
+def test_a_prefix_in_half_precision_is_accepted(
+    variant, n, make_model, make_spectrogram, make_metadata
+):
+    """It may be stored in half precision; the computation goes on in full."""
+    model = make_model(variant, trainable_blocks=n).eval()
     x, metadata = make_spectrogram(4), make_metadata(4)
-    out = model.forward_from_prefix(model.frozen_prefix(x).bfloat16(), metadata)
+    half = model.frozen_prefix(x).bfloat16()
+    out = model.forward_from_prefix(half, metadata)
     assert out.logits.dtype == torch.float32
+    assert torch.equal(out.logits, model.forward_from_prefix(half.float(), metadata).logits)
     assert torch.allclose(out.logits, model(x, metadata).logits, atol=0.02)
 
 

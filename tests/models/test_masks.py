@@ -53,6 +53,15 @@ def test_annealing_keeps_one_for_five_epochs_and_ends_at_a_fifth():
     assert float(constant.temperature) == pytest.approx(0.7)
 
 
+def test_annealing_is_off_by_default_and_reaches_the_masks_by_key(make_model):
+    for annealing, tau in ((False, 1.0), (True, 0.2)):
+        config = {"mask_annealing": annealing, "mask_annealing_epochs": 8}
+        soft = make_model("ast_softfilm", config).conditioner
+        soft.on_epoch(7)
+        assert soft.masks.temperature.item() == pytest.approx(tau)
+    assert make_model("ast_softfilm").conditioner.masks.annealing_epochs == 0
+
+
 def test_temperature_is_never_below_a_tenth():
     masks = SoftMasks(FACTORS, 9, temperature=0.01)
     assert torch.allclose(masks(), torch.sigmoid(masks.logits / 0.1))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ASTConfig, ASTForAudioClassification, ASTModel
 
 from models.ast import AST
-from models.pretrained import AUDIOSET_HUB_NAME, adapt_positions, read_weights
+from models.pretrained import AUDIOSET_HUB_NAME, adapt_positions, load_into, read_weights
 from utils.errors import UserError
 
 TRANSFORMERS = {
@@ -110,6 +110,7 @@ def test_imagenet_file_sums_colours_and_adapts_positions(tmp_path, make_model):
         path = str(tmp_path / name)
         backbone = make_model("ast", weights="imagenet", weights_path=path).backbone
         colours = state["patch_embed.proj.weight"]
+        assert backbone.norm.eps == 1e-6
         assert torch.equal(backbone.patch_embed.proj.weight, colours.sum(1, keepdim=True))
         assert torch.equal(backbone.blocks[1].attn.qkv.weight, state["blocks.1.attn.qkv.weight"])
         expected = state["pos_embed"][:, 2:].unflatten(1, (6, 6))[:, 2:4, 1:6].flatten(1, 2)
@@ -199,6 +200,17 @@ def test_another_architecture_is_refused(arguments, message, transformers_folder
     folder, _ = transformers_folder
     with pytest.raises(UserError, match=message):
         make_model("ast", weights="audioset", weights_path=str(folder), **arguments)
+
+
+@pytest.mark.parametrize("change", [{"depth": 2}, {"mlp_ratio": 4.0}, {"num_heads": 6}])
+def test_a_refused_file_leaves_the_backbone_as_it_was(change, transformers_folder):
+    folder, _ = transformers_folder
+    sizes = {"embed_dim": 48, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0} | change
+    backbone = AST(**sizes, n_mels=32, n_frames=64)
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    with pytest.raises(UserError):
+        load_into(backbone, read_weights("audioset", str(folder)))
+    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
 
 
 def test_the_wrong_layout_is_refused(original_file, transformers_folder, make_model):
