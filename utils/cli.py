@@ -10,9 +10,11 @@ import logging
 import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from utils.errors import Preempted, UserError
+from utils.files import write_error
 
 WIDTH = 100
 EXIT_USER, EXIT_PREEMPTED, EXIT_INTERRUPTED = 2, 75, 130
@@ -62,15 +64,42 @@ def _ours_or_warning(record: logging.LogRecord) -> bool:
     return ours or record.levelno >= logging.WARNING
 
 
+class _LogFile(logging.FileHandler):
+    """A log file that a full disk costs lines, but never the run."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.told:
+            self.told = True  # first, because the warning comes here as well
+            error = sys.exc_info()[1]
+            logging.getLogger(__name__).warning(
+                "%s can not be written (%s); what is printed is not kept",
+                self.baseFilename,
+                getattr(error, "strerror", None) or error,
+            )
+
+    def close(self) -> None:
+        with suppress(OSError):  # what the disk did not take was told
+            super().close()
+
+
 class log_to:
-    """Context in which messages are appended to a file as well."""
+    """Context in which messages are appended to a file as well.
+
+    Raises:
+        UserError: the file can not be opened.
+    """
 
     def __init__(self, path: Path):
         self.path = path
 
     def __enter__(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.handler = logging.FileHandler(self.path, encoding="utf-8")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.handler = _LogFile(self.path, encoding="utf-8")
+        except OSError as error:
+            raise write_error(self.path, error) from error
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.handler.addFilter(_ours_or_warning)
         logging.getLogger().addHandler(self.handler)

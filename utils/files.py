@@ -48,21 +48,26 @@ def atomic_write(path: str | Path, *, needed_bytes: int | None = None) -> Iterat
 
 def write_text(path: str | Path, text: str) -> None:
     """`atomic_write` of UTF-8 text."""
-    with atomic_write(path) as file:
-        file.write(text.encode())
+    content = text.encode()
+    with atomic_write(path, needed_bytes=len(content)) as file:
+        file.write(content)
 
 
 def write_error(path: Path, error: OSError, needed_bytes: int | None = None) -> UserError:
     """The sentence for a file that could not be written: path, space needed, remedy."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        need = f"about {needed_bytes / 1e6:,.1f} MB are" if needed_bytes else "more space is"
+        need = f"about {_size(needed_bytes)} are" if needed_bytes else "more space is"
         folder = next((p for p in (path.parent, *path.parents) if p.is_dir()), Path("/"))
         free = shutil.disk_usage(folder).free
         return UserError(
             f"the disk is full: {path} can not be written; {need} needed, "
-            f"{free / 1e6:,.1f} MB are free; make room or choose another folder"
+            f"{_size(free)} are free; make room or choose another folder"
         )
     return UserError(f"{path} can not be written ({error.strerror or error}); check the folder")
+
+
+def _size(n: int) -> str:
+    return f"{n / 1e6:,.1f} MB" if n >= 100_000 else f"{n / 1e3:,.1f} kB"
 
 
 def _sync_folder(folder: Path) -> None:

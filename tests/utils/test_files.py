@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from utils.cli import log_to
 from utils.errors import UserError
 from utils.files import TEMPORARY, atomic_write, write_error, write_text
 
@@ -78,6 +81,9 @@ def test_a_full_disk_is_told_with_path_and_space(small_disk):
     assert path.read_text() == "old"
     assert list(path.parent.iterdir()) == [path]
     write_text(path, "there is room again")
+    with pytest.raises(UserError, match=r"about 2\.0 MB are needed, \d+\.\d MB are free"):
+        write_text(path, "x" * 2_000_000)
+    assert path.read_text() == "there is room again"
 
 
 def test_quota_counts_as_full(tmp_path):
@@ -86,3 +92,24 @@ def test_quota_counts_as_full(tmp_path):
     message = str(write_error(tmp_path / "x", OSError(errno.EDQUOT, "quota")))
     assert "disk is full" in message
     assert "more space is needed" in message
+
+
+def test_a_log_on_a_full_disk_costs_one_warning(small_disk, caplog):
+    log = logging.getLogger("utils.test")
+    with caplog.at_level(logging.INFO), log_to(small_disk / "run.log"):
+        log.info("first")
+        (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+        for number in range(200):
+            log.info("%d " * 30, *[number] * 30)
+    told = [record for record in caplog.records if "what is printed is not kept" in record.message]
+    assert len(told) == 1 and "run.log" in told[0].message
+    assert (small_disk / "run.log").read_text().splitlines()[0].endswith("first")
+
+
+def test_a_log_that_can_not_be_opened_is_named(tmp_path):
+    (tmp_path / "run.log").mkdir()
+    with (
+        pytest.raises(UserError, match=r"run\.log can not be written"),
+        log_to(tmp_path / "run.log"),
+    ):
+        pass
