@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,10 +17,13 @@ import torch
 
 from data.splits import split_cycles
 from models.registry import VARIANTS
-from tests.utils.tiny import LIVELY, cycle_table, tiny_config, tiny_trainer
+from tests.utils.tiny import LIVELY, cycle_table, tiny_config, tiny_data, tiny_trainer
 from utils.config import RunConfig, config_to_dict, flatten
 from utils.errors import UserError
+from utils.training import assemble
 from utils.training.assemble import build_data
+from utils.training.device import Machine
+from utils.training.run import Run
 from utils.training.runfolder import RunFolder
 from utils.validation import CHOICES, INTERVALS, RANGES
 
@@ -58,6 +62,45 @@ def divided(config: RunConfig, folder: Path) -> str:
     table = cycle_table(400).astype({"PID": int})
     split = split_cycles(table, val_fraction=0.2, val_seed=dataset.val_seed)
     return digest(split.val)
+
+
+def opened(config: RunConfig, folder: Path) -> str:
+    """What the readers of tables and sounds are asked for."""
+    with (
+        patch.object(assemble, "read_cycles", return_value=cycle_table()) as tables,
+        patch.object(assemble, "open_store", side_effect=Asked) as sounds,
+        pytest.raises(Asked),
+    ):
+        build_data(config)
+    on_bad = "report" in tables.call_args.kwargs  # else the first problem raises
+    paths = tables.call_args.kwargs["cycle_metadata_path"]
+    return digest(paths, on_bad, sorted(sounds.call_args.kwargs.items()))
+
+
+class Asked(Exception):
+    """The store was asked for; none is built."""
+
+
+def built(config: RunConfig, folder: Path) -> str:
+    """Which weights are asked for, and how the backbone goes about memory."""
+    with patch("models.build.read_weights", return_value=None) as weights:
+        model = assemble.build_model(config, tiny_data(config).statistics)
+    return digest(weights.call_args, model.backbone.gradient_checkpointing)
+
+
+def compiled(config: RunConfig, folder: Path) -> str:
+    """Whether models are compiled, on a machine that could."""
+    with patch.object(Machine, "_compiler_works", return_value=True):
+        return digest(Machine("cpu", "fp32", config.training.compile).compiled)
+
+
+def tracked(config: RunConfig, folder: Path) -> str:
+    """What the tracker is started with."""
+    run = Run(config, Machine("cpu", "fp32", "false"))
+    with patch("utils.training.run.start_tracking") as start:
+        run._start_tracking(tiny_data(config))
+    names = ("enabled", "tracking_uri", "experiment_name", "run_name", "tags")
+    return digest({name: start.call_args.kwargs[name] for name in names})
 
 
 def placed(config: RunConfig, folder: Path) -> str:
@@ -167,7 +210,19 @@ KEYS: dict[str, tuple] = {
     "training.precision": ("bf16", trained, {}),
     "training.output_dir": ("elsewhere", placed, {}),
     "training.device": ("gpu", refused, {}),
-    "mlflow.tracking_uri": ("http://user:secret@host", refused, {}),
+    "dataset.cycle_metadata_path": ("other.csv", opened, {}),
+    "dataset.cache_dir": ("elsewhere", opened, {}),
+    "dataset.on_bad_recording": ("skip", opened, {}),
+    "dataset.store_workers": (3, opened, {}),
+    "backbone.weights": ("imagenet", built, {}),
+    "backbone.weights_path": ("other.pth", built, {}),
+    "backbone.gradient_checkpointing": (True, built, {}),
+    "training.compile": ("true", compiled, {}),
+    "mlflow.enabled": (True, tracked, {}),
+    "mlflow.tracking_uri": ("http://other.example", tracked, {}),
+    "mlflow.experiment_name": ("other", tracked, {}),
+    "mlflow.run_name": ("other", tracked, {}),
+    "mlflow.tags": ({"cohort": "pilot"}, tracked, {}),
     **{
         f"augment.{name}_probability": (0.0, trained, {})
         for name in ("noise", "speed", "loudness", "vtlp", "specaugment")
@@ -176,22 +231,10 @@ KEYS: dict[str, tuple] = {
 
 # key: file and name of the test that shows what it does
 ELSEWHERE = {
-    "dataset.cycle_metadata_path": ("tests/data/test_metadata.py", "check_metadata"),
-    "dataset.cache_dir": ("tests/data/test_waveforms.py", "cache_dir"),
-    "dataset.on_bad_recording": ("tests/data/test_waveforms.py", "on_bad_recording"),
-    "dataset.store_workers": ("tests/data/test_waveforms.py", "workers"),
-    "backbone.weights": ("tests/models/test_pretrained.py", "imagenet"),
-    "backbone.weights_path": ("tests/models/test_pretrained.py", "audioset"),
-    "backbone.gradient_checkpointing": ("tests/models/test_ast.py", "gradient_checkpointing"),
-    "training.compile": ("tests/models/test_conditioners.py", "torch.compile"),
     "training.resume": ("tests/test_scripts.py", "training.resume=never"),
     "training.checkpoint_minutes": ("tests/utils/test_resume.py", "checkpoint_minutes"),
     "training.frozen_cache": ("tests/utils/test_inputs.py", "frozen_cache"),
     "training.checkpoint_dir": ("tests/test_scripts.py", "checkpoints"),
-    "mlflow.enabled": ("tests/utils/test_tracking.py", "enabled"),
-    "mlflow.experiment_name": ("tests/utils/test_tracking.py", "experiment_name"),
-    "mlflow.run_name": ("tests/utils/test_tracking.py", "run_name"),
-    "mlflow.tags": ("tests/utils/test_tracking.py", "tags"),
     "mlflow.log_checkpoint": ("tests/test_scripts.py", "log_checkpoint"),
 }
 
