@@ -28,7 +28,7 @@ from utils.cli import command
 from utils.evaluation.compare import SHOWN, compare, default_folder, write_comparison
 from utils.evaluation.evaluator import SPLITS, Evaluator
 from utils.evaluation.predictions import write_predictions
-from utils.evaluation.protocol import MARKS
+from utils.evaluation.protocol import MARKS, metric_group
 from utils.evaluation.render import number, to_markdown, with_interval
 from utils.files import write_text
 from utils.tracking import continue_tracking
@@ -102,14 +102,13 @@ def write_evaluation(
 ) -> None:
     """predictions.csv, report.md, figures/ and, last, report.json."""
     from utils.figures.runs import evaluation_figures
-    from utils.figures.sources import Evaluation, is_synthetic
+    from utils.figures.sources import Evaluation
 
     write_predictions(frame, folder / "predictions.csv")
     title = f"{report['title']}: {report['part']} part of {report['data_folder']}"
     write_text(folder / "report.md", to_markdown(report, title))
-    synthetic = is_synthetic(report["data_folder"])
     name = Path(report["run"])  # what a figure names as its source
-    one = Evaluation(name, report["part"], {"title": report["title"]}, report, synthetic)
+    one = Evaluation(name, report["part"], {"title": report["title"]}, report, report["synthetic"])
     evaluation_figures(one, folder / "figures")
     RunFolder(folder).write_report(report)
 
@@ -120,7 +119,10 @@ def track(model: Evaluator, folder: Path, split: str, report: dict[str, Any]) ->
     if own is None or not own.finished or not folder.resolve().is_relative_to(own.path.resolve()):
         return
     tracker = continue_tracking(own.path)
-    tracker.metrics(defined(report["metrics"]["chosen"], f"evaluation_{folder.name}"))
+    group = f"evaluation_{folder.name}"
+    if split in ("test", "all"):
+        group = metric_group(group, report["selection"])
+    tracker.metrics(defined(report["metrics"]["chosen"], group))
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".json", ".md", ".csv", ".png"):
             inside = path.parent.relative_to(folder)
@@ -159,6 +161,8 @@ def print_comparison(result: dict[str, Any]) -> None:
     for model in result["models"]:
         print(figure_row(f"{model['name']:43} ", model["figures"]))
         print(f"  {MARKS[model['selection']]}; {model['run']}")
+    for name, floor in result["floors"].items():
+        print(figure_row(f"{f'floor: {name}':43} ", floor["metrics"]["chosen"]))
     print("\npaired differences in points [95 %], p")
     pair = None
     for row in result["pairs"]:

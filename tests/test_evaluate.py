@@ -30,9 +30,9 @@ from utils.training.run import Run
 from utils.training.runfolder import RunFolder
 
 SAME = (
-    "task", "protocol", "partial", "partial_message", "counts", "thresholds", "metrics",
-    "confusion", "operating_curve", "calibration", "subgroups", "patients", "patient_tables",
-    "floors",
+    "task", "protocol", "partial", "partial_message", "synthetic", "counts", "thresholds",
+    "metrics", "confusion", "operating_curve", "calibration", "subgroups", "patients",
+    "patient_tables", "floors",
 )  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def test_the_figures_of_the_test_part_are_the_runs_own(variant, work, monkeypatc
         "confusion.png", "operating_curve.png", "reliability.png", "subgroups.png"
     }  # fmt: skip
     text = (folder / "report.md").read_text(encoding="utf-8")
-    assert "PARTIAL DATA" in text and "Floors" in text
+    assert "PARTIAL DATA" in text and "Floors" in text and "SYNTHETIC RECORDINGS" in text
     assert ("Is it the sound?" in text) == (variant == "ast_softfilm") == ("metadata_test" in again)
     printed = capsys.readouterr()
     score = own["metrics"]["chosen"]["score"]["value"]
@@ -259,6 +259,11 @@ def test_comparing_takes_the_runs_predictions_or_computes_the_same(
     interval = f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
     text = (tmp_path / "o" / "comparison.md").read_text(encoding="utf-8")
     assert f"| {interval} | {row['p']:.4f} |" in text and "PARTIAL DATA" in text
+    captions = [line for line in text.splitlines() if line.endswith(")**")]
+    assert len(captions) == 2 and all("SYNTHETIC RECORDINGS" in line for line in captions)
+    floors = report_of(first.parent.parent)["test"]["floors"]
+    assert result["floors"]["class prior"]["metrics"] == floors["class prior"]["metrics"]
+    assert "| floor: metadata only, trees |" in text
     printed = capsys.readouterr()
     assert f"{interval}  {row['p']:.4f}" in printed.out and "PARTIAL DATA" in printed.err
     lines = [line for line in printed.out.splitlines() if str(tmp_path) not in line]
@@ -268,15 +273,16 @@ def test_comparing_takes_the_runs_predictions_or_computes_the_same(
     for path, name in ((first, "a.pt"), (second, "b.pt")):
         strangers.append(Evaluator(shutil.copy(path, tmp_path / name)))
         strangers[-1].config.training.output_dir = str(tmp_path / "nowhere")
-        assert strangers[-1].stored_predictions() is None
+        assert strangers[-1].stored() is None
     assert comparison.compare(strangers)["pairs"] == expected
+    assert comparison.compare(strangers)["floors"] == result["floors"]
 
 
 def test_predictions_of_another_training_are_not_taken(work):
     model = Evaluator(best(work, "ast"))
-    assert model.stored_predictions() is not None
+    assert model.stored() is not None
     model.checkpoint.epoch += 1
-    assert model.stored_predictions() is None
+    assert model.stored() is None
 
 
 def test_what_can_not_be_compared_is_refused(work, corpus, monkeypatch, capsys, tmp_path):
@@ -293,16 +299,22 @@ def test_what_can_not_be_compared_is_refused(work, corpus, monkeypatch, capsys, 
     assert "given twice" in capsys.readouterr().err
 
 
-def test_different_selection_rules_are_warned_of(work, corpus, monkeypatch, capsys, tmp_path):
-    chosen = {"training.selection": "test", "training.epochs": 1}
-    biased = train("ast", corpus, tmp_path, **chosen)
-    words = ("--compare", best(work, "ast"), biased.best, "--output", tmp_path / "o")
-    assert start(monkeypatch, *words) == 0
-    printed = capsys.readouterr()
-    assert "DIFFERENT SELECTION RULES" in printed.err
+def test_honest_rules_are_compared_with_a_warning_and_test_selected_figures_never(
+    work, corpus, monkeypatch, capsys, tmp_path
+):
+    ast, short = best(work, "ast"), {"training.epochs": 1}
+    biased = train("ast", corpus, tmp_path, **short, **{"training.selection": "test"})
+    for pair in ((ast, biased.best), (biased.best, ast)):
+        assert start(monkeypatch, "--compare", *pair) == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert "never stand in one table" in error and f"{biased.best} was selected on" in error
+    rule = {"training.selection": "fixed", "training.min_sensitivity": 0.0}
+    fixed = train("ast", corpus, tmp_path, **short, **rule)
+    assert start(monkeypatch, "--compare", ast, fixed.best, "--output", tmp_path / "o") == 0
+    assert "DIFFERENT SELECTION RULES" in capsys.readouterr().err
     text = (tmp_path / "o" / "comparison.md").read_text()
-    assert "DIFFERENT SELECTION RULES" in text and "SELECTED ON TEST" in text
-    assert biased.path.name in text, "two ASTs go by the names of their runs"
+    assert "DIFFERENT SELECTION RULES" in text and "nothing selected" in text
+    assert fixed.path.name in text, "two ASTs go by the names of their runs"
 
 
 # -------------------------------------------------------------------- real recordings

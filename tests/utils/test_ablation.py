@@ -71,7 +71,8 @@ def finish(cell: Cell, seed: int = 0) -> float:
     report = {
         "variant": cell.config.variant, "title": VARIANTS[cell.config.variant].title, "n_cls": 4,
         "selection": selection, "seed": cell.config.training.seed, "partial": False,
-        "partial_message": "", "counts": {"train": test["counts"]}, "test": test,
+        "partial_message": "", "synthetic": False, "counts": {"train": test["counts"]},
+        "test": test,
     }  # fmt: skip
     folder.write_report(report)
     return test["metrics"]["chosen"]["score"]["value"]
@@ -185,11 +186,16 @@ def test_finished_cells_are_skipped_and_a_failing_one_does_not_stop_the_others(
     assert started == [broken, *rest]
     printed = capsys.readouterr().out
     lines = [line for line in printed.splitlines() if line.startswith("[")]
-    assert lines[0] == f"[1/4] {first.label}: Score {before:.2f}, finished before"
+    mark = "(selected on validation patients)"
+    assert lines[0] == f"[1/4] {first.label}: Score {before:.2f} {mark}, finished before"
     assert lines[1].startswith(f"[2/4] {broken.label}: FAILED with status 2, see ")
     for cell, line in zip(rest, lines[2:], strict=True):
-        assert cell.label in line and f"Score {cell.score()}, " in line
+        assert cell.label in line and f": {cell.score()}, " in line
     assert "error: the gradient was not finite\n    lower training.lr" in caplog.text
+    # no line shows a figure that was chosen on test without saying so
+    cell = read_grid(grid_file, overrides=["training.selection=test"]).cells[0]
+    score = finish(cell)
+    assert cell.score() == f"Score {score:.2f} (SELECTED ON TEST)"
     # the same command again goes on with what is missing, and then the table is whole
     broken, started[:] = None, []
     assert run_tracked(grid, start) == []
@@ -280,7 +286,8 @@ def test_a_killed_grid_goes_on_and_its_cells_are_nested_in_mlflow(here, monkeypa
     monkeypatch.setattr(sys, "argv", ["ablation", "one.yaml", *overrides])
     assert ablation.main() == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
-    assert "finished before" in lines[0] and f"Score {cell.score()}" in lines[1]
+    assert "finished before" in lines[0] and f": {cell.score()}, " in lines[1]
+    assert cell.score().endswith("; PARTIAL DATA; SYNTHETIC RECORDINGS)")
     assert not (here / "checkpoints").exists(), "cells do not replace the plain run's copy"
 
     client = MlflowClient("sqlite:///mlflow.db")

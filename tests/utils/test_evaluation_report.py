@@ -23,8 +23,15 @@ from utils.evaluation.predictions import (
     read_predictions,
     write_predictions,
 )
-from utils.evaluation.protocol import MARKS, PARTIAL_MARK, caption, statement
-from utils.evaluation.render import model_card, to_markdown
+from utils.evaluation.protocol import (
+    MARKS,
+    PARTIAL_MARK,
+    SYNTHETIC_MARK,
+    caption,
+    metric_group,
+    statement,
+)
+from utils.evaluation.render import model_card, number, to_markdown
 from utils.evaluation.report import build_tables, main
 from utils.evaluation.runs import folders_from_mlflow, read_runs
 from utils.evaluation.subgroups import age_group, subgroup_table
@@ -117,9 +124,15 @@ def test_part_with_one_class_reports_nothing_undefined(task):
 
 @pytest.mark.parametrize("selection", ["validation", "fixed", "test"])
 @pytest.mark.parametrize("partial", ["", "PARTIAL: 50 of 920 recordings"])
-def test_every_table_carries_rule_and_partial_data(selection, partial):
+@pytest.mark.parametrize("synthetic", [False, True])
+def test_every_table_carries_rule_and_what_the_data_lack(selection, partial, synthetic):
     floors = {"class prior": {"metrics": report_of(Task(4))["metrics"]}}
-    report = report_of(Task(4), selection=selection, partial_message=partial)
+    report = report_of(
+        Task(4), selection=selection, partial_message=partial, synthetic=synthetic
+    ) | {
+        "run": "ast_film-4cls-s3", "variant": "ast_film", "title": "FiLM-AST", "n_cls": 4,
+        "split_strategy": "official", "seed": 3, "epoch": 6, "revision": "abc123",
+    }  # fmt: skip
     difference = {"value": -3.0, "low": -5.0, "high": -1.0, "p": 0.004}
     probe = [{"metadata": "shuffled", "sp": 50.0, "se": 40.0, "score": 45.0}]
     report |= {"floors": floors, "metadata_test": [probe[0] | {"difference": difference}]}
@@ -130,24 +143,36 @@ def test_every_table_carries_rule_and_partial_data(selection, partial):
     assert len(captions) == text.count("\n|---") == 7  # one caption for each table
     for line in captions:
         assert MARKS[selection] in line and (PARTIAL_MARK in line) == bool(partial)
+        assert (SYNTHETIC_MARK in line) == synthetic
+    assert "Run `ast_film-4cls-s3`: FiLM-AST, 4-class, split `official`, seed 3, epoch 7." in text
     assert statement(selection) in text and (partial in text)
     assert "| shuffled | 50.00 | 40.00 | 45.00 | -3.00 [-5.00, -1.00] | 0.004 |" in text
-    card = model_card(
-        report,
-        title="FiLM-AST",
-        variant="ast_film",
-        seed=3,
-        epoch=7,
-        training_counts=report["counts"],
-    )
+    nobody = dict.fromkeys(report["counts"], 0)
+    card = model_card(report, training_counts={"train": report["counts"], "val": nobody})
     for needed in (MARKS[selection], statement(selection), "research only", "12 patients", partial):
         assert needed in card
     assert (PARTIAL_MARK in card) == bool(partial)
+    assert ("Physiol. Meas." in card) == (not synthetic) and (SYNTHETIC_MARK in card) == synthetic
+    assert "seed 3, epoch 7; run `ast_film-4cls-s3`, code revision `abc123`" in card
+    assert "| floor: class prior | " in card and "Training: 144 cycles" in card
+    assert "Validation" not in card
+    val = {"train": report["counts"], "val": report["counts"]}
+    assert "Validation: 144 cycles" in model_card(report, training_counts=val)
 
 
 def test_caption_refuses_an_unknown_rule():
     with pytest.raises(UserError, match="best-of-ten"):
         caption("Table", "best-of-ten", False)
+
+
+def test_test_selected_figures_have_tracker_columns_of_their_own():
+    groups = {rule: metric_group("test", rule) for rule in MARKS}
+    assert groups["validation"] == groups["fixed"] == "test" != groups["test"]
+
+
+def test_a_rounded_nought_has_no_sign():
+    assert [number(v, 1) for v in (-1e-14, 0.04, -0.04, -0.06)] == ["0.0", "0.0", "0.0", "-0.1"]
+    assert number(None) == "–"
 
 
 def test_plain_has_no_numpy_and_no_nan():
@@ -163,6 +188,11 @@ def test_age_groups_by_hand():
     assert list(age_group(ages)) == [
         "< 18", "< 18", "18-64", "18-64", ">= 65", ">= 65", "unknown"
     ]  # fmt: skip
+    frame = predictions(Task(2), cycle_table(patients=7)).assign(age=lambda f: f["patient"].map(
+        dict(zip(range(101, 108), ages, strict=True))))  # fmt: skip
+    table = subgroup_table(frame, Task(2))
+    shown = table[table["group"] == "age"]["value"].to_list()
+    assert shown == ["< 18", "18-64", ">= 65", "unknown"], "in the order of age"
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -206,11 +236,13 @@ def run_folder(tmp_path):
     """Maker of finished run folders."""
 
     def make(variant="ast_film", *, seed=0, n_cls=4, selection="validation", blocks=12,
-             layers=tuple(range(12)), partial="", lr=3e-5, patients=12):  # fmt: skip
+             layers=tuple(range(12)), partial="", lr=3e-5, patients=12,
+             synthetic=False):  # fmt: skip
         task = Task(n_cls)
         test = report_of(
             task, selection=selection, seed=seed, partial_message=partial, patients=patients
         )
+        test["floors"] = {"class prior": {"metrics": report_of(task, seed=9)["metrics"]}}
         report = {
             "variant": variant,
             "title": paper.TITLES.get(variant, variant),
@@ -219,6 +251,7 @@ def run_folder(tmp_path):
             "seed": seed,
             "partial": bool(partial),
             "partial_message": partial,
+            "synthetic": synthetic,
             "counts": {"train": test["counts"]},
             "test": test,
         }
@@ -255,7 +288,11 @@ def test_seeds_are_averaged_beside_the_paper(run_folder):
     assert row["Score, ours"].endswith("n = 3")
     assert row["Score, paper"] == "62.37 ± 1.05"
     assert cells(table, "SoftFiLM-AST")["Score, ours"] == "–"
-    assert [r[0] for r in table.rows] == list(paper.TITLES.values())
+    assert [r[0] for r in table.rows] == [*paper.TITLES.values(), "Floor: class prior"]
+    floor = runs[0].report["test"]["floors"]["class prior"]["metrics"]["chosen"]["score"]
+    value, low, high = (floor[key] for key in ("value", "low", "high"))
+    expected = f"{value:.2f} [{low:.1f}, {high:.1f}]"
+    assert cells(table, "Floor: class prior")["Score, ours"] == expected
     assert any("Test: 144 cycles" in note for note in table.notes)
 
 
@@ -265,13 +302,16 @@ def test_rules_and_partial_data_never_share_a_table(run_folder):
         run_folder(selection="test"),
         run_folder(partial="PARTIAL: 50 of 920 recordings"),
         run_folder(patients=11),
+        run_folder(synthetic=True),
     ]
     tables = build_tables(read_runs(folders), ["4-class"])
-    assert len(tables) == 4
+    assert len(tables) == 5
     marks = [MARKS["test"] in t.title for t in tables]
-    assert marks == [False, False, False, True]  # honest rules first
+    assert marks == [False, False, False, False, True]  # honest rules first
     shouted = [t for t in tables if PARTIAL_MARK in t.title]
     assert len(shouted) == 1 and "50 of 920 recordings" in shouted[0].notes[0]
+    (invented,) = [t for t in tables if SYNTHETIC_MARK in t.title]
+    assert SYNTHETIC_MARK in invented.notes[0]
     assert all(cells(t, "FiLM-AST")["Score, ours"].endswith("n = 1") for t in tables)
 
 
@@ -296,6 +336,9 @@ def test_two_class_table_keeps_collapsed_figures_apart(run_folder):
     assert cells(table, "TAFiLM-AST")["Score, paper"] == "71.10 ± 0.95"
     collapsed = cells(table, "TAFiLM-AST (4-class model, collapsed)")
     assert collapsed["Score, paper"] == "–" and collapsed["Score, ours"] != "–"
+    floors = [row for row in table.rows if row[0].startswith("Floor")]
+    names = ["Floor: class prior", "Floor: class prior (4-class model, collapsed)"]
+    assert [row[0] for row in floors] == names and floors[0][1:4] != floors[1][1:4]
     assert any("72.10, printed 71.10" in note for note in table.notes)
 
 
@@ -341,7 +384,7 @@ def test_command_prints_each_format(run_folder, capsys):
     assert main([*folders, "--format", "csv"]) == 0
     text = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
     rows = list(csv.DictReader(io.StringIO("\n".join(text))))
-    assert len(rows) == 4 and {row["selection"] for row in rows} == {"validation"}
+    assert len(rows) == 5 and {row["selection"] for row in rows} == {"validation"}
     assert {row["partial"] for row in rows} == {"True"}
 
 

@@ -17,6 +17,8 @@ from utils.errors import UserError
 from utils.evaluation.evaluate import evaluate_predictions
 from utils.evaluation.floors import floor_reports
 from utils.evaluation.predictions import read_predictions, write_predictions
+from utils.evaluation.report import build_tables
+from utils.evaluation.runs import group_runs, read_runs
 from utils.evaluation.stats import patient_bootstrap, patient_tables
 from utils.training.group import Group, add_arguments, expand, seeds_from
 from utils.training.runfolder import RunFolder
@@ -74,6 +76,7 @@ def finish_runs(configs, parts) -> None:
         folder, task = RunFolder.of(config), config.task
         frame = predictions(task, table, seed=number)
         frame["cycle"] = table.index
+        folder.prepare(config, fresh=False)
         write_predictions(frame, folder.predictions / "test.csv")
         test = evaluate_predictions(
             frame, task, task.default_thresholds, selection=config.training.selection, bootstrap=20
@@ -92,6 +95,9 @@ def finish_runs(configs, parts) -> None:
                 "selection": config.training.selection,
                 "partial": False,
                 "partial_message": "",
+                "synthetic": True,
+                "seed": config.training.seed,
+                "counts": {"train": test["counts"]},
                 "test": test,
             }
         )
@@ -149,10 +155,24 @@ def test_pooled_folds_cover_every_patient_exactly_once(tmp_path, capsys):
     # one seed: no sd, but an interval over the patients
     found = result["summary"]["score"]
     assert found["sd"] is None and found["low"] < score < found["high"]
+    # the tables have the pooled run in place of its folds, and of a smaller group of the same runs
+    smaller = Group(configs[:2])
+    smaller.finish()
+    folders = [RunFolder.of(config).path for config in configs]
+    (run,) = read_runs([*folders, group.path, smaller.path])
+    assert (run.path, run.protocol.split) == (group.path, "foldwise, all folds pooled")
+    (protocol, groups), *others = group_runs([run])
+    assert not others and protocol.test_patients == 13 and protocol.train_cycles is None
+    assert groups[0].over_seeds("score").mean == pytest.approx(score)
+    (table,) = build_tables([run], ["2-class"])
+    assert "split foldwise, all folds pooled" in table.title
+    assert table.rows[0][3].startswith(f"{score:.2f} [")
+    assert len(read_runs([*folders, smaller.path])) == 5
     # the floors are pooled alike: 13 patients, the class prior is at 50
     text = (group.path / "report-s0.md").read_text(encoding="utf-8")
     assert "| class prior |" in text and "those of each fold" in text
     assert set(test["floors"]) == {"class prior", "metadata only, linear", "metadata only, trees"}
+    assert "OF 5 FOLDS" not in text and "predictions of folds 0, 1, 2, 3, 4" in text
     assert "out-of-fold patients" in capsys.readouterr().out
 
 
@@ -161,7 +181,14 @@ def test_pooled_floors_are_those_of_all_folds_together(tmp_path):
     configs = expand(tiny_config("ast_grf", **options), None, ["0", "1"])
     table = cycle_table(patients=10)
     finish_runs(configs, [table[table["PID"] < 106], table[table["PID"] >= 106]])
-    floors = Group(configs).finish()["test"]["0"]["floors"]
+    group = Group(configs)
+    floors = group.finish()["test"]["0"]["floors"]
+    text = (group.path / "report-s0.md").read_text(encoding="utf-8")
+    assert (
+        "2 OF 5 FOLDS" in text
+        and "2 models, one per fold" in text
+        and "SYNTHETIC RECORDINGS" in text
+    )
     for name, floor in floors.items():
         total = np.zeros((4, 4))
         for config in configs:

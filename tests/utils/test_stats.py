@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from benchmarks.protocol_simulation import (
     SENSITIVITY,
@@ -22,6 +22,7 @@ from utils.evaluation.metrics import summarise
 from utils.evaluation.stats import (
     aligned_tables,
     auroc_bootstrap,
+    average_precision_bootstrap,
     cycle_bootstrap,
     figures,
     over_seeds,
@@ -206,11 +207,25 @@ def test_auroc_bootstrap_agrees_with_scikit_learn_on_resampled_rows():
     assert (interval.low, interval.high) == pytest.approx(np.percentile(samples, [2.5, 97.5]))
 
 
+def test_average_precision_bootstrap_agrees_with_scikit_learn_on_resampled_rows():
+    rng = np.random.default_rng(2)
+    target, patient = rng.integers(0, 2, 200), rng.integers(0, 10, 200)
+    value = (rng.normal(size=200) + target).round(1)  # with ties
+    interval = average_precision_bootstrap(target, value, patient, resamples=450, seed=5)
+    assert interval.value == pytest.approx(average_precision_score(target, value))
+    samples = [
+        average_precision_score(target, value, sample_weight=drawn[patient])
+        for drawn in patient_weights(10, 450, seed=5)
+    ]
+    assert (interval.low, interval.high) == pytest.approx(np.percentile(samples, [2.5, 97.5]))
+
+
 def test_undefined_figures_are_nan_everywhere():
     _, tables = patient_tables([0, 0], [0, 1], [1, 2], 2)
     interval = patient_bootstrap(tables, resamples=50)["score"]
     assert all(math.isnan(v) for v in (interval.value, interval.low, interval.high))
-    assert math.isnan(auroc_bootstrap([0, 0], [0.1, 0.2], [1, 2], resamples=50).value)
+    for ranking in (auroc_bootstrap, average_precision_bootstrap):
+        assert math.isnan(ranking([0, 0], [0.1, 0.2], [1, 2], resamples=50).value)
 
 
 def test_seeds_by_hand():

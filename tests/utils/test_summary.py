@@ -62,7 +62,7 @@ def test_the_floors_follow_the_runs_rule(selection, tmp_path, monkeypatch):
     monkeypatch.setattr("utils.training.summary.draw_figures", lambda *_: None)
     sensitive = {"training.min_sensitivity": 0.7} if selection != "fixed" else {}
     rule = {"training.selection": selection, **sensitive}
-    _, _, checkpoint, data, report, _ = finish(tmp_path, "ast", **rule)
+    _, _, checkpoint, data, report, tracker = finish(tmp_path, "ast", **rule)
     expected = floor_reports(
         data.task, data.table, data.split,
         selection=selection, pos_weight=checkpoint.pos_weight,
@@ -72,6 +72,11 @@ def test_the_floors_follow_the_runs_rule(selection, tmp_path, monkeypatch):
     assert report["test"]["protocol"]["selection"] == selection
     chosen = expected["class prior"]["thresholds"]["chosen"]
     assert (chosen == [0.5, 0.5]) == (selection == "fixed")
+    # figures chosen on test stand in no column of the tracker that honest ones have
+    groups = {name.split("/")[0] for name in tracker.values}
+    honest, chosen_there = {"test", "test_default"}, {"test_selected_on_test"}
+    chosen_there |= {"test_default_selected_on_test"}
+    assert groups == (chosen_there if selection == "test" else honest)
 
 
 def test_only_softfilm_draws_masks(tmp_path):

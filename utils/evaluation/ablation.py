@@ -41,7 +41,7 @@ from models.registry import VARIANTS
 from utils.cli import EXIT_INTERRUPTED, EXIT_PREEMPTED, command
 from utils.config import RunConfig, load_config
 from utils.errors import Preempted, UserError
-from utils.evaluation.protocol import MARKS
+from utils.evaluation.protocol import MARKS, caption
 from utils.evaluation.render import number
 from utils.evaluation.report import TABLES, build_tables
 from utils.evaluation.runs import read_runs
@@ -71,9 +71,11 @@ class Cell:
         return RunFolder.of(self.config)
 
     def score(self) -> str:
-        """Test Score of the finished run, in percent."""
-        chosen = self.folder.read_report()["test"]["metrics"]["chosen"]
-        return number(chosen["score"]["value"])
+        """Test Score of the finished run, in percent, with the marks that belong to it."""
+        report = self.folder.read_report()
+        value = number(report["test"]["metrics"]["chosen"]["score"]["value"])
+        marks = report["selection"], report["partial"], report["synthetic"]
+        return caption(f"Score {value}", *marks)
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def run_grid(grid: Grid, start: Callable[[Cell, Path], int]) -> list[Cell]:
     for position, cell in enumerate(grid.cells, start=1):
         head = f"[{position}/{len(grid.cells)}] {cell.label}"
         if cell.folder.finished:
-            print(f"{head}: Score {cell.score()}, finished before", flush=True)
+            print(f"{head}: {cell.score()}, finished before", flush=True)
             continue
         log = grid.folder / "logs" / f"{cell.folder.path.name}.log"
         logger.info("%s: running, see %s", head, log)
@@ -228,7 +230,7 @@ def run_grid(grid: Grid, start: Callable[[Cell, Path], int]) -> list[Cell]:
             raise KeyboardInterrupt
         minutes = (time.monotonic() - began) / 60
         if status == 0 and cell.folder.finished:
-            print(f"{head}: Score {cell.score()}, {minutes:.1f} min", flush=True)
+            print(f"{head}: {cell.score()}, {minutes:.1f} min", flush=True)
         else:
             print(f"{head}: FAILED with status {status}, see {log}", flush=True)
             logger.error("%s", _last_words(log))

@@ -15,8 +15,14 @@ from utils.errors import UserError
 from utils.evaluation.evaluate import compare_predictions
 from utils.evaluation.evaluator import Evaluator
 from utils.evaluation.predictions import class_numbers
-from utils.evaluation.protocol import MARKS, PARTIAL_MARK, STATEMENTS
-from utils.evaluation.render import markdown_table, number, with_interval
+from utils.evaluation.protocol import (
+    MARKS,
+    PARTIAL_MARK,
+    STATEMENTS,
+    SYNTHETIC_MARK,
+    SYNTHETIC_NOTE,
+)
+from utils.evaluation.render import NOTHING, markdown_table, number, with_interval
 from utils.evaluation.stats import patient_bootstrap, patient_tables
 from utils.files import write_text
 from utils.training.runfolder import RunFolder
@@ -41,21 +47,23 @@ def compare(models: Sequence[Evaluator], *, bootstrap: int = 10_000) -> dict[str
 
     Returns:
         `models` (name, run, checkpoint, selection, figures with intervals), `pairs` as
-        `compare_predictions` gives them, `notes`, `partial`, `counts`.
+        `compare_predictions` gives them, `floors` of the first model, `notes`, `partial`,
+        `synthetic`, `counts`.
 
     Raises:
-        UserError: other tasks, other test cycles, the same model twice.
+        UserError: other tasks, other test cycles, the same model twice, figures selected on the
+            test part beside honest ones.
     """
     _same_task(models)
+    _same_honesty(models)
     names = _names(models)
-    frames = {}
+    frames, floors = {}, {}
     for name, model in zip(names, models, strict=True):
-        frame = model.stored_predictions()
-        if frame is None:
-            frame = model.predictions("test")
-        else:
+        stored = model.stored()
+        if stored is not None:
             logger.info("%s: predictions of %s", name, model.run_folder.path)
-        frames[name] = frame
+        frames[name] = model.predictions("test") if stored is None else stored[0]
+        floors = floors or (model.floors() if stored is None else stored[1])
     _same_cycles(frames)
     task = models[0].task
     pairs = compare_predictions(frames, task, bootstrap=bootstrap)
@@ -79,9 +87,11 @@ def compare(models: Sequence[Evaluator], *, bootstrap: int = 10_000) -> dict[str
         "task": {"n_cls": task.n_cls},
         "models": rows,
         "pairs": pairs,
+        "floors": {name: {"metrics": floor["metrics"]} for name, floor in floors.items()},
         "notes": _notes(models, len(names)),
         "partial": bool(partial),
         "partial_message": partial,
+        "synthetic": any(model.synthetic for model in models),
         "counts": {"cycles": len(first), "patients": int(first["patient"].nunique())},
         "bootstrap": bootstrap,
     }
@@ -96,6 +106,17 @@ def _same_task(models: Sequence[Evaluator]) -> None:
                 "they answer different questions and can not be compared; train both with the "
                 "same dataset.n_cls"
             )
+
+
+def _same_honesty(models: Sequence[Evaluator]) -> None:
+    by_rule = {model.checkpoint.selection: model.path for model in models}
+    honest = next((path for rule, path in by_rule.items() if rule != "test"), None)
+    if honest is not None and "test" in by_rule:
+        raise UserError(
+            f"{by_rule['test']} was selected on the test part and {honest} was not: their "
+            "difference would be that of the rules, so they never stand in one table; train both "
+            "with the same training.selection"
+        )
 
 
 def _names(models: Sequence[Evaluator]) -> list[str]:
@@ -144,10 +165,13 @@ def comparison_markdown(result: Mapping[str, Any]) -> str:
     """The models' figures and their differences."""
     selections = {model["selection"] for model in result["models"]}
     marks = [MARKS[rule] for rule in MARKS if rule in selections]
-    marks = "; ".join(marks + ([PARTIAL_MARK] if result["partial"] else []))
+    marks += [PARTIAL_MARK] if result["partial"] else []
+    marks = "; ".join(marks + ([SYNTHETIC_MARK] if result["synthetic"] else []))
     counts = result["counts"]
     where = f"test part: {counts['cycles']:,} cycles of {counts['patients']} patients ({marks})"
     lines = [f"# Comparison, {result['task']['n_cls']}-class", ""]
+    if result["synthetic"]:
+        lines += [f"**{SYNTHETIC_NOTE}**", ""]
     if result["partial"]:
         lines += [f"**{result['partial_message']}**", ""]
     shown = [key for key in SHOWN if key in result["models"][0]["figures"]]
@@ -158,6 +182,11 @@ def comparison_markdown(result: Mapping[str, Any]) -> str:
             [m["name"], *(with_interval(m["figures"][k], 1) for k in shown), m["selection"],
              f"`{m['run']}`"]
             for m in result["models"]
+        ]
+        + [
+            [f"floor: {name}", *(with_interval(floor["metrics"]["chosen"][k], 1) for k in shown),
+             NOTHING, NOTHING]
+            for name, floor in result["floors"].items()
         ],
     )  # fmt: skip
     lines += [f"**Paired differences in points over resampled patients, {where}**", ""]

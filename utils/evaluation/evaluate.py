@@ -23,6 +23,7 @@ from utils.evaluation.stats import (
     Interval,
     aligned_tables,
     auroc_bootstrap,
+    average_precision_bootstrap,
     paired_bootstrap,
     patient_bootstrap,
     patient_tables,
@@ -43,6 +44,7 @@ def evaluate_predictions(
     val_predictions: pd.DataFrame | None = None,
     pos_weight: Sequence[float] | None = None,
     partial_message: str = "",
+    synthetic: bool = False,
     bootstrap: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -56,14 +58,15 @@ def evaluate_predictions(
         val_predictions: where calibration may be fitted; None or empty where there is none.
         pos_weight: [K] of the training loss, None where it had none.
         partial_message: what is missing from the database; empty when nothing is.
+        synthetic: the recordings were generated.
         bootstrap: resamples of the patients; seed: of their choice.
 
     Returns:
         Plain data for JSON (undefined figures are None): `task`, `protocol`, `partial`,
-        `partial_message`, `counts`, `thresholds`, `metrics` (per rule: figure -> value, low,
-        high), `confusion`, `operating_curve`, `calibration`, `subgroups`, and, so that reports of
-        several runs can be resampled together, `patients` [P] with their confusion matrices at
-        the chosen thresholds, `patient_tables` [P, C * C].
+        `partial_message`, `synthetic`, `counts`, `thresholds`, `metrics` (per rule: figure ->
+        value, low, high), `confusion`, `operating_curve`, `calibration`, `subgroups`, and, so that
+        reports of several runs can be resampled together, `patients` [P] with their confusion
+        matrices at the chosen thresholds, `patient_tables` [P, C * C].
     """
     probability, label = table.probabilities(predictions, task), table.labels(predictions, task)
     true = task.true_classes(label)
@@ -98,6 +101,7 @@ def evaluate_predictions(
             | {"bootstrap": bootstrap, "bootstrap_seed": seed, "unit": "patient"},
             "partial": bool(partial_message),
             "partial_message": partial_message,
+            "synthetic": synthetic,
             "counts": count(predictions, task),
             "thresholds": rules,
             "metrics": metrics,
@@ -165,17 +169,17 @@ def plain(value: Any) -> Any:
 
 
 def _ranking_intervals(task, predictions, probability, label, resamples, seed):
-    """AUROC per output, and of normal against abnormal for four classes, with intervals."""
+    """AUROC and average precision per output, and of normal against abnormal for four classes,
+    with intervals."""
     targets = output_targets(task, label)
-    patient, options = predictions["patient"], {"resamples": resamples, "seed": seed}
-    out = {
-        f"auroc_{name}": auroc_bootstrap(targets[:, k], probability[:, k], patient, **options)
-        for k, name in enumerate(task.outputs)
-    }
+    ranked = {name: (targets[:, k], probability[:, k]) for k, name in enumerate(task.outputs)}
     if task.n_cls == 4:
-        abnormal = task.true_classes(label) > 0
-        value = task.abnormal_score(probability)
-        out["auroc_any"] = auroc_bootstrap(abnormal, value, patient, **options)
+        ranked["any"] = task.true_classes(label) > 0, task.abnormal_score(probability)
+    patient, options = predictions["patient"], {"resamples": resamples, "seed": seed}
+    out = {}
+    for name, (target, value) in ranked.items():
+        out[f"auroc_{name}"] = auroc_bootstrap(target, value, patient, **options)
+        out[f"ap_{name}"] = average_precision_bootstrap(target, value, patient, **options)
     return out
 
 

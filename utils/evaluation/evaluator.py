@@ -140,6 +140,14 @@ class Evaluator:
             partial = f"TRAINED ON {self.checkpoint.partial}"
         return " ".join(filter(None, (self.other_data(), partial)))
 
+    @property
+    def synthetic(self) -> bool:
+        """Whether the recordings were generated, those of the training or those evaluated."""
+        from utils.figures.sources import is_synthetic  # matplotlib: only where it is needed
+
+        trained_on = self.checkpoint.run_config().dataset.data_folder
+        return is_synthetic(trained_on) or is_synthetic(self.config.dataset.data_folder)
+
     def notes(self, split: str) -> list[str]:
         """What must be said before figures of this part are read."""
         notes = []
@@ -160,8 +168,20 @@ class Evaluator:
         thresholds = self.checkpoint.thresholds
         return make_predictions(self.task, self.data.table, rows, logits, thresholds)
 
-    def stored_predictions(self) -> pd.DataFrame | None:
-        """The run's own predictions of the test part, if they are this checkpoint's for sure."""
+    def floors(self) -> dict[str, Any]:
+        """The floors on the test part, from the model's own training rows and by its own rule."""
+        return floor_reports(
+            self.task,
+            self.data.table,
+            self.data.split,
+            selection=self.checkpoint.selection,
+            pos_weight=self.checkpoint.pos_weight or None,
+            min_sensitivity=self.config.training.min_sensitivity,
+        )
+
+    def stored(self) -> tuple[pd.DataFrame, dict[str, Any]] | None:
+        """The run's own predictions of the test part and its floors, if they belong to this
+        checkpoint for sure."""
         folder = self.run_folder
         if self.other_folder or folder is None or not folder.finished:
             return None
@@ -173,7 +193,9 @@ class Evaluator:
             and report["counts"] == checkpoint.counts
         )
         path = folder.predictions / "test.csv"
-        return read_predictions(path, self.task) if same and path.is_file() else None
+        if not same or not path.is_file():
+            return None
+        return read_predictions(path, self.task), report["test"]["floors"]
 
     # ---------------------------------------------------------------- the report
 
@@ -195,16 +217,10 @@ class Evaluator:
             val_predictions=self.predictions("val") if fit else None,
             pos_weight=checkpoint.pos_weight or None,
             partial_message=self.partial_message(),
+            synthetic=self.synthetic,
         )
         if split == "test":
-            report["floors"] = floor_reports(
-                self.task,
-                data.table,
-                data.split,
-                selection=checkpoint.selection,
-                pos_weight=checkpoint.pos_weight or None,
-                min_sensitivity=self.config.training.min_sensitivity,
-            )
+            report["floors"] = self.floors()
         if with_metadata_test and self.is_conditioned:
             report["metadata_test"] = self._metadata_test(self.rows(split))
         return report, frame

@@ -29,13 +29,13 @@ from sklearn.linear_model import LogisticRegression
 from data.batch import DEVICES, SITES, Metadata
 from data.icbhi import completeness, read_cycles
 from data.metadata import MetadataStatistics
-from data.splits import Split, split_cycles
+from data.splits import STRATEGIES, Split, split_cycles
 from utils.errors import UserError
 from utils.evaluation.calibration import log_odds
 from utils.evaluation.evaluate import evaluate_predictions
 from utils.evaluation.metrics import choose_thresholds, output_targets
 from utils.evaluation.predictions import make_predictions
-from utils.evaluation.protocol import caption
+from utils.evaluation.protocol import MARKS, caption
 from utils.evaluation.render import markdown_table, number, with_interval
 from utils.task import Task
 
@@ -178,10 +178,22 @@ def balancing_weight(task: Task, label: np.ndarray, sensitivity_bias: float = 1.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the floors of both tasks; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m utils.evaluation.floors")
-    parser.add_argument("--data-folder", required=True, help="annotations and tables (no audio)")
-    parser.add_argument("--split-strategy", default="official")
-    parser.add_argument("--selection", default="validation")
+    from utils.figures.sources import is_synthetic  # it imports this module's neighbours
+
+    parser = argparse.ArgumentParser(
+        prog="python -m utils.evaluation.floors",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--data-folder", metavar="DIR", required=True, help="annotations and tables, no audio"
+    )
+    parser.add_argument(
+        "--split-strategy", choices=STRATEGIES, default="official", help="default: official"
+    )
+    parser.add_argument(
+        "--selection", choices=MARKS, default="validation", help="default: validation"
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
@@ -205,7 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     head = ["task", "floor", "thresholds", "Sp", "Se", "Score", "collapsed Score"]
     partial = completeness(table)
     text = f"Floors on {options.split_strategy} test part, 95 % intervals over patients"
-    lines = [caption(text, options.selection, partial.partial), ""]
+    marks = options.selection, partial.partial, is_synthetic(options.data_folder)
+    lines = [caption(text, *marks), ""]
     print("\n".join([*lines, *markdown_table(head, rows)]))
     return 0
 

@@ -19,6 +19,8 @@ MARKS: dict[str, str] = {
     "test": "SELECTED ON TEST",
 }
 PARTIAL_MARK = "PARTIAL DATA"
+SYNTHETIC_MARK = "SYNTHETIC RECORDINGS"
+SYNTHETIC_NOTE = f"{SYNTHETIC_MARK}: these figures say nothing about patients."
 
 
 def statement(selection: str) -> str:
@@ -34,8 +36,15 @@ def statement(selection: str) -> str:
     return STATEMENTS[selection]
 
 
-def caption(text: str, selection: str, partial: bool) -> str:
+def caption(text: str, selection: str, partial: bool, synthetic: bool = False) -> str:
     """`text` with the marks that must stand beside every figure and table."""
     statement(selection)
     marks = [MARKS[selection]] + ([PARTIAL_MARK] if partial else [])
+    marks += [SYNTHETIC_MARK] if synthetic else []
     return f"{text} ({'; '.join(marks)})"
+
+
+def metric_group(name: str, selection: str) -> str:
+    """Prefix of a test part's figures in a tracker, whose columns hold all runs: figures that were
+    chosen on that part get columns of their own."""
+    return f"{name}_selected_on_test" if selection == "test" else name

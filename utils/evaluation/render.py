@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils.evaluation.protocol import caption
+from utils.evaluation.protocol import SYNTHETIC_NOTE, caption
 
 #: Figures of the first table: name -> heading.
 HEADLINE = {
@@ -20,9 +20,16 @@ HEADLINE = {
 }
 
 
+#: Stands where there is no figure.
+NOTHING = "–"
+
+
 def number(value: float | None, decimals: int = 2) -> str:
     """A figure, or a dash where it is undefined."""
-    return "–" if value is None else f"{value:.{decimals}f}"
+    if value is None:
+        return NOTHING
+    text = f"{value:.{decimals}f}"
+    return text.removeprefix("-") if float(text) == 0 else text  # rounding leaves no sign to read
 
 
 def with_interval(figure: Mapping[str, Any], decimals: int = 2) -> str:
@@ -56,14 +63,19 @@ def thresholds_line(thresholds: Sequence[float] | None) -> str:
 
 def to_markdown(report: Mapping[str, Any], title: str = "Evaluation") -> str:
     """The whole report; every table carries the selection rule and whether data are partial."""
-    selection, partial = report["protocol"]["selection"], report["partial"]
 
     def heading(text: str) -> list[str]:
-        return [f"**{caption(text, selection, partial)}**", ""]
+        return [f"**{_marked(text, report)}**", ""]
 
     lines = [f"# {title}", "", report["protocol"]["statement"], ""]
-    for note in ([report["partial_message"]] if partial else []) + report.get("notes", []):
+    for note in [*_warnings(report), *report.get("notes", [])]:
         lines += [f"**{note}**", ""]
+    if "run" in report:
+        lines += [
+            f"Run `{report['run']}`: {report['title']}, {report['n_cls']}-class, split "
+            f"`{report['split_strategy']}`, seed {report['seed']}, epoch {report['epoch'] + 1}.",
+            "",
+        ]
     lines += [f"Data: {counts_line(report['counts'])}.", ""]
     lines += heading(
         "Figures with 95 % intervals; Sp, Se, Score in percent, bootstrap over "
@@ -81,6 +93,17 @@ def to_markdown(report: Mapping[str, Any], title: str = "Evaluation") -> str:
         lines += heading("Is it the sound? The same model with other metadata")
         lines += _metadata_test(report)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _marked(text: str, report: Mapping[str, Any]) -> str:
+    selection = report["protocol"]["selection"]
+    return caption(text, selection, report["partial"], report["synthetic"])
+
+
+def _warnings(report: Mapping[str, Any]) -> list[str]:
+    """What forbids to read the figures as results on the whole database."""
+    synthetic = [SYNTHETIC_NOTE] if report["synthetic"] else []
+    return synthetic + ([report["partial_message"]] if report["partial"] else [])
 
 
 def _figures(report) -> list[str]:
@@ -105,13 +128,13 @@ _PERCENT = {name for name in HEADLINE if name not in ("accuracy", "macro_f1")}
 
 
 def _per_class(report) -> list[str]:
-    figures = report["metrics"]["chosen"]
+    figures, counts = report["metrics"]["chosen"], report["counts"]
     kinds = ("precision", "recall", "f1")
     rows = [
-        [name, *(number(figures[f"{kind}_{name}"]["value"], 3) for kind in kinds)]
+        [name, counts[name], *(with_interval(figures[f"{kind}_{name}"], 3) for kind in kinds)]
         for name in report["task"]["classes"]
     ]
-    return markdown_table(["class", "precision", "recall", "F1"], rows)
+    return markdown_table(["class", "cycles", "precision", "recall", "F1"], rows)
 
 
 def _confusion(report) -> list[str]:
@@ -178,62 +201,78 @@ _SPLIT_LIMITS = {
 def model_card(
     report: Mapping[str, Any],
     *,
-    title: str,
-    variant: str,
-    seed: int,
-    epoch: int,
-    training_counts: Mapping[str, int],
-    split_strategy: str = "official",
+    training_counts: Mapping[str, Mapping[str, int]],
     initial_weights: str = "audioset",
 ) -> str:
     """Model card to stand beside a checkpoint (M. Mitchell et al., "Model cards for model
-    reporting", FAT* 2019): data, protocol, figures, subgroups, limits."""
-    selection, partial = report["protocol"]["selection"], report["partial"]
-    task, figures = report["task"], report["metrics"]["chosen"]
-    shown = ", ".join(
-        f"{HEADLINE[n]} {with_interval(figures[n])}" for n in HEADLINE if n in figures
-        and n in _PERCENT
-    )  # fmt: skip
+    reporting", FAT* 2019): data, protocol, figures, floors, subgroups, limits.
+
+    Args:
+        report: of the test part, with what the run says of itself (`run`, `variant`, `title`,
+            `n_cls`, `split_strategy`, `seed`, `epoch`, `revision`) and the floors.
+        training_counts: cycles, recordings, patients and classes of `train` and `val`.
+    """
+    task, counts, split = report["task"], report["counts"], report["split_strategy"]
+    parts = {"Training": training_counts["train"], "Validation": training_counts["val"]}
+    parts = {name: part for name, part in parts.items() if part["cycles"]} | {"Test": counts}
+    corpus = (
+        "synthetic recordings in the layout of ICBHI 2017"
+        if report["synthetic"]
+        else "ICBHI 2017 Respiratory Sound Database (Rocha et al., Physiol. Meas. 40 (2019) 035001)"
+    )
     lines = [
-        f"# Model card: {title}",
+        f"# Model card: {report['title']}",
         "",
         "**For research only. Not a medical device; not to be used for any decision about a "
         "person's health.**",
         "",
-        f"- **Model**: {title} (`{variant}`), {task['n_cls']}-class task with outputs "
-        f"{', '.join(task['outputs'])}; initial weights: {initial_weights}; seed {seed}, "
-        f"epoch {epoch}.",
-        "- **Data**: ICBHI 2017 Respiratory Sound Database (Rocha et al., Physiol. Meas. 40 (2019) "
-        f"035001), split `{split_strategy}`. Training: {counts_line(training_counts)}. "
-        f"Test: {counts_line(report['counts'])}.",
-        f"- **Protocol**: `{selection}`. {report['protocol']['statement']}",
+        f"- **Model**: {report['title']} (`{report['variant']}`), {task['n_cls']}-class task with "
+        f"outputs {', '.join(task['outputs'])}; initial weights: {initial_weights}; seed "
+        f"{report['seed']}, epoch {report['epoch'] + 1}; run `{report['run']}`, code revision "
+        f"`{report['revision']}`.",
+        f"- **Data**: {corpus}, split `{split}`. "
+        + " ".join(f"{name}: {counts_line(part)}." for name, part in parts.items()),
+        f"- **Protocol**: `{report['protocol']['selection']}`. {report['protocol']['statement']}",
         f"- **Decision**: thresholds {thresholds_line(report['thresholds']['chosen'])}.",
-    ]
-    if partial:
-        lines.append(f"- **PARTIAL DATA**: {report['partial_message']}")
-    lines += [
+        *(f"- **{warning}**" for warning in _warnings(report)),
         "",
         "## Figures",
         "",
-        f"{caption('Test part', selection, partial)}, percent with 95 % intervals over patients: "
-        f"{shown}.",
+        f"**{_marked('Test part, percent with 95 % intervals over patients', report)}**",
         "",
+        *_card_figures(report),
         "## Subgroups",
         "",
-        f"**{caption('No rate on fewer than ten cycles', selection, partial)}**",
+        f"**{_marked('At the chosen thresholds; no rate on fewer than ten cycles', report)}**",
         "",
         *_subgroups(report),
         "## Limits",
         "",
         "- The intervals hold for patients like those of the test part, recorded as they were; "
-        f"{report['counts']['patients']} patients can not show differences of one or two points.",
+        f"{counts['patients']} patients can not show differences of one or two points.",
         "- Device, site, age and body mass index nearly identify a patient in this database; "
         "a model that sees them can learn the patient instead of the sound. See the metadata test "
         "and the floors in the evaluation report.",
-        *_SPLIT_LIMITS.get(split_strategy, ()),
+        *_SPLIT_LIMITS.get(split, ()),
         "- Annotations come from few experts; their disagreement is not in these intervals.",
-        "- Probabilities are shifted by the weighting of positives in training; calibrate before "
-        "reading them as probabilities.",
+        "- The outputs are no calibrated probabilities (the loss and its weighting of positives "
+        "shift them); see the calibration in the evaluation report before reading them as such.",
         "- Other devices, sites, ages and diseases than those above were not tested.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _card_figures(report) -> list[str]:
+    """The model at both rules of decision, above the floors."""
+    floors = report.get("floors", {})
+    models = {
+        f"this model, {rule}: {thresholds_line(report['thresholds'][rule])}": figures
+        for rule, figures in report["metrics"].items()
+    }
+    models |= {f"floor: {name}": floor["metrics"]["chosen"] for name, floor in floors.items()}
+    shown = [key for key in HEADLINE if key in _PERCENT and key in report["metrics"]["chosen"]]
+    rows = [
+        [name, *(with_interval(figures[key], 1) for key in shown)]
+        for name, figures in models.items()
+    ]
+    return markdown_table(["", *(HEADLINE[name] for name in shown)], rows)

@@ -4,7 +4,8 @@
     python -m utils.evaluation.report --mlflow sqlite:///mlflow.db --experiment icbhi
 
 Each selection rule, split and data set has a table of its own, so figures of different protocols
-never share a column. Runs that differ in the training seed only are averaged.
+never share a column. Runs that differ in the training seed only are averaged; the folds of a run
+with --folds all stand there pooled, where the group's folder is named too (as runs/* does).
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from pathlib import Path
 
 from utils.errors import UserError
 from utils.evaluation import paper
-from utils.evaluation.protocol import STATEMENTS, caption
-from utils.evaluation.render import counts_line
+from utils.evaluation.protocol import STATEMENTS, SYNTHETIC_NOTE, caption
+from utils.evaluation.render import NOTHING, counts_line, number
 from utils.evaluation.runs import (
+    POOLED,
     Protocol,
     Run,
     RunGroup,
@@ -32,8 +34,8 @@ from utils.evaluation.tables import FORMATS, Table, render
 
 log = logging.getLogger(__name__)
 
+COLLAPSED = " (4-class model, collapsed)"
 FIGURES = {"sp": "Sp", "se": "Se", "score": "Score"}
-NOTHING = "–"
 
 
 def cell(group: RunGroup, figure: str, *, interval: bool = True) -> str:
@@ -52,9 +54,12 @@ def cell(group: RunGroup, figure: str, *, interval: bool = True) -> str:
 def notes(protocol: Protocol, groups: Sequence[RunGroup], extra: Sequence[str]) -> list[str]:
     """What must stand under a table: rule, data, meaning of the numbers, the paper's own rule."""
     first = groups[0].runs[0].report
+    trained = "one model per fold, on the other folds"
+    if protocol.split != POOLED:
+        trained = counts_line(first["counts"]["train"])
     lines = [
         f"Ours: {STATEMENTS[protocol.selection]}",
-        f"Split `{protocol.split}`. Training: {counts_line(first['counts']['train'])}. "
+        f"Split `{protocol.split}`. Training: {trained}. "
         f"Test: {counts_line(first['test']['counts'])}.",
         "Percent; mean ± sd over n training seeds; in brackets the 95 % patient bootstrap interval "
         "of that mean.",
@@ -63,7 +68,15 @@ def notes(protocol: Protocol, groups: Sequence[RunGroup], extra: Sequence[str]) 
     ]
     if protocol.partial:
         lines.insert(0, first["partial_message"])
+    if protocol.synthetic:
+        lines.insert(0, SYNTHETIC_NOTE)
     return lines
+
+
+def titled(text: str, protocol: Protocol) -> str:
+    """Title of a table with its split, where it is not the official one, and its marks."""
+    text += "" if protocol.split == "official" else f", split {protocol.split}"
+    return caption(text, protocol.selection, protocol.partial, protocol.synthetic)
 
 
 def labelled(groups: Sequence[RunGroup]) -> list[tuple[str, RunGroup]]:
@@ -71,6 +84,27 @@ def labelled(groups: Sequence[RunGroup]) -> list[tuple[str, RunGroup]]:
     titles = [group.title for group in groups]
     return [
         (g.title if titles.count(g.title) == 1 else f"{g.title} · {g.setting}", g) for g in groups
+    ]
+
+
+def floor_rows(
+    groups: Sequence[tuple[str, RunGroup]], prefix: str = "", suffix: str = ""
+) -> list[list[str]]:
+    """What models score that hear nothing, on the same split by the same rule: rows of a result
+    table. Runs whose loss weighs positives otherwise have floors of their own."""
+    found: dict[tuple[str, ...], str] = {}
+    for _, group in groups:
+        for name, floor in group.runs[0].report["test"].get("floors", {}).items():
+            figures = [floor["metrics"]["chosen"][f"{prefix}{f}"] for f in FIGURES]
+            values = [number(figure["value"]) for figure in figures]
+            low, high = (number(figures[-1][end], 1) for end in ("low", "high"))
+            values[-1] += f" [{low}, {high}]"
+            found.setdefault((f"Floor: {name}{suffix}", *values), group.setting)
+    names = [key[0] for key in found]
+    return [
+        [name if names.count(name) == 1 else f"{name} · {setting}", *values]
+        + [NOTHING] * len(FIGURES)
+        for (name, *values), setting in found.items()
     ]
 
 
@@ -94,14 +128,16 @@ def result_table(n_cls: int) -> Callable[[Protocol, list[RunGroup]], Table | Non
                 rows[-1] += theirs
             if not mine:
                 rows.append([paper.TITLES[variant], *[NOTHING] * len(FIGURES), *theirs])
+        rows += floor_rows(own)
         for label, group in collapsed:
             ours = [cell(group, f"collapsed_{f}", interval=f == "score") for f in FIGURES]
-            rows.append([f"{label} (4-class model, collapsed)", *ours, *[NOTHING] * len(FIGURES)])
+            rows.append([f"{label}{COLLAPSED}", *ours, *[NOTHING] * len(FIGURES)])
+        rows += floor_rows(collapsed, "collapsed_", COLLAPSED)
         head = ["Method", *(f"{h}, ours" for h in FIGURES.values())]
         head += [f"{h}, paper" for h in FIGURES.values()]
         shown = [group for _, group in (*own, *collapsed)]
         extra = [paper.TAFILM_NOTE] if n_cls == 2 else []
-        title = caption(f"{n_cls}-class evaluation", protocol.selection, protocol.partial)
+        title = titled(f"{n_cls}-class evaluation", protocol)
         return Table(title, head, rows, notes(protocol, shown, extra), protocol)
 
     return make
@@ -125,7 +161,7 @@ def freezing_table(protocol: Protocol, groups: list[RunGroup]) -> Table | None:
             theirs = paper.FREEZING.get(blocks, {}).get(variant)
             row += [_joined(here), NOTHING if theirs is None else f"{theirs:.2f}"]
         rows.append(row)
-    title = caption("Backbone freezing, 4-class Score (%)", protocol.selection, protocol.partial)
+    title = titled("Backbone freezing, 4-class Score (%)", protocol)
     return Table(title, head, rows, notes(protocol, groups, []), protocol)
 
 
@@ -146,7 +182,7 @@ def layers_table(protocol: Protocol, groups: list[RunGroup]) -> Table | None:
         theirs = paper.LAYERS.get(sets.get(layers)) if depth == max(paper.LAYERS) else None
         rows.append([_layers_name(layers, depth), *map(_joined, here)])
         rows[-1].append(NOTHING if theirs is None else f"{theirs:.2f}")
-    title = caption("Conditioned layers, 4-class Score (%)", protocol.selection, protocol.partial)
+    title = titled("Conditioned layers, 4-class Score (%)", protocol)
     return Table(title, head, rows, notes(protocol, groups, []), protocol)
 
 
@@ -189,13 +225,19 @@ def build_tables(runs: Sequence[Run], names: Sequence[str] = tuple(TABLES)) -> l
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m utils.evaluation.report", description=__doc__.split("\n")[0]
+        prog="python -m utils.evaluation.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="*", type=Path, help="run folders, such as runs/*")
     parser.add_argument("--table", choices=list(TABLES), help="one table only")
-    parser.add_argument("--format", choices=list(FORMATS), default="markdown")
+    parser.add_argument(
+        "--format", choices=list(FORMATS), default="markdown", help="default: markdown"
+    )
     parser.add_argument("--mlflow", metavar="URI", help="take the run folders of tracked runs")
-    parser.add_argument("--experiment", default="icbhi", help="MLflow experiment")
+    parser.add_argument(
+        "--experiment", metavar="NAME", default="icbhi", help="of MLflow; default: icbhi"
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from data.splits import N_FOLDS
 from models.modulation import resolve_layers
 from utils.config import NOT_HASHED
 from utils.errors import UserError
@@ -26,20 +27,28 @@ log = logging.getLogger(__name__)
 COLLECTIONS = ("group.json", "comparison.json", "grid.json", "tracking.jsonl")
 
 
+#: Split of the pooled out-of-fold predictions.
+POOLED = "foldwise, all folds pooled"
+
+
 class Protocol(NamedTuple):
     """What must be equal before two figures may stand in one column."""
 
     selection: str
     split: str
     partial: bool
-    train_cycles: int
+    synthetic: bool
+    train_cycles: int | None  # None: pooled folds, each with training cycles of its own
     test_cycles: int
     test_patients: int
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, report.json and config.yaml."""
+    """A finished run: its folder, report.json and config.yaml.
+
+    The folds of one seed that a group has pooled count as one run, whose `test_fold` is None.
+    """
 
     path: Path
     report: dict[str, Any]
@@ -51,14 +60,16 @@ class Run:
         dataset, counts = self.config["dataset"], self.report["test"]["counts"]
         split = dataset["split_strategy"]
         if split == "foldwise":
-            split = f"foldwise, fold {dataset['test_fold']}"
+            fold = dataset["test_fold"]
+            split = POOLED if fold is None else f"foldwise, fold {fold}"
         elif split == "random":
             split = f"random, seed {dataset['split_seed']}"
         return Protocol(
             self.report["selection"],
             split,
             self.report["partial"],
-            self.report["counts"]["train"]["cycles"],
+            self.report.get("synthetic", False),
+            None if split == POOLED else self.report["counts"]["train"]["cycles"],
             counts["cycles"],
             counts["patients"],
         )
@@ -148,30 +159,56 @@ class RunGroup:
 def read_runs(folders: Iterable[str | Path]) -> list[Run]:
     """Finished runs among the folders; unfinished ones and others are named and left out.
 
+    Folds that a group has pooled are given as one run, not one by one.
+
     Raises:
         UserError: a folder is not there, or its files are not readable.
     """
-    runs = []
+    runs, pooled = [], {}
     for folder in dict.fromkeys(map(Path, folders)):
         report, config = folder / "report.json", folder / "config.yaml"
         if not folder.is_dir():
             raise UserError(f"no folder {folder}; run folders are in runs/")
         if not config.is_file():
-            if not any((folder / name).is_file() for name in COLLECTIONS):
+            if (folder / "group.json").is_file():
+                pooled |= _pooled_folds(folder)
+            elif not any((folder / name).is_file() for name in COLLECTIONS):
                 log.warning("%s is no run folder (no config.yaml) and is left out", folder)
             continue
         if not report.is_file():
             log.warning("%s is not finished (no report.json) and is left out", folder)
             continue
-        try:
-            content = json.loads(report.read_text(encoding="utf-8"))
-            settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"{folder} holds a file that is not readable: {error}") from None
+        content, settings = _read(report), _read(config)
         if "patient_tables" not in content.get("test", {}):
             raise UserError(f"{report} lacks the patients' counts; evaluate the run again")
         runs.append(Run(folder, content, settings))
-    return runs
+    members = {name for names in pooled for name in names}
+    return [run for run in runs if run.path.name not in members] + list(pooled.values())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON or YAML file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path.parent} holds a file that is not readable: {error}") from None
+
+
+def _pooled_folds(folder: Path) -> dict[tuple[str, ...], Run]:
+    """Names of the runs of all folds -> the pooled run, for each seed of a group; {} where the
+    group is one of seeds, or has some folds only."""
+    content = _read(folder / "group.json")
+    if len(content.get("folds", [])) < N_FOLDS:
+        return {}
+    settings = _read(folder.parent / content["runs"][0] / "config.yaml")
+    settings["dataset"]["test_fold"] = None
+    found = {}
+    for number, seed in enumerate(content["seeds"]):
+        names = tuple(content["runs"][N_FOLDS * number : N_FOLDS * (number + 1)])
+        report = content | {"seed": seed, "test": content["test"][str(seed)]}
+        found[names] = Run(folder, report, settings)
+    return found
 
 
 def group_runs(runs: Sequence[Run]) -> list[tuple[Protocol, list[RunGroup]]]:

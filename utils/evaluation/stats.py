@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from utils.task import Task
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -77,6 +79,9 @@ def figures(tables: np.ndarray) -> dict[str, np.ndarray]:
         f1 = 2 * diagonal / (truth + predicted)
         present = ~np.isnan(f1)
         out["macro_f1"] = np.where(present, f1, 0).sum(-1) / present.sum(-1)
+        per_class = {"precision": diagonal / predicted, "recall": diagonal / truth, "f1": f1}
+    for k, cls in enumerate(Task(tables.shape[-1]).classes):
+        out |= {f"{name}_{cls}": values[..., k] for name, values in per_class.items()}
     return out
 
 
@@ -235,6 +240,41 @@ def auroc_bootstrap(
             (weights @ positives) * (weights @ negatives)
         )
     point = won.sum() / (positives.sum() * negatives.sum())
+    return Interval(float(point), *percentiles(samples, level))
+
+
+def average_precision_bootstrap(
+    target, value, patient, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Average precision (0..1) with a patient bootstrap interval.
+
+    AP = sum over thresholds of (recall step) * precision, equal values counting as one threshold,
+    as in scikit-learn. In a resample a cycle counts as often as its patient was drawn, so that the
+    cycles are sorted once for all resamples.
+
+    Args:
+        target: [N] 0/1; value: [N]; patient: [N].
+    """
+    target, value = np.asarray(target).astype(bool), np.asarray(value, np.float64)
+    patients, index = np.unique(np.asarray(patient), return_inverse=True)
+    if target.all() or not target.any():
+        return Interval(float("nan"), float("nan"), float("nan"))
+    order = np.argsort(-value, kind="stable")
+    target, index, value = target[order], index[order], value[order]
+    last = np.append(np.flatnonzero(np.diff(value)), len(value) - 1)  # of each run of equal values
+
+    def precision_mean(counts: np.ndarray) -> np.ndarray:  # [b, P] -> [b]
+        cycles = counts[:, index]
+        found = (cycles * target).cumsum(axis=1)[:, last]
+        called = cycles.cumsum(axis=1)[:, last]
+        step = np.diff(found, axis=1, prepend=0)
+        with np.errstate(invalid="ignore"):
+            return (step * found / np.maximum(called, 1)).sum(axis=1) / found[:, -1]
+
+    weights = patient_weights(len(patients), resamples, seed)
+    chunks = np.array_split(weights, -(-resamples // 200))  # bounds the memory: [200, N] at a time
+    samples = np.concatenate([precision_mean(chunk) for chunk in chunks])
+    point = precision_mean(np.ones((1, len(patients)), np.int64))[0]
     return Interval(float(point), *percentiles(samples, level))
 
 

@@ -10,13 +10,12 @@ from utils.task import Task
 
 #: A rate whose denominator has fewer cycles than this is not shown.
 LEAST_CYCLES = 10
+AGE_GROUPS = ("< 18", "18-64", ">= 65")
 
 
 def age_group(age: pd.Series) -> pd.Series:
     """Age in years -> child (< 18), adult (18-64), older (65 and over), unknown."""
-    groups = pd.cut(
-        age.astype(float), [-1, 18, 65, 200], right=False, labels=["< 18", "18-64", ">= 65"]
-    )
+    groups = pd.cut(age.astype(float), [-1, 18, 65, 200], right=False, labels=AGE_GROUPS)
     return groups.astype(object).where(groups.notna(), "unknown")
 
 
@@ -35,6 +34,11 @@ def group_columns(frame: pd.DataFrame) -> dict[str, pd.Series]:
     }
 
 
+def _order(value) -> tuple[int, str]:
+    """Age groups by age, everything else by name."""
+    return (AGE_GROUPS.index(value) - len(AGE_GROUPS) if value in AGE_GROUPS else 0), str(value)
+
+
 def _shown(correct: pd.Series) -> float:
     return rate(correct.sum(), len(correct)) if len(correct) >= LEAST_CYCLES else float("nan")
 
@@ -49,7 +53,7 @@ def subgroup_table(frame: pd.DataFrame, task: Task) -> pd.DataFrame:
     correct = true == class_numbers(frame, task, "pred_class")
     rows = []
     for group, values in group_columns(frame).items():
-        for value in sorted(values.unique(), key=str):
+        for value in sorted(values.unique(), key=_order):
             inside = values == value
             normal, abnormal = inside & (true == 0), inside & (true > 0)
             sp, se = (_shown(correct[part]) for part in (normal, abnormal))

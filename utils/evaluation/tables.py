@@ -46,7 +46,7 @@ def to_latex(table: Table) -> str:
     def row(cells: Sequence[str]) -> str:
         return " & ".join(latex_text(str(cell)) for cell in cells) + r" \\"
 
-    note = latex_text(" ".join(table.notes))
+    note = latex_text(" ".join(note.rstrip(".") + "." for note in table.notes))
     lines = [
         r"\begin{table}",
         rf"\caption{{{latex_text(table.title)}. {note}}}",

@@ -31,7 +31,7 @@ from utils.config import RunConfig, config_hash
 from utils.errors import UserError
 from utils.evaluation.evaluate import evaluate_predictions, plain
 from utils.evaluation.predictions import read_predictions, write_predictions
-from utils.evaluation.protocol import MARKS
+from utils.evaluation.protocol import MARKS, metric_group
 from utils.evaluation.render import number, to_markdown
 from utils.evaluation.stats import over_seeds, patient_bootstrap
 from utils.files import write_text
@@ -172,6 +172,7 @@ class Group:
             **{k: first[k] for k in ("variant", "title", "n_cls", "split_strategy", "selection")},
             "partial": first["partial"],
             "partial_message": first["partial_message"],
+            "synthetic": first["synthetic"],
             "runs": [RunFolder.of(config).path.name for config in self.configs],
             "seeds": self.seeds,
             "folds": self.folds if len(self.folds) > 1 else [],
@@ -181,8 +182,9 @@ class Group:
         folder = RunFolder(self.path)
         folder.write_report(result, name="group.json")
         self.tracker.tags({"partial_data": str(first["partial"]).lower()})
+        mean, sd = (metric_group(name, result["selection"]) for name in ("test", "test_sd"))
         for name, value in summary.items():
-            values = {f"test/{name}": value["mean"], f"test_sd/{name}": value["sd"]}
+            values = {f"{mean}/{name}": value["mean"], f"{sd}/{name}": value["sd"]}
             self.tracker.metrics({key: v for key, v in values.items() if v is not None})
         for path in (self.path / "group.json", *sorted(self.path.glob("report-s*.md"))):
             self.tracker.artifact(path)
@@ -211,9 +213,22 @@ class Group:
             None,
             selection=members[0][0].training.selection,
             partial_message=members[0][1]["partial_message"],
+            synthetic=members[0][1]["synthetic"],
         )
         report["floors"] = _pooled_floors([member["test"] for _, member in members])
-        title = f"{self.variant.title}: out-of-fold predictions, seed {seed}"
+        report["notes"] = [
+            f"{len(members)} models, one per fold, are pooled: Sp, Se and Score rest on each "
+            "fold's own decisions, but AUROC, average precision, the curve and the calibration put "
+            "the outputs of all models on one scale."
+        ]
+        if len(self.folds) < N_FOLDS:
+            report["notes"].insert(
+                0, f"{len(self.folds)} OF {N_FOLDS} FOLDS: the other patients were not tested."
+            )
+        title = (
+            f"{self.variant.title}, {task.n_cls}-class, seed {seed}: pooled out-of-fold "
+            f"predictions of folds {', '.join(map(str, self.folds))}"
+        )
         write_text(self.path / f"report-s{seed}.md", to_markdown(report, title))
         return report
 

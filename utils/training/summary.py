@@ -13,7 +13,7 @@ from models.registry import VARIANTS
 from utils.config import RunConfig
 from utils.evaluation.evaluate import evaluate_predictions
 from utils.evaluation.floors import floor_reports
-from utils.evaluation.protocol import MARKS
+from utils.evaluation.protocol import MARKS, metric_group
 from utils.evaluation.render import model_card, number, to_markdown
 from utils.files import write_text
 from utils.tracking import Tracker
@@ -40,8 +40,11 @@ def write_run_report(
 
     report.json comes last: where it is, everything else is.
     """
+    from utils.figures.sources import is_synthetic  # matplotlib: only where it is needed
+
     config = checkpoint.run_config()
     variant = VARIANTS[config.variant]
+    synthetic = is_synthetic(config.dataset.data_folder)
     parts = {
         part: evaluate_predictions(
             frame,
@@ -51,6 +54,7 @@ def write_run_report(
             val_predictions=frames.get("val") if part == "test" else None,
             pos_weight=checkpoint.pos_weight or None,
             partial_message=checkpoint.partial,
+            synthetic=synthetic,
         )
         for part, frame in frames.items()
     }
@@ -73,26 +77,22 @@ def write_run_report(
         "thresholds": checkpoint.thresholds,
         "partial": bool(checkpoint.partial),
         "partial_message": checkpoint.partial,
+        "synthetic": synthetic,
         "counts": checkpoint.counts,
         "revision": checkpoint.revision,
         **parts,
     }
-    write_text(folder.path / "report.md", to_markdown(parts["test"], f"{variant.title}: test"))
+    test = {"run": checkpoint.run} | {k: v for k, v in report.items() if k not in parts}
+    test |= parts["test"]
+    write_text(folder.path / "report.md", to_markdown(test, f"{variant.title}: test part"))
     card = model_card(
-        parts["test"],
-        title=variant.title,
-        variant=config.variant,
-        seed=config.training.seed,
-        epoch=checkpoint.epoch + 1,
-        training_counts=checkpoint.counts["train"],
-        split_strategy=config.dataset.split_strategy,
-        initial_weights=config.backbone.weights,
+        test, training_counts=checkpoint.counts, initial_weights=config.backbone.weights
     )
     write_text(folder.path / "model_card.md", card)
     draw_figures(folder, report, data, config)
     figures = parts["test"]["metrics"]
     for name, rule in (("test", "chosen"), ("test_default", "default")):
-        tracker.metrics(defined(figures[rule], name))
+        tracker.metrics(defined(figures[rule], metric_group(name, checkpoint.selection)))
     folder.write_report(report)
     return report
 
