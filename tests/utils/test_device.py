@@ -1,0 +1,31 @@
+"""Where a run computes: what it does without a compiler."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.utils.tiny import QUIET, step_losses, tiny_config, tiny_trainer
+from utils.training.device import Machine, describe
+
+
+def test_without_a_compiler_a_run_goes_on_and_says_so_once(tmp_path, monkeypatch, caplog):
+    from torch._inductor import config as inductor
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    torch.compiler.reset()
+    config = tiny_config(**QUIET | {"training.compile": "true", "training.epochs": 1})
+    with inductor.patch({"cpp.cxx": (None, str(tmp_path / "no-compiler"))}):
+        trainer = tiny_trainer(config, tmp_path / "run")
+        losses = step_losses(trainer)
+    plain = tiny_config(**QUIET | {"training.compile": "false", "training.epochs": 1})
+    assert losses == step_losses(tiny_trainer(plain, tmp_path / "plain"))
+    assert not trainer.machine.compiled
+    assert "compiled" not in describe(trainer.machine)
+    (warning,) = [r.getMessage() for r in caplog.records if r.name == "utils.training.device"]
+    assert "torch.compile does not work here" in warning
+    assert "no-compiler" in warning
+
+
+def test_a_processor_computes_in_full_precision_and_uncompiled_by_default():
+    machine = Machine("cpu")
+    assert (machine.precision, machine.compiled, machine.world) == ("fp32", False, 1)
