@@ -265,6 +265,50 @@ def test_a_state_of_other_code_is_refused(tmp_path):
         tiny_trainer(config, tmp_path).fit()
 
 
+# ------------------------------------------------------------------ outside the loop
+
+
+@pytest.mark.slow
+def test_sigterm_in_the_report_keeps_the_training(tmp_path, synthetic_corpus, monkeypatch):
+    """No checkpoint was due before the end; the training is not done a second time."""
+    from utils.training import run as runs
+    from utils.training.device import Machine
+    from utils.training.engine import Trainer
+
+    monkeypatch.setattr("utils.training.summary.draw_figures", lambda *_: None)
+    config = tiny_config(
+        **{
+            "dataset.data_folder": str(synthetic_corpus),
+            "dataset.cache_dir": str(tmp_path / "cache"),
+            "dataset.store_workers": 1,
+            "training.output_dir": str(tmp_path / "runs"),
+            "training.checkpoint_dir": str(tmp_path / "checkpoints"),
+            "training.checkpoint_minutes": 1e3,
+            "training.epochs": 1,
+        }
+    )
+    previous = signal.getsignal(signal.SIGTERM)
+
+    def once() -> runs.Run:
+        with runs.Run(config, Machine("cpu")) as run:
+            data = run.data()
+            run.test(run.fit(run.model(data), data))
+        return run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "write_run_report", lambda *_: sigterm())
+        with pytest.raises(SystemExit) as stopped:
+            once()
+    assert stopped.value.code == 75
+    assert signal.getsignal(signal.SIGTERM) is previous
+    folder = RunFolder.of(config)
+    assert folder.last.is_file()
+    assert not folder.finished
+    monkeypatch.setattr(Trainer, "_train_epoch", None)
+    assert once().folder.finished
+    assert not folder.last.exists()
+
+
 # ------------------------------------------------------------------ real processes
 
 

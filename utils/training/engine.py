@@ -133,21 +133,23 @@ class Trainer:
         torch.manual_seed(derived_seed(self.settings.seed, self.machine.rank))
         self.keeper.resume(self)
         self.inputs.prepare(self.rows)
-        settings, progress = self.settings, self.progress
-        with Signals(
-            self.machine.device, self.machine.world, 60 * settings.checkpoint_minutes
-        ) as self.signals:
-            while progress.epoch < settings.epochs and not self._patience_is_over():
+        progress, interval_s = self.progress, 60 * self.settings.checkpoint_minutes
+        with Signals(self.machine.device, self.machine.world, interval_s) as self.signals:
+            while not self._is_over():
                 self.model.conditioner.on_epoch(progress.epoch)
                 self._train_epoch()
                 self._report(self._close_epoch())
-                self._heed(self.signals.now())
+                flags = self.signals.now()
+                # what was trained is kept whatever happens to the test and the report
+                self._heed(flags._replace(save=flags.save or self._is_over()))
         self.keeper.restore_best(self)
         return progress
 
-    def _patience_is_over(self) -> bool:
+    def _is_over(self) -> bool:
+        """Whether every epoch is done, or early stopping has lost its patience."""
         patience = self.settings.early_stopping_patience
-        return patience > 0 and self.progress.stale >= patience
+        stale = patience > 0 and self.progress.stale >= patience
+        return stale or self.progress.epoch >= self.settings.epochs
 
     # ---------------------------------------------------------------- one epoch
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from data.loader import ICBHI
 from models.build import ConditionedAST
 from models.registry import VARIANTS
 from models.summary import parameter_table
-from utils.cli import log_to, set_up_logging
+from utils.cli import EXIT_PREEMPTED, log_to, set_up_logging
 from utils.config import RunConfig, config_to_dict, config_to_yaml, flatten, load_config
 from utils.errors import Preempted, UserError
 from utils.evaluation.predictions import make_predictions, write_predictions
@@ -102,6 +104,25 @@ def _unfinished(run: Run) -> Iterator[Run]:
         yield run
 
 
+@contextmanager
+def _sigterm_ends_here() -> Iterator[None]:
+    """Exit with the status of a preempted run at once, where the loop is not there to save first:
+    before the training nothing is lost, after it the state is on the disk."""
+
+    def stop(*_) -> None:
+        logger.warning("stopped by SIGTERM; the same command goes on from the last checkpoint")
+        raise SystemExit(EXIT_PREEMPTED)  # no `except Exception` on the way out may hold it
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 class Run:
     """A run in progress: `data`, `model`, `fit`, `test`, in this order, inside `with`.
 
@@ -154,6 +175,7 @@ class Run:
             )
 
     def __enter__(self) -> Run:
+        self._stack.enter_context(_sigterm_ends_here())
         logger.info("%s: %s", self.variant.title, self.folder.path)
         if self.config.training.selection == "test":
             logger.warning("%s", banner("SELECTED ON TEST: these figures will be optimistic"))
@@ -168,7 +190,8 @@ class Run:
         logger.info("%s on %s", self.variant.title, describe(self.machine))
 
     def __exit__(self, kind, *_) -> None:
-        status = "FINISHED" if kind is None else "KILLED" if kind is Preempted else "FAILED"
+        stopped = kind in (Preempted, SystemExit)
+        status = "FINISHED" if kind is None else "KILLED" if stopped else "FAILED"
         message = self.tracker.finish(status)
         if message:
             logger.warning("%s", message)
