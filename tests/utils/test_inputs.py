@@ -124,6 +124,13 @@ def test_what_the_prefix_depends_on_names_the_file(changed, same, tmp_path):
     assert (names[0] == names[1]) is same
 
 
+def test_another_version_of_the_code_makes_another_file(tmp_path, monkeypatch):
+    config = tiny_config("ast", **options(tmp_path, 0, None))
+    old = tiny_trainer(config, tmp_path).inputs.path
+    monkeypatch.setattr(FrozenInputs, "VERSION", FrozenInputs.VERSION + 1)
+    assert tiny_trainer(config, tmp_path).inputs.path != old
+
+
 def test_other_waveforms_make_another_file(tmp_path):
     config = tiny_config("ast", **options(tmp_path, 0, None))
     names = {
@@ -157,24 +164,26 @@ def test_a_table_of_another_size_is_not_believed(tmp_path, monkeypatch):
     assert len(rows) > 20
 
 
-def test_a_killed_filling_is_filled_again(tmp_path, monkeypatch):
+def test_a_killed_filling_goes_on_behind_its_last_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(FrozenInputs, "PART", 8)  # one batch
     config = tiny_config("ast", **options(tmp_path, 0, None))
     trainer = tiny_trainer(config, tmp_path / "run")
     prefix, calls = trainer.inputs._prefix, []
 
     def killed(rows):
-        calls.append(rows)
-        if len(calls) == 2:
+        calls.append(rows.tolist())
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return prefix(rows)
 
     trainer.inputs._prefix = killed
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
-    assert not trainer.inputs.table.exists()
+    assert np.flatnonzero(trainer.inputs._stored()).tolist() == sorted(calls[0] + calls[1])
     again = tiny_trainer(config, tmp_path / "again")
+    rows = count_prefixes(monkeypatch)
     losses = step_losses(again)
-    monkeypatch.setattr(FrozenInputs, "DTYPE", torch.bfloat16)
+    assert not set(rows) & set(calls[0] + calls[1])
     clean = tiny_config("ast", **options(tmp_path / "other", 0, None))
     assert losses == step_losses(tiny_trainer(clean, tmp_path / "clean"))
 

@@ -57,6 +57,8 @@ class FrozenInputs(Inputs):
 
     from_prefix = True
     DTYPE = torch.bfloat16  # half the disk and reading time; the residual stream goes on in fp32
+    PART = 256  # clips between two entries in the table
+    VERSION = 1  # part of every name; raise it when front end or backbone compute something else
 
     def __init__(
         self,
@@ -75,8 +77,8 @@ class FrozenInputs(Inputs):
         self.shape = tuple(self._prefix(data.split.train[:1]).shape[1:])
         self.clip_bytes = int(np.prod(self.shape)) * self.DTYPE.itemsize
         text = (
-            f"{data.store.folder.name} {settings} {model.prefix_fingerprint()} {machine.precision} "
-            f"{self.DTYPE}"
+            f"{self.VERSION} {data.store.folder.name} {settings} {model.prefix_fingerprint()} "
+            f"{machine.precision} {self.DTYPE}"
         )
         name = f"frozen-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         self.path = Path(cache_dir) / f"{name}.features"
@@ -102,22 +104,35 @@ class FrozenInputs(Inputs):
         missing = broadcast_object_list([rows[~self._stored()[rows]]])[0]
         if len(missing) == 0:
             return
-        needed = len(missing) * self.clip_bytes
         logger.info(
             "frozen backbone: storing %d clips (%.2f GB) in %s",
             len(missing),
-            needed / 1e9,
+            len(missing) * self.clip_bytes / 1e9,
             self.path,
         )
-        own = missing[self.machine.rank :: self.machine.world]
-        parts = [own[i : i + self.batch_size] for i in range(0, len(own), self.batch_size)]
+        # a killed filling goes on behind its last part
+        parts = [missing[i : i + self.PART] for i in range(0, len(missing), self.PART)]
+        with tqdm(
+            total=len(missing), desc="frozen features", disable=None, leave=False, ncols=100
+        ) as bar:
+            for number, part in enumerate(parts):
+                self._fill(part, (len(missing) - number * self.PART) * self.clip_bytes, bar)
+
+    def _fill(self, rows: np.ndarray, needed: int, bar: tqdm) -> None:
+        """Compute and store the given rows, and enter them in the table once they are on the disk.
+
+        needed: bytes of these and of all that are still to come, for the message of a full disk.
+        """
+        own = rows[self.machine.rank :: self.machine.world]
         try:
             # written, not assigned to the map: there, a full disk would be a SIGBUS
             with self.path.open("r+b") as file:
-                for part in tqdm(parts, "frozen features", disable=None, leave=False, ncols=100):
+                for start in range(0, len(own), self.batch_size):
+                    part = own[start : start + self.batch_size]
                     for row, tokens in zip(part, self._prefix(part).cpu(), strict=True):
                         file.seek(int(row) * self.clip_bytes)
                         file.write(tokens.contiguous().view(torch.uint8).numpy())
+                    bar.update(len(part) * self.machine.world)
                 file.flush()
                 os.fsync(file.fileno())  # the table below must not outlive the features
         except OSError as error:
@@ -125,7 +140,7 @@ class FrozenInputs(Inputs):
         self.machine.barrier()
         if self.machine.is_main:
             stored = self._stored()
-            stored[missing] = True
+            stored[rows] = True
             with atomic_write(self.table) as file:
                 file.write(np.packbits(stored).tobytes())
         self.machine.barrier()
