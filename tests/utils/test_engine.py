@@ -8,7 +8,9 @@ import signal
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from data.loader import MicroBatch
 from models.registry import VARIANTS
 from tests.utils.tiny import (
     LIVELY,
@@ -84,6 +86,47 @@ def test_accumulation_is_one_batch_in_parts(variant, tmp_path):
     np.testing.assert_allclose(runs[1][2], runs[3][2], atol=1e-4)
 
 
+class Questions(TorchDispatchMode):
+    """Notes every operation whose result the host must wait for: it decides by a value."""
+
+    WAIT = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "bincount")
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            index is not None and index.dtype == torch.bool
+            for index in (args[1] if isinstance(args[1], list | tuple) else ())
+        )
+        if name in self.WAIT or by_mask:
+            self.asked.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_a_step_never_waits_for_the_device(variant, tmp_path):
+    """From the spectrogram to the flags; the front end plans its augmentation on the CPU."""
+    options = {} if variant == "ast" else {"models.*.metadata_dropout": 0.2}
+    trainer = tiny_trainer(tiny_config(variant, **options), tmp_path)
+    batch = trainer.data.batch(trainer.rows[:8])
+    spectrogram = trainer.inputs(batch, 1)
+    trainer.inputs = lambda *_: spectrogram
+    trainer.inputs.from_prefix = False
+    trainer.model.train()
+    signals = Signals(trainer.machine.device, 1, 1e9)
+    with Questions() as questions:
+        nonfinite = trainer._step([MicroBatch(trainer.rows[:8], 1 / 8, 0)], iter([batch]))
+        signals.post(nonfinite, batch.cycle)
+    assert questions.asked == []
+    with questions:  # it does see them
+        assert not bool(nonfinite)
+        batch.length[batch.label[:, 0] > 0]
+    assert len(questions.asked) == 2
+
+
 def test_one_step_is_adamw_on_the_mean_loss(tmp_path):
     """The loop against a step written out with torch's own pieces."""
     config = tiny_config(**QUIET | CLIPPED | {"models.*.mask_overlap_lambda": 1.0})
@@ -111,8 +154,6 @@ def test_one_step_is_adamw_on_the_mean_loss(tmp_path):
     for group in optimizer.param_groups:  # the first of three warm-up steps
         group["lr"] /= trainer.steps_per_epoch
     optimizer.step()
-
-    from data.loader import MicroBatch
 
     trainer.model.train()
     flag = trainer._step([MicroBatch(rows, 1 / 8, 0)], trainer.data.batches([rows]))

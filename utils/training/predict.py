@@ -64,9 +64,13 @@ class Predictor:
         parts = [places[i : i + self.batch_size] for i in range(0, len(places), self.batch_size)]
         shape = (1 if metadata is None else len(metadata), len(self.data.task.outputs))
         results = []
-        batches = self.data.batches((rows[part] for part in parts), collect=self._collect)
+        batches = self.data.batches(
+            (rows[part] for part in parts),
+            collect=self._collect,
+            pin_memory=self.machine.device.type == "cuda",
+        )
         for part, batch in zip(parts, batches, strict=True):
-            batch = batch.to(self.machine.device)
+            batch = batch.to(self.machine.device, non_blocking=True)
             place = torch.from_numpy(part)
             told = [batch.metadata] if metadata is None else [m[place] for m in metadata]
             with self.machine.autocast():
