@@ -100,15 +100,21 @@ def read_cycles(
         UserError: a file, row or table is missing or faulty.
     """
     folder = _existing_folder(data_folder)
-    parts = parse_table(folder, "split", parse_split)
-    demographics = parse_table(folder, "demographics", parse_demographics)
-    diagnosis = parse_table(folder, "diagnosis", parse_diagnosis)
-    audio, annotations = find_recordings(folder, report)
-    if require_audio and not audio:
+    problems: list[str] = []
+
+    def leave_out(problem: str) -> None:
+        problems.append(problem)
+        report(problem)
+
+    audio, annotations = find_recordings(folder, leave_out)
+    if not audio and (require_audio or not annotations):
         _fail(_no_audio(folder, bool(annotations)))
     if not annotations:
         _fail(f"{folder}: no annotation (.txt beside each .wav) found; unpack the whole database")
-    stems = _matched_stems(audio, annotations, require_audio, require_annotations, report)
+    parts = parse_table(folder, "split", parse_split)
+    demographics = parse_table(folder, "demographics", parse_demographics)
+    diagnosis = parse_table(folder, "diagnosis", parse_diagnosis)
+    stems = _matched_stems(audio, annotations, require_audio, require_annotations, leave_out)
     rows: list[dict] = []
     for stem in stems:
         try:
@@ -116,7 +122,7 @@ def read_cycles(
             shared = _recording_columns(name, parts, demographics, diagnosis)
             cycles = parse_annotation(read_text(annotations[stem]), str(annotations[stem]))
         except UserError as error:
-            report(str(error))
+            leave_out(str(error))
             continue
         path = str(audio[stem]) if require_audio else ""
         rows += [_row(shared, index, cycle, path) for index, cycle in enumerate(cycles)]
@@ -131,7 +137,10 @@ def read_cycles(
         return table
     path = Path(cycle_metadata_path)
     if path.exists():
-        return check_metadata(table, path)
+        return check_metadata(table, path, whole=not problems)
+    if problems:  # the file would contradict the data as soon as they are mended
+        log.warning("%s is not written, because recordings were left out", path)
+        return table
     try:
         write_metadata(table, path)
         log.info("wrote %s", path)
@@ -312,10 +321,11 @@ def _no_audio(folder: Path, annotated: bool) -> str:
     zips = [path.name for path in _files(folder) if path.suffix.lower() == ".zip"]
     if zips:
         return f"{folder}: no .wav found, but {zips[0]}; unpack it there (unzip {zips[0]})"
-    found = "annotations but no .wav" if annotated else "no .wav"
+    found = "annotations but no .wav" if annotated else "no .wav and no annotation"
     return (
         f"{folder}: {found} found there or in {' or '.join(SUBFOLDERS)}; set dataset.data_folder "
-        "to the folder with the recordings (python -m data.download --output DIR fetches them)"
+        "to the folder with the recordings (python -m data.download --output DIR fetches them "
+        f"from {BASE_URL})"
     )
 
 

@@ -95,10 +95,13 @@ def read_metadata(path: str | Path) -> pd.DataFrame:
     return table
 
 
-def check_metadata(table: pd.DataFrame, path: str | Path) -> pd.DataFrame:
+def check_metadata(table: pd.DataFrame, path: str | Path, *, whole: bool = True) -> pd.DataFrame:
     """Compare the file with the table made from annotations; take its Fold column.
 
     Fold is the file's own: a published assignment stays what it was. All else must agree.
+
+    Args:
+        whole: False when faulty recordings were left out of the table; the file may know them.
 
     Returns:
         `table` with the file's folds.
@@ -116,7 +119,7 @@ def check_metadata(table: pd.DataFrame, path: str | Path) -> pd.DataFrame:
     given = pd.MultiIndex.from_frame(file[keys])
     for lacking, where in (
         (wanted.difference(given), "annotated but not in the file"),
-        (given.difference(wanted), "in the file but not annotated"),
+        (given.difference(wanted) if whole else [], "in the file but not annotated"),
     ):
         if len(lacking):
             first = ", ".join(f"{stem} cycle {index}" for stem, index in lacking[:_SHOWN])

@@ -16,6 +16,8 @@ from data.batch import DEVICES, SITES
 from utils.errors import UserError
 
 MODES = ("sc", "mc")
+#: s; times are given to the millisecond at best, and no recording lasts an hour (ICBHI: 86 s).
+SHORTEST_CYCLE, LONGEST_RECORDING = 5e-4, 3600.0
 _PID = re.compile(r"[1-9][0-9]{2,5}")
 _RECORDING_INDEX = re.compile(r"[0-9]{1,3}[a-z][0-9]{1,3}")
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -139,6 +141,8 @@ def _parse_cycle(fields: list[str], where: str) -> Cycle:
         raise UserError(f"{where}: negative start {start:g} s; {remedy}")
     if end <= start:
         raise UserError(f"{where}: end {end:g} s is not after start {start:g} s; {remedy}")
+    if end - start < SHORTEST_CYCLE or end > LONGEST_RECORDING:
+        raise UserError(f"{where}: no breath is from {start:g} s to {end:g} s; {remedy}")
     for text, name in zip(fields[2:], ("crackle", "wheeze"), strict=True):
         if text not in ("0", "1"):
             raise UserError(f"{where}: {name} is '{text}', 0 or 1 expected; {remedy}")

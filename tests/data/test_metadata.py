@@ -65,6 +65,25 @@ def test_written_if_absent_then_checked(icbhi_folder, tmp_path):
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # no half file is left
 
 
+def test_recordings_that_are_left_out_leave_the_file_alone(icbhi_folder, tmp_path, caplog):
+    """A run that skips them needs no other file than the one that follows when they are mended."""
+    path, faulty = tmp_path / "m.csv", icbhi_folder / "103_2b2_Pr_mc_AKGC417L.wav"
+    content = faulty.read_bytes()
+    faulty.unlink()
+    few = read_cycles(icbhi_folder, cycle_metadata_path=path, report=lambda problem: None)
+    assert len(few) == 20 and not path.exists()
+    assert "is not written, because recordings were left out" in caplog.text
+    faulty.write_bytes(content)
+    whole = read_cycles(icbhi_folder, cycle_metadata_path=path)
+    faulty.unlink()
+    again = read_cycles(icbhi_folder, cycle_metadata_path=path, report=lambda problem: None)
+    assert len(again) == 20
+    expected = whole[whole["PID"] != 103].reset_index(drop=True)
+    assert again.equals(expected)  # with the folds of the whole
+    with pytest.raises(UserError, match="has no recording"):
+        read_cycles(icbhi_folder, cycle_metadata_path=path)
+
+
 def test_needs_no_audio(make_icbhi, tmp_path):
     table = build_metadata(make_icbhi(tmp_path / "data", audio=False))
     assert tuple(table.columns) == COLUMNS == tuple(README_COLUMNS)
