@@ -152,12 +152,14 @@ def _fetch_rest(url: str, part: Path, size: int | None) -> None:
             raise _Interrupted("the part that was there does not fit, starting anew") from error
         if error.code >= 500 or error.code in (408, 429):
             raise _Interrupted(f"the server answers {error.code}") from error
+        reason = " ".join(str(error.reason).split())
         raise UserError(
-            f"{url}: the server answers {error.code} {error.reason}; look for the file's new "
+            f"{url}: the server answers {error.code} {reason}; look for the file's new "
             "address on the database's page"
         ) from error
     except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
-        raise _Interrupted(str(getattr(error, "reason", None) or error)) from error
+        reason = " ".join(str(getattr(error, "reason", None) or error).split())
+        raise _Interrupted(reason or type(error).__name__) from error
 
 
 def _announced(response: HTTPResponse, have: int, url: str) -> tuple[int, int | None]:
@@ -220,13 +222,14 @@ def _receive(response: HTTPResponse, part: Path, start: int, total: int | None) 
 
 
 def _refuse_page(part: Path, url: str) -> None:
-    """A log-in page arrives with status 200 too; none of the files begins like one."""
+    """A log-in page or nothing arrives with status 200 too; none of the files begins like that."""
     with part.open("rb") as file:
-        page = file.read(256).lstrip().startswith(b"<")
-    if page:
+        begin = file.read(256).lstrip()
+    if not begin or begin.startswith(b"<"):
         part.unlink()
+        what = "a web page" if begin else "nothing"
         raise UserError(
-            f"{url}: a web page arrives in place of the file; log in, or fetch it with a browser"
+            f"{url}: {what} arrives in place of the file; log in, or fetch it with a browser"
         )
 
 

@@ -221,9 +221,17 @@ def test_a_part_that_does_not_fit_a_table_is_fetched_anew(server, database, tmp_
     assert (tmp_path / name).read_bytes() == server.files[name]
 
 
-def test_a_log_in_page_is_no_table(server, tmp_path):
-    server.files[TABLE_NAMES[0]] = b"\n<!DOCTYPE html><html>please log in</html>"
-    with pytest.raises(UserError, match="a web page arrives"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\n<!DOCTYPE html><html>please log in</html>", "a web page arrives in place"),
+        (b"", "nothing arrives in place"),
+        (b" \r\n", "nothing arrives in place"),
+    ],
+)
+def test_a_log_in_page_or_nothing_is_no_table(server, tmp_path, content, message):
+    server.files[TABLE_NAMES[0]] = content
+    with pytest.raises(UserError, match=message):
         fetch(server.url, TABLE_NAMES[0], tmp_path, None, 2, 0)
     assert list(tmp_path.iterdir()) == []
 
