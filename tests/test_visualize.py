@@ -211,6 +211,13 @@ def test_figures_of_a_run(finished, tmp_path):
     assert written(tmp_path / "o") == [f"{n}.{f}" for n in names for f in ("pdf", "png")]
 
 
+def test_a_synthetic_corpus_is_marked_after_it_has_gone(finished):
+    path = finished / "report.json"
+    assert not read_evaluation(finished).synthetic
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"synthetic": True}))
+    assert read_evaluation(finished).notice().grave
+
+
 def test_a_run_draws_itself(finished):
     paths = run_figures(read_evaluation(finished))
     assert {p.parent for p in paths} == {finished / "figures"}

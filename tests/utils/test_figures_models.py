@@ -22,9 +22,10 @@ from utils.figures.embeddings import (
 )
 from utils.figures.film import (
     distances,
-    film_caption,
     film_statistics,
+    heatmap_caption,
     heatmap_figure,
+    parameters_caption,
     parameters_figure,
 )
 from utils.figures.masks import analyse_masks, mask_caption, mask_figure, sorted_weights
@@ -178,7 +179,8 @@ def test_lines_show_mean_and_spread_over_the_dimensions():
     expected = found.overall[:, 0] - 1
     np.testing.assert_allclose(np.sort(image, 1), np.sort(expected, 1))
     between, _ = distances(found, "device")
-    assert f"{between[:, 0].mean():.3g}" in film_caption(found)
+    for caption in (parameters_caption(found), heatmap_caption(found)):
+        assert f"γ: between devices {between[:, 0].mean():.3g}" in caption
 
 
 def test_tafilm_has_parameters_for_both_kinds_of_tokens():
@@ -230,6 +232,6 @@ def test_maps_are_reproducible_and_drawn_as_they_are():
     assert {tuple(p) for p in np.asarray(drawn)} == {tuple(p) for p in first}
     assert figure.axes[0].get_ylabel() == "AST" and figure.axes[1].get_title() == "device"
     text = tsne_caption({"AST": {"class": Measured(0.1, 0.5, 0.25)}}, 30)
-    assert "class 50.0 % (most frequent value 25.0 %, silhouette +0.100)" in text
+    assert text.splitlines()[1:] == ["AST: class 50.0 % (25.0 %; +0.100)."]
     with pytest.raises(UserError, match="at least five"):
         tsne(x[:4])

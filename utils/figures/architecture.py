@@ -102,8 +102,9 @@ def _metadata(axis: Axes, modulate: float, y: float) -> None:
         x = 0.62 + i * 0.86
         _box(axis, x, top - 0.15, 0.78, 0.32, text, _META, edge=colour, width=1.0)
         _label(axis, x + 0.39, top - 0.2, encoder, va="top", colour=colour)
-    _label(axis, 0.57, top, "metadata", ha="right")
-    _arrow(axis, (3.14, top), (modulate - 0.42, top))
+    _label(axis, 0.53, top, "metadata", ha="right")
+    _box(axis, 0.57, top - 0.36, 2.62, 0.58, "", "none", edge="#BFBFBF")
+    _arrow(axis, (3.19, top), (modulate - 0.42, top))
     _box(axis, modulate - 0.42, top - 0.17, 0.84, 0.34, "conditioner", _META)
     _arrow(axis, (modulate, top - 0.17), (modulate, y + 0.17), colour=style.VERMILLION)
     hook = "per block: scale $\\gamma_l$,\nshift $\\beta_l$  (c, d, e)"

@@ -108,9 +108,10 @@ def write_masks(options: Options, trained: Trained, cycles: pd.DataFrame) -> lis
 def film_params(options: Options) -> list[Path]:
     """gamma and beta of FiLM, TAFiLM or SoftFiLM."""
     from utils.figures.film import (
-        film_caption,
         film_statistics,
+        heatmap_caption,
         heatmap_figure,
+        parameters_caption,
         parameters_figure,
     )
 
@@ -135,9 +136,12 @@ def film_params(options: Options) -> list[Path]:
     paths = []
     for statistics in film_statistics(conditioner, metadata, groupings):
         suffix = "" if statistics.tokens == "all tokens" else f"_{statistics.tokens.split()[0]}"
-        for name, draw in (("", parameters_figure), ("_map", heatmap_figure)):
+        for name, draw, caption in (
+            ("", parameters_figure, parameters_caption),
+            ("_map", heatmap_figure, heatmap_caption),
+        ):
             paths += options.write(
-                draw(statistics), f"film_params{name}{suffix.lower()}", film_caption(statistics),
+                draw(statistics), f"film_params{name}{suffix.lower()}", caption(statistics),
                 trained.notice(),
             )  # fmt: skip
     return paths

@@ -170,18 +170,18 @@ def _scatter(axis: Axes, points: np.ndarray, name: str, values: np.ndarray) -> d
 
 def tsne_caption(measured: Mapping[str, Mapping[str, Measured]], cycles: int) -> str:
     """The figures of every model and label in words; conclusions are the reader's."""
-    models = "; ".join(
-        f"{title}: "
+    models = "".join(
+        f"\n{title}: "
         + ", ".join(
-            f"{name} {100 * m.knn:.1f} % (most frequent value {100 * m.chance:.1f} %, "
-            f"silhouette {m.silhouette:+.3f})"
+            f"{name} {100 * m.knn:.1f} % ({100 * m.chance:.1f} %; {m.silhouette:+.3f})"
             for name, m in labels.items()
         )
+        + "."
         for title, labels in measured.items()
     )
     return (
         f"t-SNE (PCA start, seed {SEED}) of what the head sees of {cycles:,} test cycles. "
         f"Measured in the representation itself, Euclidean: accuracy of the {NEIGHBOURS} nearest "
-        "neighbours of other patients (for the patient: of other cycles), against the share of the "
-        f"most frequent value, and silhouette. {models}."
+        "neighbours of other patients (for the patient: of other cycles); in brackets the share of "
+        f"the most frequent value, which is chance, and the silhouette.{models}"
     )

@@ -93,8 +93,8 @@ def _equal_scores(axis: Axes) -> None:
         sp = np.array([max(0, 2 * score - 100), min(100, 2 * score)])
         axis.plot(sp, 2 * score - sp, color=style.PALE, linewidth=0.6, zorder=0)
         axis.text(
-            sp[0] + 1, 2 * score - sp[0] - 1, f"{score}", fontsize=5.5, color=style.GREY,
-            rotation=-45, ha="left", va="top", zorder=0, rotation_mode="anchor",
+            score, score, f"{score}", fontsize=5.5, color=style.GREY, rotation=-45, ha="center",
+            va="center", zorder=0, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )  # fmt: skip
 
 
@@ -106,27 +106,25 @@ def reliability_figure(calibration: Mapping[str, Mapping]) -> Figure:
     """
     n = len(calibration)
     width = style.COLUMN if n <= 2 else style.PAGE
-    figure = style.new_figure(width, 2.5 if n == 1 else 2.35)
+    figure = style.new_figure(width, 2.5 if n == 1 else 2.2)
     axes = figure.subplots(1, n, squeeze=False)[0]
     for axis, (name, report) in zip(axes, calibration.items(), strict=True):
         axis.plot([0, 1], [0, 1], color=style.PALE, linewidth=0.8, zorder=0)
         axis.axhline(report["prevalence"], color=style.GREY, linewidth=0.6, linestyle=":")
-        notes = []
+        numbers = []
         for key, (label, colour, marker) in _CALIBRATIONS.items():
             if key not in report:
                 continue
             table = report[key]["reliability"]
             axis.plot(
                 [row["predicted"] for row in table], [row["observed"] for row in table],
-                color=colour, marker=marker, label=label, markersize=3,
+                color=colour, marker=marker, label=label, markersize=3, clip_on=False,
             )  # fmt: skip
-            notes.append((f"ECE {report[key]['ece']:.3f}", colour))
-        for i, (note, colour) in enumerate(notes):
-            axis.text(
-                0.04, 0.96 - 0.085 * i, note, color=colour, transform=axis.transAxes, va="top"
-            )
-        axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title=name, xticks=(0, 0.5, 1))
-        axis.set(yticks=(0, 0.5, 1))
+            numbers.append((f"{report[key]['ece']:.3f}", colour))
+        for i, (number, colour) in enumerate([("ECE", style.BLACK), *numbers]):
+            axis.text(0.27 * i, 1.05, number, color=colour, transform=axis.transAxes, fontsize=6.5)
+        axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        axis.set_title(name, pad=13)
         axis.set_xlabel("predicted probability")
     axes[0].set_ylabel("observed share")
     handles, labels = axes[0].get_legend_handles_labels()

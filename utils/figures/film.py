@@ -167,6 +167,8 @@ def parameters_figure(statistics: FilmStatistics) -> Figure:
             axis.grid(axis="y")
             if row % 2 == 0:
                 axis.axhline(0, color=style.GREY, linewidth=0.5)
+            else:
+                axis.set_ylim(bottom=0)
     figure.align_ylabels()
     return figure
 
@@ -198,15 +200,33 @@ def heatmap_figure(statistics: FilmStatistics, grouping: str = "device") -> Figu
             blocks, within[:, q], color=style.ORANGE, marker="s", label=f"within a {grouping}"
         )
         side.set(title=f"distance in {name}", xlabel="block", ylabel="2-norm over dimensions")
-        side.set_ylim(0, 1.15 * max(np.nanmax(between[:, q]), within[:, q].max(), 1e-12))
+        side.set_ylim(0, 1.5 * max(np.nanmax(between[:, q]), within[:, q].max(), 1e-12))
         style.whole_numbers(side, blocks)
-        side.legend(loc="lower center")
+        side.legend(loc="upper center")  # where the limit leaves room
     style.panel_letters([panels[key] for key in ("γ", "dγ", "β", "dβ")])
     return figure
 
 
-def film_caption(statistics: FilmStatistics, grouping: str = "device") -> str:
-    """The measured distances in words."""
+def parameters_caption(statistics: FilmStatistics, grouping: str = "device") -> str:
+    """Of `parameters_figure`."""
+    return (
+        f"γ = 1 + Δγ and β for {statistics.tokens}; mean and spread (sd) over the dimensions of "
+        "what the cycles of each value (counts in brackets) get on average. "
+        + _distances_in_words(statistics, grouping)
+    )
+
+
+def heatmap_caption(statistics: FilmStatistics, grouping: str = "device") -> str:
+    """Of `heatmap_figure`."""
+    cycles = sum(statistics.cycles[grouping].values())
+    return (
+        f"Left: γ = 1 + Δγ and β of every dimension for {statistics.tokens}, mean over "
+        f"{cycles:,} cycles. Right: mean distance of two {grouping}s' means, and spread within. "
+        + _distances_in_words(statistics, grouping)
+    )
+
+
+def _distances_in_words(statistics: FilmStatistics, grouping: str) -> str:
     between, within = distances(statistics, grouping)
     parts = []
     for q, (name, _) in enumerate(_QUANTITIES):
@@ -214,8 +234,6 @@ def film_caption(statistics: FilmStatistics, grouping: str = "device") -> str:
         ratio = f", ratio {b / w:.2f}" if w > 0 else ""
         parts.append(f"{name}: between {grouping}s {b:.3g}, within {w:.3g}{ratio}")
     return (
-        f"γ = 1 + Δγ and β for {statistics.tokens}; mean and spread (sd) over the "
-        "dimensions of what the cycles of each value (counts in brackets) get on average. "
         f"Distances, mean over {len(statistics.layers)} blocks: "
         f"{'; '.join(parts)}. Within: root mean squared distance of a cycle from its {grouping}'s "
         "mean, caused by the other metadata."

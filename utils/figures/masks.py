@@ -146,10 +146,10 @@ def mask_caption(analysis: MaskAnalysis) -> str:
     per_set = f" (mean over {sets} blocks' own masks)" if sets > 1 else ""
     return (
         f"Masks at τ = {analysis.temperature:.3g}, the temperature in use; {width} dimensions"
-        f"{per_set}. Mean pairwise overlap mean(w_i w_j): {named}; random masks over one third "
+        f"{per_set}. Mean pairwise overlap mean(wᵢ wⱼ): {named}; random masks over one third "
         f"each: 11.1 %. {analysis.changed.mean():.4g} of {width} dimensions have another owner "
         f"than before training. Effect: mean over {analysis.cycles:,} cycles of the norm of "
-        "w_k * [Δγ; β] in each block; dashed: of what differs between cycles."
+        "wₖ ⊙ [Δγ; β] in each block; dashed: of what differs between cycles."
     )
 
 
@@ -192,7 +192,7 @@ def _curves(axis: Axes, analysis: MaskAnalysis) -> None:
     axis.plot(start, color=style.GREY, linestyle=":", linewidth=0.9, label="untrained")
     axis.axhline(ACTIVE, color=style.PALE, linewidth=0.7, zorder=0)
     axis.set(title="sorted weights", xlabel="rank of the dimension", ylabel="w", ylim=(0, 1))
-    axis.legend()
+    axis.legend(frameon=True, framealpha=1, edgecolor="white", loc="upper right")
 
 
 def _histogram(axis: Axes, analysis: MaskAnalysis) -> None:

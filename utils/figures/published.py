@@ -105,6 +105,9 @@ def sota_caption(table: pd.DataFrame, own: Sequence[OwnResult] = ()) -> str:
         text += (
             " The TAFiLM 2-class row is drawn as printed (71.10), though (77.80 + 66.40)/2 = 72.10."
         )
+    unseen = table.method[table.note.fillna("").str.contains("seen nowhere else")]
+    if len(unseen):
+        text += f" Known from the README of the paper behind SoftFiLM only: {', '.join(unseen)}."
     if not own:
         text += (
             " No published row shows a selection without the test half; results of this repository "
@@ -160,7 +163,7 @@ def _panel(axis: Axes, lines: list, height: int) -> None:
             row.score, y, xerr=sd, fmt=marker, color=colour, capsize=1.5, elinewidth=0.8,
             markerfacecolor=colour if filled or row.own else "white", markersize=4,
         )  # fmt: skip
-        detail = "" if pd.isna(row.sp) or pd.isna(row.se) else f"  {row.sp:.1f} / {row.se:.1f}"
+        detail = "" if pd.isna(row.sp) or pd.isna(row.se) else f"  {row.sp:.2f} / {row.se:.2f}"
         axis.annotate(
             f"{row.score:.2f}{detail}", (high, y), xytext=(2, 0), textcoords="offset points",
             fontsize=6, va="center", annotation_clip=False,

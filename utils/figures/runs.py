@@ -83,7 +83,7 @@ def reliability(options: Options) -> list[Path]:
         text = (
             f"Reliability of each output, {one.part} part; bins of equal mass. pos_weight in the "
             "loss shifts the probabilities as trained; dotted: prevalence; ECE: expected "
-            "calibration error."
+            "calibration error, in the order of the legend."
         )
         paths += own.write(figure, "reliability", text, one.notice())
     return paths

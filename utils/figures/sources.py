@@ -106,7 +106,7 @@ def require_variant(trained: Trained, variant: str, flag: str, why: str) -> None
         return
     wanted = VARIANTS[variant]
     raise UserError(
-        f"{trained.path} holds {trained.title}; {why}. Give a {wanted.title} checkpoint: "
+        f"{trained.path} holds {trained.title}; {why}. Give a checkpoint of {wanted.title}: "
         f"python visualize.py {flag} checkpoints/{wanted.short}_best.pt (trained by "
         f"{training_command(variant)})"
     )
@@ -198,7 +198,9 @@ def read_evaluation(folder: str | Path, part: str = "test") -> Evaluation:
     run = (
         {} if report is content else {k: v for k, v in content.items() if k not in ("test", "val")}
     )
-    return Evaluation(folder, part, run, report, _run_is_synthetic(folder))
+    # the corpus may have gone since, what the report says of it has not
+    synthetic = bool(content.get("synthetic")) or _run_is_synthetic(folder)
+    return Evaluation(folder, part, run, report, synthetic)
 
 
 def _run_is_synthetic(folder: Path) -> bool:

@@ -25,8 +25,9 @@ COLUMN = 3.5  # inch, width of one column
 PAGE = 7.16  # inch, width of both
 FORMATS = ("png", "pdf")
 
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
-    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
+# without the palette's yellow, which thin lines and points on white do not show
+BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
 GREY, PALE = "#7F7F7F", "#E6E6E6"
 
@@ -38,7 +39,7 @@ def _colours(names: Sequence[str], *colours: str) -> dict[str, str]:
 CLASS_COLOURS = _colours((*CLASSES, "abnormal"), BLUE, ORANGE, GREEN, PURPLE, VERMILLION)
 DEVICE_COLOURS = _colours((*DEVICES, "unknown"), BLUE, ORANGE, GREEN, PURPLE, GREY)
 SITE_COLOURS = _colours(
-    (*SITES, "unknown"), BLUE, SKY, GREEN, YELLOW, ORANGE, VERMILLION, PURPLE, GREY
+    (*SITES, "unknown"), BLUE, SKY, GREEN, BLACK, ORANGE, VERMILLION, PURPLE, GREY
 )
 FACTOR_COLOURS = {"device": BLUE, "site": ORANGE, "rest": GREEN}
 SPLIT_COLOURS = {"train": BLUE, "test": ORANGE}
@@ -137,13 +138,13 @@ class Notice:
 
 
 def caption(figure: Figure, text: str = "", notice: Notice | None = None) -> None:
-    """Write `text` and the notice under the figure, wrapped to its width.
+    """Write `text` (a line break begins a paragraph) and the notice below, wrapped to the width.
 
     The figure grows by the height of the text, so the axes keep their size and nothing is covered.
     """
     width, height = figure.get_size_inches()
     columns = int(width * 72 / (0.56 * _CAPTION_SIZE))  # mean glyph width of DejaVu Sans
-    blocks = [(text, BLACK)] if text else []
+    blocks = [(paragraph, BLACK) for paragraph in text.splitlines()]
     if notice is not None:
         colour = VERMILLION if notice.grave else "#404040"
         blocks += [(line, colour) for line in notice.lines()]

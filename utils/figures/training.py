@@ -62,9 +62,9 @@ def learning_figure(table: pd.DataFrame, part: str = "val", best: int | None = N
         label, colour = names[name]
         score.plot(epoch, table[f"{part}_{name}"], color=colour, label=label)
     if shown:
-        score.set(ylim=(0, 122), yticks=range(0, 101, 20))
-        score.legend(ncols=3, loc="upper center", handlelength=1.4, columnspacing=1)
+        score.set(ylim=(0, 138), yticks=range(0, 101, 20))
         _mark_best(score, table, part, best)
+        score.legend(ncols=2, loc="upper center", handlelength=1.4, columnspacing=1)
     else:
         score.text(0.5, 0.5, "nothing measured\nbetween epochs", ha="center", va="center",
                    transform=score.transAxes, color=style.GREY)  # fmt: skip
@@ -91,15 +91,8 @@ def _mark_best(axis, table: pd.DataFrame, part: str, best: int | None) -> None:
     rows = table[table.epoch == best]
     if len(rows) and column.notna().any():
         value = float(rows[f"{part}_score"].iloc[0])
-        axis.plot(best + 1, value, marker="o", color=style.BLACK, markerfacecolor="white", zorder=3)
-        side = (
-            "left" if best < len(table) / 4 else "right" if best > 3 * len(table) / 4 else "center"
-        )
-        axis.annotate(
-            f"{value:.1f} (epoch {best + 1})",
-            (best + 1, value),
-            xytext=(0, 5),
-            fontsize=6.5,
-            textcoords="offset points",
-            ha=side,
-        )
+        axis.axvline(best + 1, color=style.GREY, linewidth=0.6, linestyle=":", ymax=100 / 138)
+        axis.plot(
+            best + 1, value, linestyle="none", marker="o", color=style.BLACK,
+            markerfacecolor="white", zorder=3, label=f"{value:.1f} (epoch {best + 1})",
+        )  # fmt: skip
