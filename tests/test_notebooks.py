@@ -83,7 +83,7 @@ def test_notebook_runs_top_to_bottom(path, corpus, this_python, tmp_path):
     if "figures" in "".join(cell.source for cell in ran):
         assert any("image/png" in output.get("data", {}) for output in outputs)
         assert "SYNTHETIC" in shown or "PARTIAL DATA" in shown
-    if "NB_WORK" in "".join(cell.source for cell in ran):
+    if "Run(config" in "".join(cell.source for cell in ran):
         assert list(work.glob("runs/*/report.json"))
         assert (work / "checkpoints" / "film_best.pt").is_file()
     left = visible_files() - before
@@ -92,6 +92,16 @@ def test_notebook_runs_top_to_bottom(path, corpus, this_python, tmp_path):
 
 def test_all_five_notebooks_are_there():
     assert [path.name[:3] for path in NOTEBOOKS] == ["00-", "01-", "02-", "03-", "04-"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem[:2])
+def test_notebook_leaves_the_corpus_of_make_train_alone(path):
+    """`write_corpus` replaces a corpus of other arguments, and so what a run was trained on."""
+    source = path.read_text(encoding="utf-8")
+    if "demo_data" in source:
+        made = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert "--output demo_data --patients 48 --seed 0 --planted-effect\n" in made
+        assert r"(data_folder, patients=48, seed=0, planted_effect=\"site\")" in source
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem[:2])
