@@ -119,7 +119,7 @@ def continue_tracking(folder: str | Path) -> Tracker:
 
 
 def run_name(title: str, n_cls: int, selection: str, seed: int) -> str:
-    """Such as "SoftFiLM 4-class validation s0"."""
+    """Such as "SoftFiLM-AST 4-class validation s0"."""
     return f"{title} {n_cls}-class {selection} s{seed}"
 
 
