@@ -5,6 +5,7 @@ Each function gives (name, figures) part by part, the most important first.
 
 from __future__ import annotations
 
+import gc
 import shutil
 import statistics
 import time
@@ -82,7 +83,7 @@ def loop(setting: Setting) -> Parts:
     yield "stub, synchronisation", _waits(trainer)
     for path in _configurations():
         for name, words in (("", ("augment.enabled=false",)), (", augmented", ())):
-            trainer = _trainer(setting, path, data, "false", *words)
+            trainer = _trainer(setting, path, data, "false", "backbone.depth=2", *words)
             yield f"{trainer.config.variant}{name}, synchronisation", _waits(trainer)
 
 
@@ -141,6 +142,7 @@ def frozen_cache(setting: Setting) -> Parts:
         figures = cache.measure(
             name, setting.folder, data, clips, 2 if setting.quick else 5, machine, tiny
         )
+        del figures[f"{name}_wanted"]  # of a CPU
         yield name, {key.removeprefix(f"{name}_"): value for key, value in figures.items()}
 
 
@@ -176,10 +178,14 @@ def training(setting: Setting) -> Parts:
             yield name, _train(trainer)
 
 
-def _train(trainer) -> dict[str, float | bool]:
+def _train(trainer) -> dict[str, float | bool | str]:
     """Train to the end; rate over the epochs after the first."""
-    cuda = trainer.machine.device.type == "cuda"
+    cuda, compiled = trainer.machine.device.type == "cuda", trainer.machine.compiled
+    if compiled:  # of a function only so many versions are kept; earlier models' do not count
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
     if cuda:
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
@@ -197,7 +203,12 @@ def _train(trainer) -> dict[str, float | bool]:
         "loss_falls": losses[-1] < losses[0],
         "seconds_in_all": seconds,
     }
-    return figures | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if cuda else {})
+    if cuda:
+        figures["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if compiled:
+        frames = torch._dynamo.utils.counters["frames"]
+        figures["frames_compiled"] = f"{frames['ok']} of {frames['total']}"
+    return figures
 
 
 def _configurations() -> list[Path]:
@@ -227,10 +238,10 @@ def _trainer(setting: Setting, path: Path, data, compiled: str, *words: str):
         "training.warmup_epochs=0",
     )
     config = load_config([path], fixed)
+    if hasattr(config.model, "conditioned_layers"):  # a list for twelve blocks
+        words += (f"models.{config.variant}.conditioned_layers=all",)
     if setting.quick:
         words += TINY
-        if hasattr(config.model, "conditioned_layers"):  # a list for twelve blocks
-            words += (f"models.{config.variant}.conditioned_layers=all",)
     config = load_config([path], [*fixed, *words])
     machine = Machine(setting.device, config.training.precision, compiled)
     torch.manual_seed(0)

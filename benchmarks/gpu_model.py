@@ -6,9 +6,11 @@ Each function gives (name, figures) part by part, the most important first.
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,9 @@ from torch import Tensor, nn
 from benchmarks.gpu_runner import NeedsCuda, Parts, Setting
 from benchmarks.timing import interleave
 from data.batch import Metadata
+
+if TYPE_CHECKING:  # importing it takes packages that not every section needs
+    from benchmarks.model_step import Size
 
 #: Largest error relative to the largest value that still counts as correct. fp32: well above what
 #: rounding adds up to over twelve blocks (some 1e-6) and below what TF32 would do; bf16: steps of
@@ -86,7 +91,9 @@ def gradient_errors(gradients: dict[str, Tensor], exact: dict[str, Tensor]) -> d
     for name, gradient in exact.items():
         part = name.split(".")[0]
         scale[part] = max(scale.get(part, 0.0), largest(gradient))
-    return {n: difference(gradients[n], g) / scale[n.split(".")[0]] for n, g in exact.items()}
+    return {
+        n: difference(gradients[n], g) / (scale[n.split(".")[0]] or 1.0) for n, g in exact.items()
+    }
 
 
 def logits_and_gradients(
@@ -105,7 +112,7 @@ def logits_and_gradients(
     return logits.detach(), gradients
 
 
-def errors(variant: str, size, device: str) -> dict[str, dict]:
+def errors(variant: str, size: Size, device: str) -> dict[str, dict]:
     """A variant on the device against float64 on the CPU, its conditioner away from its start.
 
     The small parts have GELU here: a ReLU unit near zero switches under any rounding, and its
@@ -179,7 +186,7 @@ def log_mel_error(device: str) -> dict[str, float]:
 # ---------------------------------------------------------------------- model step
 
 
-def quick_size():
+def quick_size() -> Size:
     """A transformer that takes no time."""
     from benchmarks.model_step import Size
 
@@ -289,11 +296,13 @@ def memory(setting: Setting) -> Parts:
         yield name, _peak_by_batch(make(), size)
 
 
-def _peak_by_batch(model: nn.Module, size, device: str = "cuda") -> dict[str, float | str]:
+def _peak_by_batch(model: nn.Module, size: Size, device: str = "cuda") -> dict[str, float | str]:
     """Batch -> GiB, of weights, optimiser and activations together."""
     from benchmarks import model_step as step
 
     figures: dict[str, float | str] = {}
+    gc.collect()
+    before = torch.cuda.memory_allocated()
     for batch in (8, 16, 32, 64, 128, 256):
         if hasattr(model, "conditioner"):
             module = step.Conditioned(model, step.some_metadata(batch, device))
@@ -307,7 +316,7 @@ def _peak_by_batch(model: nn.Module, size, device: str = "cuda") -> dict[str, fl
             for _ in range(2):  # the optimiser's state comes with the first step
                 call()
             torch.cuda.synchronize()
-            figures[f"batch {batch}"] = torch.cuda.max_memory_allocated() / 2**30
+            figures[f"batch {batch}"] = (torch.cuda.max_memory_allocated() - before) / 2**30
         except torch.OutOfMemoryError:
             figures[f"batch {batch}"] = "does not fit"
             break

@@ -60,11 +60,6 @@ def targets(content: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
         if "synchronisations" in row:
             found = row["synchronisations"]
             rows.append((f"waits for the device in a step, {name}", "none", found, found == "none"))
-    for name, row in results("frozen_cache").items():
-        faster, wanted = row["times_faster"], row["wanted"]
-        rows.append(
-            (f"cached epochs, {name}", f">= {wanted:g} x", f"{faster:.1f} x", faster >= wanted)
-        )
     for name, row in results("training").items():
         measured = f"{row['first_loss']:.4g} -> {row['last_loss']:.4g}"
         rows.append((f"training {name}: loss", "falls", measured, row["loss_falls"]))

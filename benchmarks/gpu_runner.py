@@ -52,9 +52,17 @@ class _OutOfTime(BaseException):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `_OutOfTime` in the block after so many seconds (main thread only)."""
+    """Raise `_OutOfTime` in the block after so many seconds (main thread only).
 
-    def stop(*_):
+    An import is let finish: half a module would stay behind and break every later section.
+    """
+
+    def stop(_, frame):
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                signal.setitimer(signal.ITIMER_REAL, 0.2)
+                return
+            frame = frame.f_back
         raise _OutOfTime
 
     handler = signal.signal(signal.SIGALRM, stop)
