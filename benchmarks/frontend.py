@@ -39,12 +39,16 @@ def torchaudio_log_mel(clip: Tensor) -> Tensor:
 
 
 def signals(clips: Tensor) -> Tensor:
-    """The clips, and noise, tones, an offset and silence: [n, S]."""
+    """The clips, and noise, tones, clicks, a chirp, an offset and silence: [n, S]."""
     samples = clips.shape[1]
     noise = torch.randn(samples, generator=torch.Generator().manual_seed(0))
     time = torch.arange(samples, dtype=torch.float64) / 16000
     tones = [(0.5 * torch.sin(2 * math.pi * f * time)).float() for f in (50, 440, 1000, 3000, 7000)]
-    made = [0.1 * noise, 1e-4 * noise, 0.5 + 1e-3 * noise, *tones, torch.zeros(samples)]
+    tones += [torch.sign(tones[1]), 1e-5 * tones[3]]
+    chirp = (0.5 * torch.sin(math.pi * 800 * time**2)).float()
+    clicks = (torch.arange(samples) % 3001 == 0).float()
+    noises = [0.1 * noise, 1e-4 * noise, 1e-6 * noise, 0.5 + 1e-3 * noise]
+    made = [*noises, *tones, chirp, clicks, torch.zeros(samples)]
     return torch.cat([clips.cpu(), torch.stack(made)])
 
 

@@ -21,6 +21,9 @@ from data.threads import for_each_clip
 PREEMPHASIS = 0.97
 #: Floor of the mel energies before the logarithm, as in Kaldi's float32 code.
 FLOOR = torch.finfo(torch.float32).eps
+#: Mel energy below which, in all bands, the CPU sums in float64: where nothing is loud, torchaudio
+#: itself is exact to float32's last bit, and float32 sums would be the largest error left here.
+QUIET = math.exp(-8)
 #: Frames that the CPU takes at a time: frames, spectra and bands then stay in the cache.
 CPU_FRAMES = 256
 #: Clips that a GPU takes at a time: some 25 MB each.
@@ -255,7 +258,11 @@ class AudioFrontend(nn.Module):
         power = spectrum.float().square_()
         for bands, columns, weights in blocks:
             torch.mm(power[:, columns], weights, out=out[:, bands])
-        self._log(out)
+        if out.max() < QUIET:
+            for bands, columns, weights in blocks:
+                out[:, bands] = self._log(spectrum[:, columns].square() @ weights.double())
+        else:
+            self._log(out)
 
     @staticmethod
     def _log(energy: Tensor) -> Tensor:

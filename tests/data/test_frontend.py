@@ -33,11 +33,13 @@ def _signals(rate: int) -> dict[str, torch.Tensor]:
         "quiet noise": 1e-4 * noise,
         "offset": 0.9 + 1e-4 * noise,
         "drift": 1e-4 * noise + tone(0.7, 0.9),
+        "quietest tone": tone(0.2799 * rate, 5.3e-6),  # one band above the floor
         "tone 50": tone(50.0, 0.9),
         "tone 1000": tone(1000.0, 1.0),
         "tone off the grid": tone(0.34 * rate),
         "two tones": tone(500.0) + tone(rate / 4, 0.4),
         "square": torch.sign(tone(100.1)),
+        "chirp": (0.3 * torch.sin(math.pi * rate / 2 / SECONDS * time**2)).float(),
         "impulses": (torch.arange(n) % 8000 == 0).float(),
         "half silent": torch.cat([noise[: n // 2], torch.zeros(n - n // 2)]),
         "silence": torch.zeros(n),
@@ -58,7 +60,7 @@ def _kaldi(clip: torch.Tensor, rate: int, n_mels: int, settings: dict) -> torch.
 
 
 def _check(clip: torch.Tensor, rate: int, n_mels: int, settings: dict, name: str) -> None:
-    """Our largest error against float64 is at most that of torchaudio's float32 code."""
+    """Our largest error against float64 is at most 1.5 times that of torchaudio's float32 code."""
     frontend = AudioFrontend(
         sample_rate=rate, clip_seconds=len(clip) / rate, n_mels=n_mels, **settings
     )
@@ -68,7 +70,7 @@ def _check(clip: torch.Tensor, rate: int, n_mels: int, settings: dict, name: str
     assert ours.shape[1:] == exact.shape
     error = (ours[0] - exact).abs().max().item()
     theirs = (_kaldi(clip, rate, n_mels, settings) - exact).abs().max().item()
-    assert error <= max(theirs, 1e-6), f"{name}: {error:.1e} against torchaudio's {theirs:.1e}"
+    assert error <= 1.5 * theirs, f"{name}: {error:.1e} against torchaudio's {theirs:.1e}"
     assert error < 2e-6, name  # float32 of numbers up to 16
 
 
@@ -157,16 +159,20 @@ def test_autocast_does_not_reach_the_front_end():
     assert torch.equal(plain, cast)
 
 
-def test_equals_the_transformers_feature_extractor():
+@pytest.mark.parametrize("seconds", [0.5, 10.0, 12.0])  # the last is cut to 1024 frames
+def test_equals_the_transformers_feature_extractor(seconds):
     from transformers import ASTFeatureExtractor
 
-    clips = 0.1 * torch.randn(2, 160000, generator=torch.Generator().manual_seed(0))
+    samples = int(16000 * seconds)
+    clips = 0.1 * torch.randn(2, samples, generator=torch.Generator().manual_seed(0))
     theirs = ASTFeatureExtractor()(
         [clip.numpy() for clip in clips], sampling_rate=16000, return_tensors="pt"
     )["input_values"]  # [B, 1024, 128]
-    frontend = AudioFrontend(frame_length_ms=25.0, low_freq=20.0, high_freq=8000.0, fit="pad")
-    ours = frontend(clips, torch.tensor([160000, 160000]))
-    assert torch.allclose(ours[:, 0].transpose(1, 2), theirs, atol=1e-4)  # torchaudio's error
+    frontend = AudioFrontend(
+        clip_seconds=seconds, frame_length_ms=25.0, low_freq=20.0, high_freq=8000.0, fit="pad"
+    )
+    ours = frontend(clips, torch.tensor([samples, samples]))
+    assert torch.allclose(ours[:, 0].transpose(1, 2), theirs, atol=3e-4)  # torchaudio's error
 
 
 def test_normalisation_and_stretch():
