@@ -222,7 +222,9 @@ def time_stretch(clip: Tensor, rate: Tensor, sample_rate: int) -> tuple[Tensor, 
     share = (position - before).unsqueeze(1)
     # |z| by its square, and phases as unit phasors, cost a fraction of abs, angle, cos and sin
     power = spectrum.real.square() + spectrum.imag.square()
-    phasor = torch.where(power > 0, spectrum * power.rsqrt(), 1.0)
+    # a phasor from a subnormal power is not of length 1, and its powers leave the range of floats
+    normal = power >= torch.finfo(power.dtype).tiny
+    phasor = torch.where(normal, spectrum * power.rsqrt(), 1.0)
     magnitude = power.sqrt_()
     index = before.unsqueeze(1).expand_as(spectrum)
     now, then = magnitude.gather(2, index), magnitude.gather(2, index + 1)

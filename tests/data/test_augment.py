@@ -91,6 +91,18 @@ def test_same_seed_same_batch_other_seed_another_and_global_generator_untouched(
     assert torch.equal(clips, before)
 
 
+def test_what_a_clip_becomes_does_not_depend_on_its_neighbours():
+    clips, frontend = _noise(6), _frontend(**dict.fromkeys(ON, 0.5))
+    length = torch.tensor([32000, 20000, 9000, 300, 31999, 1])
+    first = frontend(clips, length, seed=3)
+    changed, kept = [0, 2, 4], [1, 3, 5]
+    clips[changed] *= -3
+    length[changed] = torch.tensor([17, 32000, 5000])
+    again = frontend(clips, length, seed=3)
+    assert torch.equal(again[kept], first[kept])
+    assert not (again[changed] == first[changed]).flatten(1).all(dim=1).any()
+
+
 def test_switching_one_transform_off_leaves_the_others_choices():
     all_on, no_speed = Augmentation(), Augmentation(speed_probability=0.0)
     a, b = all_on.draw(64, seed=1), no_speed.draw(64, seed=1)
@@ -192,6 +204,16 @@ def test_stretch_keeps_the_level_of_noise_and_silence_silent():
             1, rel=0.02
         )
     assert (out[2] == 0).all()
+
+
+@pytest.mark.parametrize("offset", [1e-12, 1e-15, 1e-16, 1e-20])
+def test_stretch_survives_almost_silence(offset):
+    """Powers below the normal float32 range: what an offset's rounding errors leave."""
+    clip = torch.full((1, 160000), offset)
+    clip[0, :32000] += _noise(1)[0]
+    out, _ = time_stretch(clip, torch.tensor([1.07]), RATE)
+    assert torch.isfinite(out).all()
+    assert out[0, 40000:].abs().max() < 100 * offset
 
 
 def test_stretch_treats_every_clip_by_its_own_rate():
