@@ -28,6 +28,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from data.icbhi import BASE_URL, TABLES, Completeness, completeness, find_table, read_cycles
+from utils.cli import EXIT_INTERRUPTED
 from utils.errors import UserError
 from utils.files import atomic_write, write_error, write_text
 
@@ -381,6 +382,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         log.error("error: %s", error)
         return 2
+    except KeyboardInterrupt:
+        log.error("interrupted; the same command goes on from here")
+        return EXIT_INTERRUPTED
     if state.partial:
         log.error("error: %s; fetch the archive again", state.message)
         return 2

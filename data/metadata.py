@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -266,7 +267,13 @@ class MetadataStatistics:
         for key, length in (("medians", 3), ("mean", 3), ("std", 3),
                             ("device_counts", 5), ("site_counts", 8)):  # fmt: skip
             value = content.get(key)
-            if not isinstance(value, list) or len(value) != length:
+            least = {"std": 1e-9, "device_counts": 0, "site_counts": 0}.get(key, -math.inf)
+            if (
+                not isinstance(value, list)
+                or len(value) != length
+                or not all(isinstance(x, int | float) and math.isfinite(x) for x in value)
+                or min(value) < least
+            ):
                 raise UserError(f"metadata statistics: {key} is not {length} numbers; {remedy}")
             numbers[key] = tuple(value)
         return cls(**numbers)

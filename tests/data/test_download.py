@@ -291,6 +291,18 @@ def test_command_ends_with_an_error_when_the_counts_are_not_reached(
     assert "does not exist" in caplog.text
 
 
+def test_an_interruption_keeps_the_part_and_needs_no_traceback(
+    server, database, tmp_path, monkeypatch, caplog
+):
+    def stop(response):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_next_block", stop)
+    assert main(["--output", str(tmp_path / "data"), "--base-url", server.url]) == 130
+    assert "goes on from here" in caplog.text
+    assert [path.suffix for path in (tmp_path / "data").iterdir()] == [".part"]
+
+
 def test_command_line(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])

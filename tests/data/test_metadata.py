@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import numpy as np
@@ -310,7 +311,17 @@ def test_statistics_survive_json_and_a_weights_only_checkpoint(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("devices", ["AKGC417L"]), ("sites", None), ("mean", [1.0]), ("site_counts", "12345678")],
+    [
+        ("devices", ["AKGC417L"]),
+        ("sites", None),
+        ("mean", [1.0]),
+        ("mean", [1.0, 2.0, math.nan]),
+        ("medians", [1.0, "2", 3.0]),
+        ("std", [1.0, 0.0, 1.0]),
+        ("std", [1.0, math.inf, 1.0]),
+        ("device_counts", [1, 2, -1, 4, 5]),
+        ("site_counts", "12345678"),
+    ],
 )
 def test_foreign_statistics_are_refused(key, value):
     content = MetadataStatistics.fit(cycles(Age=[1.0, 2.0])).to_dict()
