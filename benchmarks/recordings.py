@@ -61,7 +61,7 @@ def clips_for_benchmark(batch: int) -> tuple[Tensor, str]:
         return torch.from_numpy(np.stack([synthetic_clip(i) for i in range(batch)])), "synthetic"
     plan = StorePlan.of(table, SAMPLE_RATE, "torchaudio")
     cycles = [
-        cycle for number in range(len(plan.recordings)) for cycle in cut_cycles(plan.job(number))
+        cycle for number in range(len(plan.recordings)) for cycle in cut_cycles(plan.job(number))[0]
     ]
     picked = [cycles[i % len(cycles)] for i in range(0, batch * 5, 5)]
     return torch.from_numpy(np.stack([np.resize(c, samples) for c in picked])), "real"

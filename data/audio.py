@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -46,10 +47,25 @@ def read_recording(path: str | Path) -> tuple[np.ndarray, int]:
             f"{path} can not be read as audio ({error}); get the file again or leave it out"
         ) from error
     problem = _cut_off(path) or _unusable(samples, declared, rate)
+    if not problem:
+        mono = samples.mean(axis=1, dtype=np.float64)
+        if _constant(mono):  # channels of opposite sign are silent in the mean only
+            problem = "is silent: all its samples are equal (mean of its channels)"
     if problem:
         raise BadRecording(f"{path} {problem}; get the file again or leave it out")
-    mono = samples.mean(axis=1, dtype=np.float64)
     return (mono - mono.mean()).astype(np.float32), rate
+
+
+def silent_cycles(
+    samples: np.ndarray, rate: int, starts: Sequence[float], ends: Sequence[float]
+) -> int:
+    """How many cycles, from `starts` to `ends` in s, hold nothing but equal samples."""
+    cycles = (samples[int(a * rate) : int(b * rate)] for a, b in zip(starts, ends, strict=True))
+    return sum(_constant(cycle) for cycle in cycles)
+
+
+def _constant(samples: np.ndarray) -> bool:
+    return len(samples) > 0 and bool((samples == samples[0]).all())
 
 
 def _unusable(samples: np.ndarray, declared: int, rate: int) -> str | None:
@@ -66,8 +82,6 @@ def _unusable(samples: np.ndarray, declared: int, rate: int) -> str | None:
         return (
             f"has {int((~finite).sum())} NaN or infinite samples, the first at {first / rate:.3f} s"
         )
-    if (samples == samples[0]).all():
-        return "is silent: all its samples are equal"
     return None
 
 

@@ -20,17 +20,17 @@ import pandas as pd
 import soundfile
 from tqdm import tqdm
 
-from data.audio import read_recording
+from data.audio import read_recording, silent_cycles
 from data.batch import CLASSES, DEVICES, SITES
 from data.icbhi import completeness, find_recordings, read_cycles
 from data.splits import classes_of, patients_in_both_halves, split_cycles
+from data.store_build import END_TOLERANCE
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
 WIDTH = 100  # columns of the text
 PARTS = ("train", "test")
-END_TOLERANCE = 0.01  # s an annotation may lie behind the end of its recording without a remark
 _SHOWN = 50  # problems that are printed
 
 
@@ -54,17 +54,23 @@ def inspect_folder(data_folder: str | Path) -> tuple[pd.DataFrame, list[str]]:
 def audio_problems(table: pd.DataFrame) -> list[str]:
     """Decode every recording and say what is wrong, with the verdicts that training would give."""
     problems = []
-    recordings = table.groupby("Recording", sort=True)["CycleEnd"].max()
-    for path, end in tqdm(recordings.items(), "decode", len(recordings), disable=None, ncols=WIDTH):
+    recordings = table.groupby("Recording", sort=True)[["CycleStart", "CycleEnd"]]
+    for path, cycles in tqdm(recordings, "decode", disable=None, ncols=WIDTH):
         try:
             samples, rate = read_recording(path)
         except UserError as error:
             problems.append(str(error))
             continue
-        if end > len(samples) / rate + END_TOLERANCE:
+        (starts, ends), seconds = cycles.to_numpy().T, len(samples) / rate
+        if ends.max() > seconds + END_TOLERANCE or starts.max() >= seconds:
             problems.append(
-                f"{path} lasts {len(samples) / rate:.3f} s, but its annotation ends at {end:.3f} "
-                "s; unpack the recording again or correct the annotation"
+                f"{path} lasts {seconds:.3f} s, but its annotation ends at {ends.max():.3f} s; "
+                "unpack the recording again or correct the annotation"
+            )
+        elif muted := silent_cycles(samples, rate, starts, ends):
+            problems.append(
+                f"{path}: {muted} cycles are silent throughout (equal samples), which training "
+                "takes as they are; get the recording again or remove them from the annotation"
             )
     return problems
 
@@ -99,6 +105,8 @@ def traps(table: pd.DataFrame) -> list[str]:
             f"Patients {', '.join(map(str, both))} are in both halves ({shared} of {len(test):,} "
             f"test cycles); split_strategy official_disjoint leaves {len(test) - shared:,}."
         )
+    else:
+        found.append("No patient is in both halves.")
     abnormal = classes_of(table) > 0
     for device in DEVICES:
         rows = {part: ((table["Device"] == device) & (table["Split"] == part)) for part in PARTS}

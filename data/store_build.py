@@ -25,8 +25,8 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from data.audio import BadRecording, read_recording, resample
-from data.waveforms import StorePlan
+from data.audio import BadRecording, read_recording, resample, silent_cycles
+from data.waveforms import StorePlan, fingerprint
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -184,27 +184,40 @@ def write_recording(job: dict) -> dict:
     """Decode one recording and write its cycles to their places in the samples file.
 
     Returns:
-        {"number", "lengths": samples of each cycle, "bad": reason or None, "channels"}.
+        {"number", "lengths": samples of each cycle, "bad": reason or None, "channels", "silent":
+        cycles of equal samples}.
+
+    Raises:
+        UserError: the file is no longer the one that the store's key speaks of.
     """
+    bad, cycles, silent = None, [], 0
     try:
-        cycles = cut_cycles(job)
+        cycles, silent = cut_cycles(job)
     except BadRecording as error:
-        none = [0] * len(job["starts"])
-        return {"number": job["number"], "lengths": none, "bad": str(error), "channels": 0}
+        bad = str(error)
+    if fingerprint(Path(job["path"])) != job["print"]:
+        raise UserError(
+            f"{job['path']} changed while the waveform store was built; start again when nothing "
+            f"writes to the recordings any more"
+        )
+    lengths = [len(cycle) for cycle in cycles] or [0] * len(job["starts"])
+    if bad:
+        return {"number": job["number"], "lengths": lengths, "bad": bad, "channels": 0, "silent": 0}
     with Path(job["samples"]).open("r+b") as file:
         for offset, cycle in zip(job["offsets"], cycles, strict=True):
             file.seek(4 * offset)
             file.write(cycle.tobytes())
     return {
         "number": job["number"],
-        "lengths": [len(cycle) for cycle in cycles],
+        "lengths": lengths,
         "bad": None,
         "channels": soundfile.info(job["path"]).channels,
+        "silent": silent,
     }
 
 
-def cut_cycles(job: dict) -> list[np.ndarray]:
-    """One recording's cycles [n] float32 at the working sample rate.
+def cut_cycles(job: dict) -> tuple[list[np.ndarray], int]:
+    """One recording's cycles [n] float32 at the working sample rate, and how many are silent.
 
     Raises:
         BadRecording: see `read_recording`; or an annotation that ends more than END_TOLERANCE
@@ -212,6 +225,9 @@ def cut_cycles(job: dict) -> list[np.ndarray]:
     """
     samples, rate = read_recording(job["path"])
     sample_rate = job["sample_rate"]
+    # before resampling, which leaves a ripple on a constant
+    seconds = [np.divide(job[name], sample_rate) for name in ("starts", "ends")]
+    silent = silent_cycles(samples, rate, *seconds)
     samples = resample(samples, rate, sample_rate, job["resampler"])
     late = max(job["ends"]) - len(samples)
     if late > END_TOLERANCE * sample_rate or max(job["starts"]) >= len(samples):
@@ -219,7 +235,8 @@ def cut_cycles(job: dict) -> list[np.ndarray]:
             f"{job['path']} is {len(samples) / sample_rate:.3f} s long, but its annotation goes on "
             f"to {max(job['ends']) / sample_rate:.3f} s; get both files again or leave them out"
         )
-    return [samples[a:b] for a, b in zip(job["starts"], job["ends"], strict=True)]
+    cycles = [samples[a:b] for a, b in zip(job["starts"], job["ends"], strict=True)]
+    return cycles, silent
 
 
 def _finish(plan: StorePlan, building: Path, results: dict[int, dict]) -> None:
@@ -236,6 +253,10 @@ def _finish(plan: StorePlan, building: Path, results: dict[int, dict]) -> None:
             mixed[0],
             ", ..." if len(mixed) > 1 else "",
         )
+    muted = [plan.recordings[n] for n in results if results[n]["silent"]]
+    if muted:
+        count = sum(result["silent"] for result in results.values())
+        log.warning("%d cycles are silent throughout, the first in %s", count, muted[0])
     bad = [results[n]["bad"] for n in range(len(plan.recordings)) if results[n]["bad"]]
     index = {"settings": plan.settings, "prints": plan.prints, "bad": bad}
     (building / "index.json").write_text(json.dumps(index))

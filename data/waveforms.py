@@ -10,7 +10,7 @@ a new store, never a wrong one.
     index.json    what the store was made from, and the recordings that were left out
 
 Where a cycle begins in the file follows from the annotations alone. So several processes can
-write at once, and a build that was killed goes on where it stood (build.py).
+write at once, and a build that was killed goes on where it stood (store_build.py).
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class StorePlan:
                 "resampler": resampler,
             },
             recordings=recordings,
-            prints=[_fingerprint(Path(path)) for path in recordings],
+            prints=[fingerprint(Path(path)) for path in recordings],
             cycles=[groups[path] for path in recordings],
             starts=starts,
             ends=ends,
@@ -160,6 +160,7 @@ class StorePlan:
         return {
             "number": number,
             "path": self.recordings[number],
+            "print": self.prints[number],
             "starts": self.starts[rows].tolist(),
             "ends": self.ends[rows].tolist(),
             "offsets": self.offsets[rows].tolist(),
@@ -214,7 +215,7 @@ class StorePlan:
         )
 
 
-def _fingerprint(path: Path) -> tuple[str, int, int] | None:
+def fingerprint(path: Path) -> tuple[str, int, int] | None:
     """Name, size and modification time: they change when the content does."""
     try:
         stat = path.stat()

@@ -48,6 +48,8 @@ def spoil(path: Path, kind: str) -> Path:
         write(path, sound, 8000, "FLOAT")
     elif kind == "silent":
         write(path, 0 * sound, 8000)
+    elif kind == "silent in the mean":
+        write(path, np.stack([sound, -sound], axis=1), 8000)
     elif kind == "rate":
         write(path, sound, 3000)
     return path

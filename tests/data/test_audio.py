@@ -54,6 +54,7 @@ SPOILT = {
     "nan": "1 NaN or infinite samples, the first at 0.500 s",
     "inf": "1 NaN or infinite samples",
     "silent": "silent",
+    "silent in the mean": "silent",
     "rate": "3000 Hz",
     "missing": "read as audio",
 }

@@ -70,6 +70,9 @@ def test_every_problem_is_found_in_one_go(icbhi_folder, capsys):
     soundfile.write(icbhi_folder / "104_1b1_Ll_sc_Meditron.wav", np.zeros(0), 4000)
     short = icbhi_folder / "105_1b1_Pl_sc_Litt3200.wav"
     soundfile.write(short, np.random.default_rng(0).normal(0, 0.1, 8000), 4000)
+    muted = np.random.default_rng(0).normal(0, 0.1, 12000)
+    muted[8000:] = 0
+    soundfile.write(icbhi_folder / "106_1b1_Ar_sc_LittC2SE.wav", muted, 4000)
     assert main(["--data-folder", str(icbhi_folder)]) == 1
     out = " ".join(capsys.readouterr().out.split()).split("Problems")[1]
     for part in (
@@ -78,9 +81,17 @@ def test_every_problem_is_found_in_one_go(icbhi_folder, capsys):
         "103_2b2_Pr_mc_AKGC417L.wav",
         "104_1b1_Ll_sc_Meditron.wav",
         "lasts 2.000 s, but its annotation ends at 2.900 s",
+        "106_1b1_Ar_sc_LittC2SE.wav: 2 cycles are silent throughout",
     ):
         assert part in out
-    assert out.count(" - ") == 5
+    assert out.count(" - ") == 6
+
+
+def test_a_cycle_that_training_would_cut_at_the_end_is_no_problem(icbhi_folder):
+    path = icbhi_folder / f"{STEM}.wav"
+    for seconds, problems in ((2.86, 0), (2.84, 1)):  # the annotation ends at 2.9 s
+        soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, int(4000 * seconds)), 4000)
+        assert len(inspect_folder(icbhi_folder)[1]) == problems
 
 
 def test_annotations_alone_can_be_inspected(make_icbhi, tmp_path):

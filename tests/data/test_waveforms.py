@@ -155,6 +155,16 @@ def test_cycle_that_begins_behind_the_end(tmp_path):
         _open(_table({path: [(1.01, 1.03)]}), tmp_path)
 
 
+@pytest.mark.parametrize("rate", [8000, 16000])
+def test_silent_cycles_are_counted(tmp_path, caplog, rate):
+    sound = tone_in_noise(1.0, rate)
+    sound[int(0.45 * rate) :] = 0
+    path = write(tmp_path / "a.wav", sound, rate)
+    _open(_table({path: [(0.1, 0.45), (0.45, 0.7), (0.7, 1.0)]}), tmp_path)
+    assert "2 cycles are silent throughout, the first in" in caplog.text
+    assert "a.wav" in caplog.text
+
+
 def test_empty_cycle_is_named(tmp_path):
     path = write(tmp_path / "a.wav", tone_in_noise(1.0, 8000), 8000)
     with pytest.raises(UserError, match=r"0\.5 s to 0\.5 s of a "):
@@ -249,6 +259,19 @@ def test_damage_is_named(corpus, tmp_path, damage):
     cut(folder / damage, 0.5)
     with pytest.raises(UserError, match=r"damaged.*delete it"):
         _open(corpus, tmp_path)
+
+
+def test_a_recording_that_changes_while_it_is_read_makes_no_store(corpus, tmp_path, monkeypatch):
+    read = store_build.read_recording
+
+    def read_and_touch(path):
+        os.utime(path, ns=(1, 1))
+        return read(path)
+
+    monkeypatch.setattr(store_build, "read_recording", read_and_touch)
+    with pytest.raises(UserError, match=r"r0\.wav changed while"):
+        _open(corpus, tmp_path, on_bad_recording="skip")
+    assert not _stores(tmp_path)
 
 
 # -- building -----------------------------------------------------------------------------------
