@@ -179,3 +179,10 @@ def test_tables_have_an_unknown_row():
     embeddings = MetadataEmbeddings()
     assert embeddings.device.weight.shape == (len(DEVICES) + 1, 8)
     assert embeddings.site.weight.shape == (len(SITES) + 1, 8)
+
+
+def test_probe_is_every_seen_device_with_every_seen_site_at_the_mean(make_model):
+    probe = make_model("ast_film", **COUNTS).conditioner.probe()
+    pairs = list(zip(probe.device.tolist(), probe.site.tolist(), strict=True))
+    assert pairs == list(itertools.product((0, 1, 3), range(7)))
+    assert (probe.rest == 0).all() and probe.known.all()
