@@ -40,11 +40,10 @@ BATCH = 16
 
 def batch_of(store: WaveformStore, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Cycles of a store as (waveform [B, S], length [B]), cut at 10 s."""
-    cycles = [store[row][: 10 * SAMPLE_RATE] for row in rows]
-    waveform = np.zeros((len(rows), max(map(len, cycles))), np.float32)
-    for target, cycle in zip(waveform, cycles, strict=True):
-        target[: len(cycle)] = cycle
-    return torch.from_numpy(waveform), torch.tensor([len(cycle) for cycle in cycles])
+    lengths = np.minimum(store.lengths[rows], 10 * SAMPLE_RATE)
+    waveform = np.zeros((len(rows), lengths.max()), np.float32)
+    store.read(rows, waveform)
+    return torch.from_numpy(waveform), torch.from_numpy(lengths)
 
 
 def measure_build(table: pd.DataFrame, folder: Path) -> tuple[float, WaveformStore]:

@@ -145,7 +145,7 @@ class Augmentation:
 
         pad: ([n, S], lengths [n]) -> [n, S] fills the clips that a faster tempo made shorter.
         """
-        rows, factor = (value.to(clip.device) for value in plan.noise)
+        rows, factor = _sent(plan.noise, clip)
         if len(rows):
             generator = torch.Generator(clip.device).manual_seed(plan.noise_seed)
             white = torch.randn(
@@ -155,10 +155,10 @@ class Augmentation:
                 rms = clip[rows].square().mean(dim=1).sqrt()
                 factor = rms * 10 ** (-factor / 20)
             clip[rows] += factor.unsqueeze(1) * white
-        rows, factor = (value.to(clip.device) for value in plan.speed)
+        rows, factor = _sent(plan.speed, clip)
         if len(rows):
             clip[rows] = pad(*time_stretch(clip[rows], factor, self.sample_rate))
-        rows, factor = (value.to(clip.device) for value in plan.loudness)
+        rows, factor = _sent(plan.loudness, clip)
         if len(rows):
             clip[rows] *= factor.unsqueeze(1)
         return clip
@@ -182,9 +182,9 @@ class Augmentation:
         """SpecAugment on normalised log-mel [B, T, F], in place; masked cells become 0."""
         if len(plan.masked) == 0:
             return mel
-        rows = plan.masked.to(mel.device)
-        time = self._hidden(plan.time_masks, self.time_mask_width, mel.shape[1]).to(mel.device)
-        band = self._hidden(plan.freq_masks, self.freq_mask_width, mel.shape[2]).to(mel.device)
+        time = self._hidden(plan.time_masks, self.time_mask_width, mel.shape[1])
+        band = self._hidden(plan.freq_masks, self.freq_mask_width, mel.shape[2])
+        rows, time, band = _sent((plan.masked, time, band), mel)
         mel[rows] = mel[rows].masked_fill(time.unsqueeze(2) | band.unsqueeze(1), 0.0)
         return mel
 
@@ -196,6 +196,11 @@ class Augmentation:
         at = torch.arange(size)
         inside = (at >= starts.unsqueeze(-1)) & (at < (starts + widths).unsqueeze(-1))
         return inside.any(dim=1)
+
+
+def _sent(values: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+    """Small tensors of the plan on the device of `like`, without waiting for what it still does."""
+    return [value.to(like.device, non_blocking=True) for value in values]
 
 
 def time_stretch(clip: Tensor, rate: Tensor, sample_rate: int) -> tuple[Tensor, Tensor]:

@@ -209,8 +209,10 @@ class AudioFrontend(nn.Module):
         parts = clip.split(GPU_CLIPS)
         energy = torch.cat([self._power(*self._frames(part)) @ self.bank for part in parts])
         if banks:
-            rows = torch.tensor(list(banks)).to(clip.device)
-            own = torch.stack(list(banks.values())).transpose(1, 2).to(energy)  # [n, K, F]
+            # non_blocking: a copy that waited would wait for the whole step before it
+            rows = torch.tensor(list(banks)).to(clip.device, non_blocking=True)
+            own = torch.stack(list(banks.values())).transpose(1, 2)  # [n, K, F]
+            own = own.to(energy, non_blocking=True)
             energy[rows] = self._power(*self._frames(clip[rows])) @ own
         return energy.float()
 

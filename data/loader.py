@@ -64,8 +64,7 @@ class ICBHI:
         lengths = np.minimum(self.store.lengths[rows], self.max_samples)
         waveform = np.zeros((len(rows), int(lengths.max()) if waveforms else 0), np.float32)
         if waveforms:
-            for target, row, length in zip(waveform, rows, lengths, strict=True):
-                target[:length] = self.store[row][:length]
+            self.store.read(rows, waveform)
         index = torch.from_numpy(rows)
         return Batch(
             waveform=torch.from_numpy(waveform),

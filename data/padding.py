@@ -27,7 +27,9 @@ def pad_clips(waveform: Tensor, length: Tensor, samples: int, pad_type: str, fad
         for row, cycle, n in zip(out, waveform, length.tolist(), strict=True):
             _pad_one(row, cycle[: min(n, samples)], pad_type, ramp)
         return out
-    return _pad_batch(waveform, length.to(waveform.device), samples, pad_type, fade)
+    return _pad_batch(
+        waveform, length.to(waveform.device, non_blocking=True), samples, pad_type, fade
+    )
 
 
 def _ramp(fade: int, like: Tensor) -> Tensor:

@@ -59,10 +59,27 @@ class WaveformStore:
 
     def __getitem__(self, cycle: int) -> np.ndarray:
         """Samples [lengths[cycle]] float32, an array of the caller's own."""
-        if self.bad[cycle]:
+        out = np.empty((1, self.lengths[cycle]), np.float32)
+        self.read(np.array([cycle]), out)
+        return out[0]
+
+    def read(self, cycles: np.ndarray, out: np.ndarray) -> None:
+        """Copy the first samples of the cycles [n] into the rows of out [n, S] float32; what lies
+        behind the end of a shorter cycle stays as it is.
+
+        Raises:
+            UserError: a cycle was left out, or the file is shorter than it was.
+        """
+        for cycle in cycles[self.bad[cycles]]:
             raise UserError(f"cycle {cycle} was left out of {self.folder}: {self.report}")
-        offset, length = int(self.offsets[cycle]), int(self.lengths[cycle])
-        return np.fromfile(self.folder / "samples.f32", np.float32, length, offset=4 * offset)
+        sizes = np.minimum(self.lengths[cycles], out.shape[1])
+        with (self.folder / "samples.f32").open("rb", buffering=0) as file:
+            for row, start, size in zip(out, self.offsets[cycles], sizes, strict=True):
+                file.seek(4 * int(start))
+                if file.readinto(row[:size]) != 4 * size:
+                    raise UserError(
+                        f"{self.folder} is damaged (cut off); delete it and start again"
+                    )
 
 
 def open_store(

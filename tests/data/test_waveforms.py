@@ -253,6 +253,20 @@ def test_store_is_small_to_pickle_and_works_elsewhere(corpus, tmp_path):
     assert len(pickle.dumps(store)) < 5000
 
 
+def test_cycles_are_read_into_rows(corpus, tmp_path):
+    store = _open(corpus, tmp_path)
+    out = np.full((2, int(store.lengths[4]) - 5), 7, np.float32)  # the first is cut, the second
+    store.lengths[1] -= 100  # ends before the row does
+    store.read(np.array([4, 1]), out)
+    np.testing.assert_array_equal(out[0], store[4][:-5])
+    size = min(store.lengths[1], out.shape[1])
+    np.testing.assert_array_equal(out[1, :size], store[1][:size])
+    assert (out[1, size:] == 7).all()
+    cut(store.folder / "samples.f32", 0.9)  # while it is in use
+    with pytest.raises(UserError, match="damaged"):
+        store[len(store) - 1]
+
+
 @pytest.mark.parametrize("damage", ["samples.f32", "cycles.npy", "index.json"])
 def test_damage_is_named(corpus, tmp_path, damage):
     folder = _open(corpus, tmp_path).folder

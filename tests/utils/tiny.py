@@ -130,6 +130,11 @@ class MemoryStore:
     def __getitem__(self, cycle: int) -> np.ndarray:
         return self.clips[cycle]
 
+    def read(self, cycles: np.ndarray, out: np.ndarray) -> None:
+        for row, cycle in zip(out, cycles, strict=True):
+            clip = self.clips[cycle][: len(row)]
+            row[: len(clip)] = clip
+
 
 def tiny_data(config: RunConfig, table: pd.DataFrame | None = None, seed: int = 0) -> ICBHI:
     """Cycles of a table: crackles are clicks, wheezes a tone, in noise. The last fifth of the
