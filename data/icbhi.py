@@ -39,7 +39,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "demographics": ("ICBHI_Challenge_demographic_information.txt", "demographic_info.txt"),
     "diagnosis": ("ICBHI_Challenge_diagnosis.txt", "patient_diagnosis.csv"),
 }
-SUBFOLDERS = ("ICBHI_final_database", "audio_and_txt_files")
+SUBFOLDERS = ("ICBHI_final_database", "audio_and_txt_files", "recordings")
 AUDIO_SUFFIXES = (".wav", ".flac")
 #: Recordings whose device the split file spells differently: audio's name -> the split's name.
 SPLIT_ALIASES = {"226_1b1_Pl_sc_LittC2SE": "226_1b1_Pl_sc_Meditron"}

@@ -7,6 +7,7 @@ command again to go on); 130 interrupted.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import textwrap
 from collections.abc import Callable
@@ -116,6 +117,9 @@ def command(main: Callable[[], None]) -> Callable[[], int]:
         set_up_logging()
         try:
             main()
+            sys.stdout.flush()
+        except BrokenPipeError:  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except UserError as error:
             logging.getLogger(__name__).error("%s", error)
             return EXIT_USER

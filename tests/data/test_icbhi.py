@@ -13,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.batch import CLASSES, DEVICES, SITES
-from data.icbhi import FULL_COUNTS, TABLES, completeness, find_table, read_cycles
+from data.icbhi import (
+    FULL_COUNTS,
+    SUBFOLDERS,
+    TABLES,
+    completeness,
+    find_table,
+    read_cycles,
+)
 from data.metadata import COLUMNS
 from data.splits import classes_of
 from data.tables import (
@@ -153,7 +160,7 @@ def test_without_audio_the_recording_is_empty(make_icbhi, tmp_path):
     assert set(table["Recording"]) == {""}
 
 
-@pytest.mark.parametrize("place", ["same", "parent", "ICBHI_final_database", "audio_and_txt_files"])
+@pytest.mark.parametrize("place", ["same", "parent", *SUBFOLDERS])
 def test_tables_are_found_around_the_recordings(icbhi_folder, place):
     expected = read_cycles(icbhi_folder).drop(columns="Recording")
     folder = icbhi_folder

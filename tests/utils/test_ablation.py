@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ from utils.evaluation.evaluate import evaluate_predictions
 from utils.training.run import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
+FREEZING = ROOT / "configs" / "ablations" / "freezing.yaml"
 SHIPPED = {"freezing": 20, "conditioned_layers": 3}
 GRID = """
 table: freezing
@@ -311,3 +313,11 @@ def test_a_killed_grid_goes_on_and_its_cells_are_nested_in_mlflow(here, monkeypa
     names = {file.path for file in client.list_artifacts(child.info.run_id, "evaluation/test")}
     assert {"evaluation/test/report.json", "evaluation/test/predictions.csv"} <= names
     assert len(client.search_runs([experiment])) == 2
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    command = [sys.executable, "-m", "utils.evaluation.ablation", str(FREEZING), "--dry-run"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        run.stdout.close()
+        error = run.stderr.read().decode()
+    assert run.returncode == 0 and "Traceback" not in error
