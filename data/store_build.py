@@ -58,6 +58,7 @@ def build_store(
             _finish(plan, building, results)
             building.rename(final)
             _sync(cache_dir)
+        _remove_abandoned(plan, cache_dir)
     log.info("waveform store of %d cycles written to %s", len(plan.starts), final)
     return final
 
@@ -84,6 +85,17 @@ def _locked(path: Path) -> Iterator[None]:
             log.warning("another process builds this waveform store; waiting for it (%s)", path)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _remove_abandoned(plan: StorePlan, cache_dir: Path) -> None:
+    """Remove unfinished stores of the same cycles, of recordings that have changed since."""
+    for building in cache_dir.glob(f"waveforms-{plan.table_key}-*.building"):
+        with (cache_dir / f"{building.stem}.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # somebody is at it
+                continue
+            shutil.rmtree(building)
 
 
 def _reserve(path: Path, size: int) -> None:
@@ -146,8 +158,14 @@ def _read_journal(path: Path) -> dict[int, dict]:
         if whole != text:
             path.write_text(whole)
         for line in whole.splitlines():
-            result = json.loads(line)
-            results[result["number"]] = result
+            try:
+                result = json.loads(line)
+                results[result["number"]] = result
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"{path.parent} is damaged ({path.name}: {error}); delete it, it will be "
+                    "built again"
+                ) from error
     return results
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
+
+from tests.data.sounds import recording_table, tone_in_noise, write
 
 ROWS = "0.1\t1.1\t0\t0\n1.1\t2.0\t1\t0\n2.0\t2.5\t0\t1\n2.5\t2.9\t1\t1\n"
 STEMS = {
@@ -53,3 +56,15 @@ def icbhi_folder(tmp_path) -> Path:
 def make_icbhi():
     """`write_icbhi` itself, for folders of another shape."""
     return write_icbhi
+
+
+@pytest.fixture
+def corpus(tmp_path) -> pd.DataFrame:
+    """Three recordings of two cycles each."""
+    folder = tmp_path / "recordings"
+    folder.mkdir()
+    files = {}
+    for i, rate in enumerate((44100, 4000, 16000)):
+        path = write(folder / f"r{i}.wav", tone_in_noise(1.0, rate, seed=i), rate)
+        files[path] = [(0.05, 0.4), (0.4, 0.99)]
+    return recording_table(files)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import soundfile
+
+from data.waveforms import WaveformStore, open_store
 
 
 def tone_in_noise(seconds: float, rate: int, seed: int = 0) -> np.ndarray:
@@ -53,3 +56,26 @@ def spoil(path: Path, kind: str) -> Path:
     elif kind == "rate":
         write(path, sound, 3000)
     return path
+
+
+def recording_table(recordings: dict[Path, list[tuple[float, float]]]) -> pd.DataFrame:
+    """What a store needs of a cycle table: {path: [(start, end) in s]}."""
+    rows = [
+        (path.stem, i, start, end, str(path))
+        for path, cycles in recordings.items()
+        for i, (start, end) in enumerate(cycles)
+    ]
+    return pd.DataFrame(
+        rows, columns=["Filename", "CycleIndex", "CycleStart", "CycleEnd", "Recording"]
+    )
+
+
+def open_in(table: pd.DataFrame, tmp_path: Path, **keys) -> WaveformStore:
+    """The table's store, in a cache folder of the test's."""
+    keys = {"workers": 1, "progress": False} | keys
+    return open_store(table, cache_dir=tmp_path / "cache", **keys)
+
+
+def stores_in(tmp_path: Path) -> list[Path]:
+    """Finished stores in that cache folder."""
+    return [p for p in (tmp_path / "cache").glob("waveforms-*") if p.suffix == ""]

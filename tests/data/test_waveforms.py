@@ -2,60 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import pickle
-import select
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import soundfile
 import torch
 
 import data.store_build as store_build
-from data.waveforms import open_store
-from tests.data.sounds import cut, spoil, tone_in_noise, write
+from tests.data.sounds import (
+    cut,
+    open_in,
+    recording_table,
+    spoil,
+    stores_in,
+    tone_in_noise,
+    write,
+)
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def _table(recordings: dict[Path, list[tuple[float, float]]]) -> pd.DataFrame:
-    rows = [
-        (path.stem, i, start, end, str(path))
-        for path, cycles in recordings.items()
-        for i, (start, end) in enumerate(cycles)
-    ]
-    return pd.DataFrame(
-        rows, columns=["Filename", "CycleIndex", "CycleStart", "CycleEnd", "Recording"]
-    )
-
-
-@pytest.fixture
-def corpus(tmp_path) -> pd.DataFrame:
-    """Three recordings of two cycles each."""
-    folder = tmp_path / "recordings"
-    folder.mkdir()
-    files = {}
-    for i, rate in enumerate((44100, 4000, 16000)):
-        path = write(folder / f"r{i}.wav", tone_in_noise(1.0, rate, seed=i), rate)
-        files[path] = [(0.05, 0.4), (0.4, 0.99)]
-    return _table(files)
-
-
-def _open(table: pd.DataFrame, tmp_path: Path, **keys):
-    keys = {"workers": 1, "progress": False} | keys
-    return open_store(table, cache_dir=tmp_path / "cache", **keys)
-
-
-def _stores(tmp_path: Path) -> list[Path]:
-    return [p for p in (tmp_path / "cache").glob("waveforms-*") if p.suffix == ""]
 
 
 # -- the samples --------------------------------------------------------------------------------
@@ -66,7 +37,7 @@ def test_cycles_are_cut_from_the_resampled_whole(corpus, tmp_path, resampler):
     import soxr
     import torchaudio
 
-    store = _open(corpus, tmp_path, resampler=resampler)
+    store = open_in(corpus, tmp_path, resampler=resampler)
     assert len(store) == len(corpus) == 6
     assert not store.bad.any()
     assert store.report == []
@@ -91,8 +62,8 @@ def test_real_recordings(icbhi_root, tmp_path):
         path: [tuple(row[:2]) for row in np.loadtxt(path.with_suffix(".txt"), ndmin=2)]
         for path in paths
     }
-    table = _table(cycles)
-    store = _open(table, tmp_path)
+    table = recording_table(cycles)
+    store = open_in(table, tmp_path)
     assert not store.bad.any()
     seconds = (table.CycleEnd - table.CycleStart).to_numpy()
     np.testing.assert_allclose(store.lengths / 16000, seconds, atol=1e-3)
@@ -105,7 +76,7 @@ def test_stereo_is_averaged_with_one_warning(tmp_path, caplog):
     for name in ("a.wav", "b.wav"):
         sound = np.stack([left, right], axis=1)
         files[write(tmp_path / name, sound, 16000, "FLOAT")] = [(0.1, 0.4)]
-    store = _open(_table(files), tmp_path)
+    store = open_in(recording_table(files), tmp_path)
     mono = (left + right) / 2
     np.testing.assert_allclose(store[1], (mono - mono.mean())[1600:6400], atol=1e-6)
     assert caplog.text.count("channels") == 1
@@ -120,10 +91,10 @@ def test_error_or_counted_skip(corpus, tmp_path, kind, caplog):
     path = Path(corpus.Recording[2])
     spoil(path, kind)
     with pytest.raises(UserError, match=r"r1\.wav.*on_bad_recording: skip"):
-        _open(corpus, tmp_path)
-    assert not _stores(tmp_path)
+        open_in(corpus, tmp_path)
+    assert not stores_in(tmp_path)
 
-    store = _open(corpus, tmp_path, on_bad_recording="skip")
+    store = open_in(corpus, tmp_path, on_bad_recording="skip")
     assert store.bad.tolist() == [False, False, True, True, False, False]
     assert store.lengths[2] == store.lengths[3] == 0
     assert len(store.report) == 1
@@ -133,26 +104,26 @@ def test_error_or_counted_skip(corpus, tmp_path, kind, caplog):
     with pytest.raises(UserError, match="left out"):
         store[2]
     with pytest.raises(UserError, match=r"r1\.wav.*on_bad_recording: skip"):
-        _open(corpus, tmp_path)  # the finished store does not hide it either
+        open_in(corpus, tmp_path)  # the finished store does not hide it either
 
 
 @pytest.mark.parametrize(("late", "good"), [(0.04, True), (0.06, False)])
 def test_annotations_beyond_the_end(tmp_path, late, good):
     path = write(tmp_path / "a.wav", tone_in_noise(1.0, 8000), 8000)
-    table = _table({path: [(0.1, 0.5), (0.5, 1.0 + late)]})
+    table = recording_table({path: [(0.1, 0.5), (0.5, 1.0 + late)]})
     if good:
-        store = _open(table, tmp_path)
+        store = open_in(table, tmp_path)
         assert store.lengths.tolist() == [6400, 8000]
         assert store[1].std() > 0.1
     else:
         with pytest.raises(UserError, match=r"1\.000 s long, but .* goes on to 1\.060"):
-            _open(table, tmp_path)
+            open_in(table, tmp_path)
 
 
 def test_cycle_that_begins_behind_the_end(tmp_path):
     path = write(tmp_path / "a.wav", tone_in_noise(1.0, 8000), 8000)
     with pytest.raises(UserError, match="annotation"):
-        _open(_table({path: [(1.01, 1.03)]}), tmp_path)
+        open_in(recording_table({path: [(1.01, 1.03)]}), tmp_path)
 
 
 @pytest.mark.parametrize("rate", [8000, 16000])
@@ -160,7 +131,7 @@ def test_silent_cycles_are_counted(tmp_path, caplog, rate):
     sound = tone_in_noise(1.0, rate)
     sound[int(0.45 * rate) :] = 0
     path = write(tmp_path / "a.wav", sound, rate)
-    _open(_table({path: [(0.1, 0.45), (0.45, 0.7), (0.7, 1.0)]}), tmp_path)
+    open_in(recording_table({path: [(0.1, 0.45), (0.45, 0.7), (0.7, 1.0)]}), tmp_path)
     assert "2 cycles are silent throughout, the first in" in caplog.text
     assert "a.wav" in caplog.text
 
@@ -168,23 +139,23 @@ def test_silent_cycles_are_counted(tmp_path, caplog, rate):
 def test_empty_cycle_is_named(tmp_path):
     path = write(tmp_path / "a.wav", tone_in_noise(1.0, 8000), 8000)
     with pytest.raises(UserError, match=r"0\.5 s to 0\.5 s of a "):
-        _open(_table({path: [(0.5, 0.5)]}), tmp_path)
+        open_in(recording_table({path: [(0.5, 0.5)]}), tmp_path)
 
 
 def test_missing_recordings_are_named(corpus, tmp_path):
     Path(corpus.Recording[2]).unlink()
     with pytest.raises(UserError, match=r"1 recordings are missing.*r1\.wav"):
-        _open(corpus, tmp_path)
+        open_in(corpus, tmp_path)
 
 
 def test_table_without_audio_is_refused(corpus, tmp_path):
     with pytest.raises(UserError, match="without audio"):
-        _open(corpus.assign(Recording=""), tmp_path)
+        open_in(corpus.assign(Recording=""), tmp_path)
 
 
 def test_torchaudio_is_not_needed_where_it_does_not_resample(corpus, tmp_path):
     """Neither for soxr nor for opening a store that torchaudio made."""
-    store = _open(corpus, tmp_path)
+    store = open_in(corpus, tmp_path)
     corpus.to_pickle(tmp_path / "table.pkl")
     code = (
         "import sys; sys.modules['torchaudio'] = None\n"
@@ -205,56 +176,56 @@ def test_torchaudio_is_not_needed_where_it_does_not_resample(corpus, tmp_path):
 
 
 def test_same_inputs_share_a_store_and_changed_ones_do_not(corpus, tmp_path):
-    first = _open(corpus, tmp_path).folder
-    assert _open(corpus, tmp_path).folder == first
-    assert _open(corpus, tmp_path, resampler="soxr_hq").folder != first
-    assert _open(corpus, tmp_path, sample_rate=8000).folder != first
+    first = open_in(corpus, tmp_path).folder
+    assert open_in(corpus, tmp_path).folder == first
+    assert open_in(corpus, tmp_path, resampler="soxr_hq").folder != first
+    assert open_in(corpus, tmp_path, sample_rate=8000).folder != first
     moved = corpus.copy()
     moved.loc[3, "CycleEnd"] = 0.98
-    assert _open(moved, tmp_path).folder != first
-    assert _open(corpus.iloc[::-1].reset_index(drop=True), tmp_path).folder != first
+    assert open_in(moved, tmp_path).folder != first
+    assert open_in(corpus.iloc[::-1].reset_index(drop=True), tmp_path).folder != first
 
     path = Path(corpus.Recording[0])
-    before = _open(corpus, tmp_path)[0]
+    before = open_in(corpus, tmp_path)[0]
     sound = tone_in_noise(1.0, 44100, seed=9)
     stat = path.stat()
     write(path, sound, 44100)
     assert path.stat().st_size == stat.st_size
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    changed = _open(corpus, tmp_path)
+    changed = open_in(corpus, tmp_path)
     assert changed.folder != first
     assert np.abs(changed[0] - before).max() > 0.01
 
 
 def test_a_copied_corpus_shares_the_store(corpus, tmp_path):
-    first = _open(corpus, tmp_path).folder
+    first = open_in(corpus, tmp_path).folder
     shutil.copytree(tmp_path / "recordings", tmp_path / "moved")  # keeps the times
     moved = corpus.assign(Recording=corpus.Recording.str.replace("recordings", "moved"))
-    assert _open(moved, tmp_path).folder == first
+    assert open_in(moved, tmp_path).folder == first
 
 
 def test_a_recording_that_vanishes_later_does_not_matter(corpus, tmp_path, caplog):
-    store = _open(corpus, tmp_path)
+    store = open_in(corpus, tmp_path)
     expected = store[2]
     Path(corpus.Recording[2]).unlink()
     np.testing.assert_array_equal(store[2], expected)
-    again = _open(corpus, tmp_path)
+    again = open_in(corpus, tmp_path)
     np.testing.assert_array_equal(again[2], expected)
     assert "1 recordings are gone" in caplog.text
     os.utime(corpus.Recording[0], ns=(1, 1))  # but a changed one does
     with pytest.raises(UserError, match="missing"):
-        _open(corpus, tmp_path)
+        open_in(corpus, tmp_path)
 
 
 def test_store_is_small_to_pickle_and_works_elsewhere(corpus, tmp_path):
-    store = _open(corpus, tmp_path)
+    store = open_in(corpus, tmp_path)
     copy = pickle.loads(pickle.dumps(store))
     np.testing.assert_array_equal(copy[4], store[4])
     assert len(pickle.dumps(store)) < 5000
 
 
 def test_cycles_are_read_into_rows(corpus, tmp_path):
-    store = _open(corpus, tmp_path)
+    store = open_in(corpus, tmp_path)
     out = np.full((2, int(store.lengths[4]) - 5), 7, np.float32)  # the first is cut, the second
     store.lengths[1] -= 100  # ends before the row does
     store.read(np.array([4, 1]), out)
@@ -269,10 +240,10 @@ def test_cycles_are_read_into_rows(corpus, tmp_path):
 
 @pytest.mark.parametrize("damage", ["samples.f32", "cycles.npy", "index.json"])
 def test_damage_is_named(corpus, tmp_path, damage):
-    folder = _open(corpus, tmp_path).folder
+    folder = open_in(corpus, tmp_path).folder
     cut(folder / damage, 0.5)
     with pytest.raises(UserError, match=r"damaged.*delete it"):
-        _open(corpus, tmp_path)
+        open_in(corpus, tmp_path)
 
 
 def test_a_recording_that_changes_while_it_is_read_makes_no_store(corpus, tmp_path, monkeypatch):
@@ -284,139 +255,5 @@ def test_a_recording_that_changes_while_it_is_read_makes_no_store(corpus, tmp_pa
 
     monkeypatch.setattr(store_build, "read_recording", read_and_touch)
     with pytest.raises(UserError, match=r"r0\.wav changed while"):
-        _open(corpus, tmp_path, on_bad_recording="skip")
-    assert not _stores(tmp_path)
-
-
-# -- building -----------------------------------------------------------------------------------
-
-
-def test_processes_write_what_one_process_writes(tmp_path):
-    folder = tmp_path / "recordings"
-    folder.mkdir()
-    files = {
-        write(folder / f"r{i:02}.wav", tone_in_noise(0.3, 4000, i), 4000): [(0.0, 0.1), (0.1, 0.29)]
-        for i in range(16)
-    }
-    spoil(folder / "r07.wav", "nan")
-    table = _table(files)
-    one = _open(table, tmp_path, on_bad_recording="skip")
-    keys = dict(workers=2, on_bad_recording="skip", progress=False)
-    two = open_store(table, cache_dir=tmp_path / "other", **keys)
-    for name in ("samples.f32", "cycles.npy", "index.json"):
-        assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
-    assert two.bad.sum() == 2
-
-
-def test_no_room(corpus, tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
-    with pytest.raises(UserError, match=r"cache.*needs 0\.00 GB.*dataset\.cache_dir"):
-        _open(corpus, tmp_path)
-    assert not _stores(tmp_path)
-
-
-def test_a_disk_that_fills_up_while_writing_leaves_no_store(corpus, tmp_path, monkeypatch):
-    finish = store_build._finish
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(store_build, "_finish", full)
-    with pytest.raises(UserError, match="No space left"):
-        _open(corpus, tmp_path)
-    assert not _stores(tmp_path)
-    monkeypatch.setattr(store_build, "_finish", finish)
-    assert len(_open(corpus, tmp_path)[5]) == int(0.99 * 16000) - 6400
-
-
-def test_cache_folder_that_can_not_be_written(corpus, tmp_path):
-    (tmp_path / "cache").write_text("a file, not a folder")
-    with pytest.raises(UserError, match=r"cache.*dataset\.cache_dir"):
-        _open(corpus, tmp_path)
-
-
-CHILD = """
-import os, signal, sys, time
-import pandas as pd
-import data.store_build as build
-from data.waveforms import open_store
-
-table, cache, log, gate, kill_at = sys.argv[1:]
-work, build.SYNC_SECONDS, done = build.write_recording, 0.0, 0
-
-def watched(job):
-    global done
-    if done == int(kill_at):
-        os.kill(os.getpid(), signal.SIGKILL)
-    done += 1
-    with open(log, "a") as file:
-        print(job["number"], file=file)
-    while gate and not os.path.exists(gate):
-        time.sleep(0.02)
-    return work(job)
-
-build.write_recording = watched
-store = open_store(pd.read_pickle(table), cache_dir=cache, workers=1)
-print(store.folder)
-"""
-
-
-def _child(tmp_path: Path, kill_at: int = -1, gate: Path | str = "") -> subprocess.Popen:
-    """A process that builds the store, kills itself at a recording, or waits for the gate file."""
-    files = [str(tmp_path / name) for name in ("table.pkl", "cache", "log.txt")]
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, *files, str(gate), str(kill_at)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-@pytest.mark.slow
-def test_a_killed_build_goes_on_where_it_stood(corpus, tmp_path):
-    corpus.to_pickle(tmp_path / "table.pkl")
-    child = _child(tmp_path, kill_at=2)
-    child.communicate(timeout=120)
-    assert child.returncode == -9
-    assert not _stores(tmp_path)
-    building = next((tmp_path / "cache").glob("*.building"))
-    with (building / "done.jsonl").open("a") as journal:
-        journal.write('{"number": 2, "len')  # as if killed while writing the line
-    child = _child(tmp_path)
-    out, errors = child.communicate(timeout=120)
-    assert child.returncode == 0, errors
-    assert (tmp_path / "log.txt").read_text().split() == ["0", "1", "2"]  # nothing twice
-
-    untouched = open_store(corpus, cache_dir=tmp_path / "other", workers=1, progress=False)
-    for name in ("samples.f32", "cycles.npy", "index.json"):
-        assert (Path(out.strip()) / name).read_bytes() == (untouched.folder / name).read_bytes()
-
-
-@pytest.mark.slow
-def test_two_processes_build_one_store(corpus, tmp_path):
-    corpus.to_pickle(tmp_path / "table.pkl")
-    gate = tmp_path / "gate"
-    first, second = children = [_child(tmp_path, gate=gate) for _ in range(2)]
-    waits = False
-    while not waits:  # whichever came second says so
-        ready = select.select([first.stderr, second.stderr], [], [], 60)[0]
-        assert ready, "neither process waits for the other"
-        lines = [pipe.readline() for pipe in ready]
-        assert all(lines), "a process died"
-        waits = any("waiting for it" in line for line in lines)
-    gate.touch()
-    results = [child.communicate(timeout=120) for child in children]
-    assert [child.returncode for child in children] == [0, 0], results
-    assert results[0][0] == results[1][0] != ""
-    assert sorted((tmp_path / "log.txt").read_text().split()) == ["0", "1", "2"]
-
-
-def test_index_says_what_the_store_was_made_from(corpus, tmp_path, caplog):
-    with caplog.at_level(logging.INFO):
-        folder = _open(corpus, tmp_path).folder
-    index = json.loads((folder / "index.json").read_text())
-    assert index["settings"]["resampler"] == "torchaudio"
-    assert [name for name, _, _ in index["prints"]] == ["r0.wav", "r1.wav", "r2.wav"]
-    assert "6 cycles written" in caplog.text
+        open_in(corpus, tmp_path, on_bad_recording="skip")
+    assert not stores_in(tmp_path)
