@@ -63,7 +63,7 @@ def test_annealing_is_off_by_default_and_reaches_the_masks_by_key(make_model):
 
 
 def test_temperature_is_never_below_a_tenth():
-    masks = SoftMasks(FACTORS, 9, temperature=0.01)
+    masks = SoftMasks(FACTORS, 9, temperature=0.01, init_scale=0.05)  # not saturated
     assert torch.allclose(masks(), torch.sigmoid(masks.logits / 0.1))
 
 
@@ -120,6 +120,9 @@ def test_controls_start_from_the_initial_masks_at_the_final_temperature():
     assert result["temperature"] == pytest.approx(0.2)
     only = result["overlap_regularisers_only"]
     assert 0 < only < result["overlap_initial_same_temperature"]
+    # judged at the final temperature also when its own training ends at another one
+    short = mask_controls(masks, lr=1e-6, steps=4, steps_per_epoch=4)
+    assert short["overlap_regularisers_only"] == pytest.approx(sigmoid_overlap(0.5, 0.2), rel=1e-3)
 
 
 def test_control_follows_the_learning_rate_schedule():
