@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -129,6 +130,32 @@ def test_the_same_command_again_shows_the_finished_run(
     again = ("mlflow.enabled=false", "training.resume=never")
     assert run(monkeypatch, "ast", synthetic_corpus, *again) == 0
     assert best.stat().st_mtime_ns > written
+
+
+def test_a_run_that_ended_before_its_best_was_published_is_published_by_the_same_command(
+    here, monkeypatch, synthetic_corpus, no_pictures
+):
+    def killed(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("utils.training.run.Run._publish", killed)
+        assert run(monkeypatch, "ast", synthetic_corpus, "mlflow.enabled=false") == 130
+    finished, copy = only_run(here), here / "checkpoints" / "ast_best.pt"
+    assert (finished / "report.json").is_file() and not copy.exists()
+    best = (finished / "checkpoints" / "best.pt").read_bytes()
+    reported = (finished / "report.json").stat().st_mtime
+    for content, age in ((None, None), (b"of an earlier run", 60), (b"of a later run", -60)):
+        if content:
+            copy.write_bytes(content)
+            os.utime(copy, (reported - age, reported - age))
+        assert run(monkeypatch, "ast", synthetic_corpus, "mlflow.enabled=false") == 0
+        assert copy.read_bytes() == (content if content == b"of a later run" else best)
+        assert copy.with_suffix(".md").read_text().startswith("# Model card: AST")
+    copy.unlink()
+    member = ("--member-of", str(here), "mlflow.enabled=false")
+    assert run(monkeypatch, "ast", synthetic_corpus, *member) == 0
+    assert not copy.exists(), "members do not replace the plain run's copy"
 
 
 def test_seeds_and_folds_are_grouped(here, monkeypatch, synthetic_corpus, capsys, no_pictures):

@@ -33,7 +33,7 @@ from utils.training.device import Machine, describe
 from utils.training.engine import Trainer
 from utils.training.runfolder import RunFolder
 from utils.training.state import Keeper
-from utils.training.summary import banner, print_end, write_run_report
+from utils.training.summary import banner, print_end, published_best, write_run_report
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,10 @@ class Run:
             return False
         if self.machine.is_main:
             self._check_unchanged()
-            Keeper(self.folder, self.machine, {}).clean()  # a kill may have come just before it
+            # a kill or a full disk may have come just before these two
+            if not self._is_published():
+                self._publish()
+            Keeper(self.folder, self.machine, {}).clean()
             logger.info("finished already; training.resume=never would start anew")
             print_end(self.folder, self.config, published=not self.is_member)
         return True
@@ -316,14 +319,19 @@ class Run:
         if self.config.mlflow.log_checkpoint:
             self.tracker.artifact(self.folder.best, "checkpoints")
 
+    def _is_published(self) -> bool:
+        """Whether checkpoints/ holds this run's best, or that of a run which finished later."""
+        copy = published_best(self.config)
+        return copy.is_file() and copy.stat().st_mtime >= self.folder.report.stat().st_mtime
+
     def _publish(self) -> None:
         """checkpoints/<variant>_best.pt: a copy of the latest finished plain run's best, and its
-        model card beside it."""
+        model card beside it. The copy comes last: where it is, the card is its own."""
         if self.is_member:
             return
-        target = Path(self.config.training.checkpoint_dir) / f"{self.variant.short}_best.pt"
+        target = published_best(self.config)
+        card = (self.folder.path / "model_card.md").read_text(encoding="utf-8")
+        write_text(target.with_suffix(".md"), card)
         size = self.folder.best.stat().st_size
         with self.folder.best.open("rb") as source, atomic_write(target, needed_bytes=size) as file:
             shutil.copyfileobj(source, file)
-        card = (self.folder.path / "model_card.md").read_text(encoding="utf-8")
-        write_text(target.with_suffix(".md"), card)

@@ -138,12 +138,16 @@ def print_end(folder: RunFolder, config: RunConfig, *, published: bool = True) -
             if part == "test" and rule == "chosen" and "collapsed_score" in metrics:
                 print(figure_row("test, collapsed to 2 classes", metrics, "collapsed_"))
     print(f"\nrun folder   {folder.path}")
-    copy = Path(config.training.checkpoint_dir) / f"{VARIANTS[config.variant].short}_best.pt"
-    print(f"checkpoint   {copy if published else folder.best}")
+    print(f"checkpoint   {published_best(config) if published else folder.best}")
     if config.mlflow.enabled:
         uri = config.mlflow.tracking_uri
         opens = uri if uri.startswith("http") else ui_command(uri)
         print(f"MLflow       {opens}")
+
+
+def published_best(config: RunConfig) -> Path:
+    """Where the best checkpoint of a variant's latest finished plain run is copied to."""
+    return Path(config.training.checkpoint_dir) / f"{VARIANTS[config.variant].short}_best.pt"
 
 
 def ui_command(uri: str) -> str:
