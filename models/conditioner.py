@@ -131,6 +131,19 @@ class Conditioner(nn.Module):
         """Scalars worth a curve, logged once per epoch."""
         return {}
 
+    def controls(
+        self, *, lr: float, steps: int, steps_per_epoch: int, schedule: Callable[[int], float]
+    ) -> dict[str, float]:
+        """What the trained conditioner's diagnostics must be judged against, computed once, behind
+        the training.
+
+        Args:
+            lr: learning rate of the run, before any multiplier.
+            steps, steps_per_epoch: optimiser steps up to the weights at hand, and per epoch.
+            schedule: step (from 0) -> factor on `lr`.
+        """
+        return {}
+
 
 class Variant(NamedTuple):
     """One model variant; a module in `models/` that holds one as `VARIANT` is discovered.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from data.batch import Metadata
 from models.conditioner import ConditionState, Modulation, ParameterGroup, Variant
 from models.encoders import FactorEncoder, MetadataEmbeddings, build_embeddings
 from models.film import FiLMConfig, film_arguments
-from models.masks import SoftMasks
+from models.masks import SoftMasks, mask_controls
 from models.modulation import Generators, ModulatingConditioner
 from utils.errors import UserError
 
@@ -109,6 +110,19 @@ class SoftFiLM(ModulatingConditioner):
 
     def diagnostics(self) -> dict[str, float]:
         return {**super().diagnostics(), **self.masks.diagnostics()}
+
+    def controls(
+        self, *, lr: float, steps: int, steps_per_epoch: int, schedule: Callable[[int], float]
+    ) -> dict[str, float]:
+        """The overlaps that small trained ones must be compared with: `mask_controls`."""
+        found = mask_controls(
+            self.masks,
+            lr=lr * self.mask_lr_multiplier,
+            steps=steps,
+            steps_per_epoch=steps_per_epoch,
+            schedule=schedule,
+        )
+        return {f"masks/{name}": value for name, value in found.items()}
 
     @torch.no_grad()
     def factor_effects(

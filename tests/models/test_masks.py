@@ -154,3 +154,12 @@ def test_factor_effects_tell_which_factor_acts(make_model, make_metadata):
     assert torch.allclose(centred[0], torch.zeros(3), atol=1e-5) and (centred[1] > 0).all()
     scale, shift = (soft.factor_effects(metadata, part=p)[1] for p in ("scale", "shift"))
     assert not torch.allclose(scale, shift)
+
+
+def test_controls_of_a_model_are_those_of_its_masks_at_their_own_rate(make_model):
+    soft = make_model("ast_softfilm", {"mask_lr_multiplier": 7.0}).conditioner
+    given = {"steps": 20, "steps_per_epoch": 5, "schedule": lambda step: 1 - step / 20}
+    expected = mask_controls(soft.masks, lr=7e-3, **given)
+    found = soft.controls(lr=1e-3, **given)
+    assert found == {f"masks/{name}": value for name, value in expected.items()}
+    assert make_model("ast_film").conditioner.controls(lr=1e-3, **given) == {}
