@@ -8,7 +8,9 @@ What is still missing at the end is sent by
     python -m utils.tracking upload RUN_FOLDER [RUN_FOLDER ...] [--tracking-uri URI]
 
 `tracking.json` beside the journal says which run it became and how far it was sent. Sending a
-record twice changes nothing: times are taken from the journal, and MLflow drops equal metrics.
+record twice changes nothing: times are taken from the journal, and MLflow drops a metric that is
+equal in value, step and time. An epoch that a killed run repeats is not recorded again: its time
+would be another.
 MLflow is imported only when tracking is on. Credentials come from the environment, never a URI.
 """
 
@@ -165,6 +167,14 @@ class Journal:
         """Records that were not sent yet, oldest first."""
         return [record for record in self.records if record["n"] > self.sent]
 
+    def metrics(self, step: int) -> dict[str, float]:
+        """The latest value of every metric that was recorded for a step."""
+        known: dict[str, float] = {}
+        for record in self.records:
+            if record["op"] == "metrics" and record.get("step") == step:
+                known |= record.get("values", {})
+        return known
+
     def append(self, op: str, **values: Any) -> None:
         """Keep a record in memory and on disk. Raises OSError if the disk does not take it."""
         number = self.records[-1]["n"] + 1 if self.records else 1
@@ -208,7 +218,12 @@ class MLflowTracker(Tracker):
                 numbers[_key(key)] = float(value)
             except (TypeError, ValueError):
                 self._warn("metric", f"metric {key} is not a number and is not tracked")
-        self.record("metrics", step=int(step or 0), values=numbers)
+        known = self.journal.metrics(int(step or 0))
+        # an epoch is tracked once; a figure without epoch may change, by another evaluation
+        once = step is not None
+        new = {k: v for k, v in numbers.items() if k not in known or not (once or known[k] == v)}
+        if new:
+            self.record("metrics", step=int(step or 0), values=new)
 
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
         try:

@@ -171,6 +171,24 @@ def test_resuming_continues_the_same_run(tmp_path, uri, warnings):
     assert warnings() == []
 
 
+def test_an_epoch_that_a_killed_run_repeats_is_tracked_once(tmp_path, uri, warnings):
+    first = start(uri, tmp_path / "run")
+    first.metrics({"train/loss": 0.5, "train/clips_per_s": 90.0}, 1)
+    first.metrics({"test/score": 60.0})
+    time.sleep(0.002)  # MLflow drops a metric that is equal in its time, too
+    again = start(uri, tmp_path / "run")  # after SIGKILL: from a checkpoint before that epoch
+    again.metrics({"train/loss": 0.5, "train/clips_per_s": 80.0, "val/score": 50.0}, 1)
+    again.metrics({"train/loss": 0.5}, 2)
+    again.metrics({"test/score": 60.0})
+    assert history(uri, first.run_id, "train/loss") == [(1, 0.5), (2, 0.5)]
+    assert history(uri, first.run_id, "train/clips_per_s") == [(1, 90.0)]
+    assert history(uri, first.run_id, "val/score") == [(1, 50.0)]
+    assert history(uri, first.run_id, "test/score") == [(0, 60.0)]
+    again.metrics({"test/score": 61.0})  # evaluated anew: what has no epoch may change
+    assert client(uri).get_run(first.run_id).data.metrics["test/score"] == 61.0
+    assert len(again.journal.records) == 7, "a call with nothing new leaves no record"
+
+
 def test_a_run_that_the_store_does_not_have_starts_anew_with_all_records(tmp_path, uri, warnings):
     first = start(uri, tmp_path / "run")
     first.metrics({"train/loss": 1.0}, 0)
