@@ -192,7 +192,7 @@ def _train(trainer) -> dict[str, float | bool | str]:
     history = trainer.fit().history
     seconds = time.perf_counter() - began
     shutil.rmtree(trainer.keeper.folder.path)  # weights and optimiser at full size: 1.4 GB
-    rates = [row["clips_per_s"] for row in history[1:]]
+    rates = [row["train_clips_per_s"] for row in history[1:]]
     losses = [row["train_loss"] for row in history]
     figures = {
         "clips_per_s": statistics.median(rates),

@@ -142,7 +142,8 @@ class Result:
         self.report.pop("revision")  # the checkout may change while this runs
         with (folder / "metrics.csv").open() as file:
             self.history = [
-                {k: v for k, v in row.items() if k != "clips_per_s"} for row in csv.DictReader(file)
+                {k: v for k, v in row.items() if k != "train_clips_per_s"}
+                for row in csv.DictReader(file)
             ]
         self.files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 

@@ -363,14 +363,14 @@ def test_the_tracker_gets_each_epoch_once(tmp_path):
     trainer = tiny_trainer(tiny_config(), tmp_path, tracker=recorder)
     trainer.fit()
     assert [step for step, _ in recorder.calls] == [1, 2, 3]
-    assert {"train/loss", "val/score", "lr"} <= recorder.calls[0][1].keys()
+    assert {"train/loss", "train/clips_per_s", "val/score", "lr"} <= recorder.calls[0][1].keys()
 
 
 def test_the_epoch_line_fits_a_terminal(tmp_path):
     for selection in ("validation", "fixed", "test"):
         config = tiny_config(**{"training.selection": selection, "training.epochs": 1})
         row = tiny_trainer(config, tmp_path / selection).fit().history[0]
-        row |= {"clips_per_s": 1234.5, "val_loss": 1234.5678, "epoch": 99.0}
+        row |= {"train_clips_per_s": 1234.5, "val_loss": 1234.5678, "epoch": 99.0}
         assert len(epoch_line(row, 100, True)) <= 100
 
 

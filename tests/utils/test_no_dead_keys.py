@@ -44,7 +44,9 @@ def trained(config: RunConfig, folder: Path) -> str:
     torch.manual_seed(0)
     trainer = tiny_trainer(config, folder / "run")
     progress = trainer.fit()
-    history = [{k: v for k, v in row.items() if k != "clips_per_s"} for row in progress.history]
+    history = [
+        {k: v for k, v in row.items() if k != "train_clips_per_s"} for row in progress.history
+    ]
     weights = trainer.model.state_dict()
     return digest(history, progress.thresholds, *weights, *weights.values())
 

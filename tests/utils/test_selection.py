@@ -51,7 +51,9 @@ def train(config: RunConfig) -> dict:
         data = run.data()
         run.test(run.fit(run.model(data), data))
     with run.folder.metrics.open() as file:
-        history = [{k: v for k, v in r.items() if k != "clips_per_s"} for r in csv.DictReader(file)]
+        history = [
+            {k: v for k, v in r.items() if k != "train_clips_per_s"} for r in csv.DictReader(file)
+        ]
     predictions = {p.stem: p.read_text() for p in run.folder.predictions.glob("*.csv")}
     rows = list(csv.DictReader(predictions["test"].splitlines()))
     return {

@@ -239,5 +239,6 @@ def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[st
 def comparable(history: list[dict[str, float]]) -> list[dict[str, float]]:
     """History rows without the one figure that depends on the clock; NaN compares equal."""
     return [
-        {k: "nan" if v != v else v for k, v in row.items() if k != "clips_per_s"} for row in history
+        {k: "nan" if v != v else v for k, v in row.items() if k != "train_clips_per_s"}
+        for row in history
     ]

@@ -284,7 +284,7 @@ class Trainer:
             "lr": self.schedule.get_last_lr()[0],
             "train_loss": _mean(record[:, 0]),
             **{f"train_{key}": value for key, value in train._asdict().items()},
-            "clips_per_s": len(rows) / max(progress.seconds, 1e-9),
+            "train_clips_per_s": len(rows) / max(progress.seconds, 1e-9),
         }
         self.model.conditioner.finalise()
         score, thresholds = float("nan"), task.default_thresholds
@@ -362,7 +362,7 @@ def epoch_line(row: dict[str, float], epochs: int, best: bool) -> str:
         f"epoch {int(row['epoch']) + 1:3d}/{epochs}  loss {row['train_loss']:<6.4g}  "
         f"{chosen_by}  Sp {row[f'{part}_sp']:5.1f}  "
         f"Se {row[f'{part}_se']:5.1f}  Score {row[f'{part}_score']:5.1f}{'*' if best else ' '} "
-        f"lr {row['lr']:.1e}  {row['clips_per_s']:.0f} clips/s"
+        f"lr {row['lr']:.1e}  {row['train_clips_per_s']:.0f} clips/s"
     )
 
 
