@@ -188,6 +188,10 @@ def test_mlflow_gets_the_run_by_default(here, monkeypatch, synthetic_corpus):
     assert found.data.params["training.epochs"] == "2"
     assert found.data.params["data.train.cycles"].isdigit()
     assert found.data.tags["partial_data"] == "true"
+    report = (only_run(here) / "report.md").read_text(encoding="utf-8")
+    shown = found.data.tags["mlflow.note.content"]  # what the run's overview shows
+    assert report.startswith(shown) and len(shown) > min(len(report), 5000) - 500
+    assert report[len(shown) :][:1] in ("", "\n"), "cut between two lines"
     names = {file.path for file in client.list_artifacts(found.info.run_id)}
     assert {"config.yaml", "predictions", "report.json", "figures", "checkpoints"} <= names
 

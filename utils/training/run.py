@@ -25,7 +25,7 @@ from utils.config import RunConfig, config_to_dict, config_to_yaml, flatten, loa
 from utils.errors import Preempted, UserError
 from utils.evaluation.predictions import make_predictions, write_predictions
 from utils.files import atomic_write, write_text
-from utils.tracking import Journal, Tracker, run_name, run_tags, start_tracking
+from utils.tracking import MAX_TAG, Journal, Tracker, run_name, run_tags, start_tracking
 from utils.training import group
 from utils.training.assemble import build_data, build_inputs, build_model, count_parts
 from utils.training.checkpoint import git_revision, load_checkpoint
@@ -310,7 +310,11 @@ class Run:
         return tracker
 
     def _track_files(self) -> None:
-        """Pictures, model card and (by key) the checkpoint."""
+        """Pictures, report, model card and (by key) the checkpoint; the report is the overview."""
+        overview = (self.folder.path / "report.md").read_text(encoding="utf-8")
+        if len(overview) > MAX_TAG:
+            overview = overview[:MAX_TAG].rpartition("\n")[0]  # whole lines
+        self.tracker.tags({"mlflow.note.content": overview})
         for path in sorted(self.folder.figures.glob("*.png")):
             self.tracker.artifact(path, "figures")
         for path in sorted(self.folder.path.glob("*.md")):
