@@ -136,7 +136,9 @@ def draw_patients(n: int, rng: np.random.Generator, field: str | None) -> list[P
         traits = draw_traits(rng, child=child and field != "age")
         sex = str(rng.choice(["M", "F"], p=[0.63, 0.37]))
         body = (age, sex, bmi, weight, height)
-        patients.append(Patient(pid, parts[i], devices[i], *body, diagnosis, traits, int(i % 2)))
+        # where every second patient is a child, the site must not alternate with the age
+        first = i // 2 % 2 if field == "age" else i % 2
+        patients.append(Patient(pid, parts[i], devices[i], *body, diagnosis, traits, int(first)))
     return _lose_values(patients, field)
 
 
@@ -224,7 +226,9 @@ def plan_recordings(
         for k, device in enumerate(devices):
             if k % SESSION == 0:
                 used = set()
-            site = _draw_site((patient.first_group + k) % 2, used, rng)
+            # a planted device must not be told by the site, so their groups do not alternate alike
+            turn = rng.integers(2) if field == "device" else (patient.first_group + k) % 2
+            site = _draw_site(int(turn), used, rng)
             used.add(site)
             # Without a planted effect the sites' groups only spread the classes evenly.
             group = planted.group_of(field or "site", site=site, device=device, age=patient.age)

@@ -390,6 +390,19 @@ def test_a_planted_device_does_not_betray_itself(tmp_path, quick):
     assert report.planted_effect == "device"
 
 
+@pytest.mark.parametrize("field", list(planted.SECOND_GROUP))
+def test_no_other_field_tells_the_planted_one(field):
+    from data.cohort import draw_patients, plan_recordings
+
+    patients = draw_patients(120, np.random.default_rng(0), field)
+    shape = {"seed": 0, "per_patient": 3, "cycles": 7, "traps": False}
+    plan = pd.DataFrame(plan_recordings(patients, field=field, **shape))
+    for other in {"site", "device"} - {field}:
+        guess = plan.groupby(other).group.agg(lambda groups: groups.mode()[0])
+        known = balanced_accuracy_score(plan.group, plan[other].map(guess))
+        assert known < 0.6, f"{other} tells {known:.2f} of the cycles' {field}"
+
+
 def test_planted_age_is_known_and_does_not_change_the_breathing():
     from data.cohort import draw_patients
 
