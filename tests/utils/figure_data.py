@@ -59,7 +59,10 @@ def write_checkpoint(path: Path, variant: str, corpus: Path, *overrides: str) ->
         epoch=1,
         score=50.0,
         pos_weight=(),
-        counts={"train": {"cycles": len(split.train)}},
+        counts={
+            part: {"cycles": len(getattr(split, part)), "recordings": 1, "patients": 1}
+            for part in ("train", "val", "test")
+        },
         partial="PARTIAL DATA: a part of 920 recordings",
         run="a-run",
         layer_norm_eps=1e-6,

@@ -26,6 +26,8 @@ from utils.training.checkpoint import (
     save_state,
 )
 
+COUNTS = {part: {"cycles": 24, "recordings": 6, "patients": 6} for part in ("train", "val", "test")}
+
 
 @cache
 def parts():
@@ -47,7 +49,7 @@ def make(**changed) -> Checkpoint:
         "score": 61.25,
         "layer_norm_eps": 1e-6,
         "pos_weight": (2.0, 5.5),
-        "counts": {"train": {"cycles": 24}},
+        "counts": COUNTS,
         "partial": "",
         "run": "a-run",
     }
@@ -69,23 +71,23 @@ tensors = st.builds(
     st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool]),
     st.integers(0, 99),
 )
-numbers = st.floats(allow_nan=False)
+shares = st.floats(0, 1)
 
 
 @given(
     weights=st.dictionaries(st.text(max_size=8), tensors, max_size=4),
-    thresholds=st.lists(numbers, max_size=2).map(tuple),
-    counts=st.dictionaries(st.text(max_size=5), st.integers(), max_size=3),
+    thresholds=st.tuples(shares, shares),
+    classes=st.dictionaries(st.text(max_size=5), st.integers(0), max_size=3),
     partial=st.text(max_size=20),
     epoch=st.integers(0, 10**6),
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_round_trip(tmp_path_factory, weights, thresholds, counts, partial, epoch):
+def test_round_trip(tmp_path_factory, weights, thresholds, classes, partial, epoch):
     path = tmp_path_factory.getbasetemp() / "round.pt"
     before = make(
         weights=weights,
         thresholds=thresholds,
-        counts=counts,
+        counts=COUNTS | {"train": classes | COUNTS["train"]},
         partial=partial,
         epoch=epoch,
         score=float("nan"),
@@ -178,7 +180,9 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, monk
 @pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], torch.zeros(3), "text"])
 def test_foreign_content_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(UserError, match=r"other\.pt is not a model checkpoint"):
+    with pytest.raises(
+        UserError, match=r"other\.pt is not a model checkpoint .*; give .*_best\.pt"
+    ):
         load_checkpoint(tmp_path / "other.pt")
     with pytest.raises(UserError, match=r"other\.pt is not a training state"):
         load_state(tmp_path / "other.pt")
@@ -201,6 +205,18 @@ def resave(good, path, **changed):
         ({"epoch": True}, "damaged: epoch is a bool"),
         ({"thresholds": 0.5}, "damaged: thresholds is a float"),
         ({"surprise": 1}, "damaged: .*surprise"),
+        ({"selection": "fixed"}, "damaged: selection is not the validation of its config"),
+        ({"thresholds": (0.5, float("nan"))}, "damaged: thresholds are not 2 numbers.*another"),
+        ({"thresholds": (0.5, 1.5)}, "damaged: thresholds"),
+        ({"thresholds": (0.5, "x")}, "damaged: thresholds"),
+        ({"thresholds": (0.5,)}, "damaged: thresholds"),
+        ({"pos_weight": (1.0, float("inf"))}, "damaged: pos_weight"),
+        ({"pos_weight": (1.0, 0.0)}, "damaged: pos_weight"),
+        ({"pos_weight": (1.0, 2.0, 3.0)}, "damaged: pos_weight is not 2 positive"),
+        ({"counts": {"train": {"cycles": 1}}}, "counts of train lack .*patients"),
+        ({"counts": {k: v for k, v in COUNTS.items() if k != "test"}}, "damaged: counts of test"),
+        ({"counts": COUNTS | {"val": [1]}}, "damaged: counts of val"),
+        ({"counts": COUNTS | {"val": COUNTS["val"] | {"wheeze": "many"}}}, "val are not whole"),
     ],
 )
 def test_tampered_fields_are_named(good, tmp_path, changed, words):

@@ -6,6 +6,7 @@ data. The training state is what resuming needs; it never leaves its run folder.
 
 from __future__ import annotations
 
+import math
 import platform
 import subprocess
 import zipfile
@@ -34,6 +35,8 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "epoch": int,
     **dict.fromkeys(("score", "layer_norm_eps"), (float, int)),
 }
+#: What is counted of each part of the data, beside its classes.
+COUNTED = {"cycles", "recordings", "patients"}
 
 
 @dataclass
@@ -115,18 +118,52 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             f"no checkpoint {path}; a finished training run writes it (the scripts copy their "
             "latest best one to checkpoints/<variant>_best.pt)"
         )
-    content = _content(path, FORMAT, "a model checkpoint of this repository")
+    content = _content(
+        path,
+        FORMAT,
+        "a model checkpoint of this repository; give checkpoints/<variant>_best.pt or the "
+        "checkpoints/best.pt of a run",
+    )
     try:
         checkpoint = Checkpoint(**content)
     except TypeError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        problem = str(error)
+    else:
+        problem = _problem(checkpoint)
+    if problem:
+        raise UserError(f"{path} is damaged: {problem}; use another copy")
+    return checkpoint
+
+
+def _problem(checkpoint: Checkpoint) -> str:
+    """What would end in a traceback, or in wrong figures, long after loading; empty: nothing."""
     for name, kind in KINDS.items():
         value = getattr(checkpoint, name)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise UserError(f"{path} is damaged: {name} is a {type(value).__name__}")
+            return f"{name} is a {type(value).__name__}"
     if not all(isinstance(value, torch.Tensor) for value in checkpoint.weights.values()):
-        raise UserError(f"{path} is damaged: its weights are not all tensors")
-    return checkpoint
+        return "its weights are not all tensors"
+    config = checkpoint.run_config()
+    task, number = config.task, (int, float)
+    if checkpoint.selection != config.training.selection:
+        return f"selection is not the {config.training.selection} of its configuration"
+    allowed = {task.n_thresholds, len(task.default_thresholds)}
+    if len(checkpoint.thresholds) not in allowed or not all(
+        isinstance(value, number) and 0 <= value <= 1 for value in checkpoint.thresholds
+    ):
+        return f"thresholds are not {task.n_thresholds} numbers in 0..1"
+    allowed = {0, len(task.outputs)}
+    if len(checkpoint.pos_weight) not in allowed or not all(
+        isinstance(value, number) and 0 < value < math.inf for value in checkpoint.pos_weight
+    ):
+        return f"pos_weight is not {len(task.outputs)} positive numbers"
+    for part in ("train", "val", "test"):
+        counts = checkpoint.counts.get(part)
+        if not isinstance(counts, dict) or not counts.keys() >= COUNTED:
+            return f"counts of {part} lack {', '.join(sorted(COUNTED))}"
+        if not all(isinstance(value, int) and value >= 0 for value in counts.values()):
+            return f"counts of {part} are not whole numbers"
+    return ""
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -169,7 +206,8 @@ def _load(path: Path) -> Any:
     except Exception as error:  # damaged bytes can break the reader in any way
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{path} can not be read as a checkpoint (foreign, damaged or tampered with): {reason}"
+            f"{path} can not be read as a checkpoint (foreign, damaged or tampered with): "
+            f"{reason}; copy it again from where it was made"
         ) from None
 
 

@@ -170,7 +170,7 @@ class Run:
             logger.warning("the data of this finished run can not be read now: %s", error)
             return
         counts = completeness(table).counts
-        if counts != load_checkpoint(self.folder.best).counts["data"]:
+        if counts != load_checkpoint(self.folder.best).counts.get("data"):
             raise UserError(
                 f"{self.folder.path} was finished on other data than "
                 f"{self.config.dataset.data_folder} holds now ({counts['all_recordings']} "
