@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -225,6 +226,7 @@ class Benchmark:
             shares = (100 * effects / effects.sum()).tolist()
             record["shares"] = dict(zip(conditioner.factors, shares, strict=True))
         write_text(self.path(job), json.dumps(record))
+        shutil.rmtree(trainer.keeper.folder.path)  # its training state; the record is all we keep
         return record
 
     def _trainer(self, config: RunConfig, data: ICBHI, corpus: str) -> Trainer:

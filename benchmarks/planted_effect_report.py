@@ -37,13 +37,15 @@ def difference(
 ) -> Difference | None:
     """Score of `records` under a condition minus that of `base`, over the seeds both have.
 
-    Both see the same resampled test patients; seeds are averaged. None: no common seed.
+    Both see the same resampled test patients and seeds. None: no common seed.
     """
-    common = {r["seed"] for r in records} & {r["seed"] for r in base}
-    pair = [[r for r in group if r["seed"] in common] for group in (base, records)]
+    common = sorted({r["seed"] for r in records} & {r["seed"] for r in base})
     if not common:
         return None
-    return paired_bootstrap(tables(pair[0]), tables(pair[1], condition))["score"]
+    by_seed = [{r["seed"]: r for r in group} for group in (base, records)]
+    a, b = ([runs[seed] for seed in common] for runs in by_seed)
+    found = paired_bootstrap(tables(a), tables(b, condition), training_seeds=len(common))
+    return found["score"]
 
 
 def to_markdown(
@@ -74,8 +76,8 @@ def to_markdown(
         "Synthetic sounds of invented patients (docs/synthetic_corpus.md); the figures say whether "
         "a variant can use metadata, nothing about patients. ICBHI Score in percent, four classes, "
         "test part; mean ± sd over n seeds. Differences are in points, with 95 % intervals over "
-        "resampled test patients (paired; seeds averaged). They do not cover what other training "
-        "patients would change.",
+        "resampled test patients and resampled seeds (both paired). They do not cover what other "
+        "training patients would change.",
         "",
         *_training(records, setup),
     ]

@@ -36,8 +36,8 @@ def configure(variant: str) -> RunConfig:
         "dataset.batch_size": 16,
         "backbone.embed_dim": 32,
         "models.*.dropout": 0.0,
-        "training.epochs": 20,
-        "training.lr": 3e-3,
+        "training.epochs": 30,
+        "training.lr": 1.5e-3,  # at twice that, some seeds and processors never leave the plateau
         "training.warmup_epochs": 2,
         "training.selection": "fixed",
         "training.sensitivity_bias": 1.0,
@@ -116,8 +116,9 @@ def test_plain_ast_stays_below_what_sound_alone_can_reach(run, by_sound):
 @pytest.mark.parametrize("variant", CONDITIONED)
 def test_the_gain_is_gone_with_wrong_or_unknown_metadata(variant, run, by_sound):
     found = run(variant)
-    assert max(found["shuffled"], found["all unknown"], found["site unknown"]) <= by_sound
-    assert found["device unknown"] > by_sound
+    without = max(found["shuffled"], found["all unknown"], found["site unknown"])
+    assert without < by_sound + 3  # a few test cycles more or less are luck
+    assert found["device unknown"] > by_sound + 10
 
 
 def test_softfilm_attributes_the_effect_to_the_site(run):

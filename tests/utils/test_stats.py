@@ -166,6 +166,19 @@ def test_paired_refuses_other_cycles():
         paired_bootstrap(a, b)
 
 
+def test_resampled_seeds_widen_the_interval_by_what_trainings_differ():
+    def run(caught: int) -> np.ndarray:  # eight equal patients: patients alone have no spread
+        return np.repeat([[[10, 0], [10 - caught, caught]]], 8, axis=0)
+
+    a = np.stack([run(5)] * 2)
+    b = np.stack([run(5), run(5), run(7), run(7)])  # two runs of each seed: 0 and 10 points better
+    fixed = paired_bootstrap(a, b)["score"]
+    assert (fixed.value, fixed.low, fixed.high) == (5, 5, 5)
+    free = paired_bootstrap(a, b, training_seeds=2)["score"]  # 0, 5, 10 in 1, 2, 1 of 4 draws
+    assert (free.value, free.low, free.high) == (5, 0, 10)
+    assert free.p == pytest.approx(0.5, abs=0.03)
+
+
 def test_several_runs_are_averaged():
     true, pred, patient = random_study()
     _, a = patient_tables(true, pred, patient, 4)

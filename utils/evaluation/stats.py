@@ -92,11 +92,11 @@ def patient_weights(n_patients: int, resamples: int, seed: int) -> np.ndarray:
 
 
 def _resampled(tables: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Figures [B] of each resample, averaged over runs; tables [R, P, C, C]."""
+    """Figures [B, R] of each run in each resample; tables [R, P, C, C]."""
     runs, patients, classes, _ = tables.shape
     flat = tables.transpose(1, 0, 2, 3).reshape(patients, -1).astype(np.float64)
     summed = (weights @ flat).reshape(len(weights), runs, classes, classes)
-    return {name: values.mean(axis=1) for name, values in figures(summed).items()}
+    return figures(summed)
 
 
 def _over_runs(tables: np.ndarray) -> np.ndarray:
@@ -126,7 +126,10 @@ def patient_bootstrap(
     tables = _over_runs(tables)
     point = {name: values.mean() for name, values in figures(tables.sum(axis=1)).items()}
     samples = _resampled(tables, patient_weights(tables.shape[1], resamples, seed))
-    return {n: Interval(float(v), *percentiles(samples[n], level)) for n, v in point.items()}
+    return {
+        n: Interval(float(v), *percentiles(samples[n].mean(axis=1), level))
+        for n, v in point.items()
+    }
 
 
 def cycle_bootstrap(
@@ -152,6 +155,7 @@ def paired_bootstrap(
     resamples: int = 10_000,
     seed: int = 0,
     level: float = 0.95,
+    training_seeds: int = 0,
 ) -> dict[str, Difference]:
     """B minus A with interval and p; both models see the same resampled patients.
 
@@ -161,6 +165,9 @@ def paired_bootstrap(
     Args:
         tables_a, tables_b: [P, C, C] or [R, P, C, C], the same patients in the same order with
             the same true classes.
+        training_seeds: number S of seeds that A and B were both trained with, their runs in S
+            equal parts in the same order. Seeds are then resampled as well, and the interval
+            covers another training too; 0: it holds the trained models fixed.
 
     Raises:
         ValueError: the two do not describe the same cycles.
@@ -175,11 +182,21 @@ def paired_bootstrap(
     for name in point_a:
         value = float(point_b[name].mean() - point_a[name].mean())
         # rounding of equal rates must not decide on which side of zero a tie lies
-        d = (samples_b[name] - samples_a[name]).round(9)
+        d = _mean_difference(samples_a[name], samples_b[name], training_seeds, seed).round(9)
         d = d[~np.isnan(d)]
         p = min(1.0, 2 * (min((d <= 0).sum(), (d >= 0).sum()) + 1) / (len(d) + 1))
         out[name] = Difference(value, *percentiles(d, level), p if len(d) else float("nan"))
     return out
+
+
+def _mean_difference(a: np.ndarray, b: np.ndarray, seeds: int, seed: int) -> np.ndarray:
+    """Mean of b [B, R] minus mean of a [B, R'] in each resample, [B]; runs in `seeds` equal parts
+    are resampled by part."""
+    if not seeds:
+        return b.mean(axis=1) - a.mean(axis=1)
+    own = [x.reshape(len(x), seeds, -1).mean(axis=2) for x in (a, b)]  # [B, S]
+    drawn = patient_weights(seeds, len(a), seed + 1)  # apart from the patients' own draws
+    return (drawn * (own[1] - own[0])).sum(axis=1) / seeds
 
 
 def aligned_tables(
