@@ -102,6 +102,11 @@ class CorpusReport:
         return "\n".join(lines)
 
 
+def is_synthetic(folder: str | Path) -> bool:
+    """Whether a corpus was written by this module."""
+    return (Path(folder) / MARKER).is_file()
+
+
 def write_corpus(
     output: str | Path,
     *,

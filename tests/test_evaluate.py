@@ -16,7 +16,7 @@ import torch
 import evaluate
 from data.batch import FIELDS
 from data.frontend import AudioFrontend
-from data.synthetic import write_corpus
+from data.synthetic import MARKER, write_corpus
 from tests.test_real import HANDFUL, TABLES
 from tests.utils.tiny import tiny_config
 from utils.evaluation import compare as comparison
@@ -205,6 +205,16 @@ def test_other_data_are_shouted_and_kept_apart(work, no_pictures, monkeypatch, c
     # the same cycles in another folder are the same data
     moved = Path(shutil.copytree(model.checkpoint.run_config().dataset.data_folder, tmp_path / "m"))
     assert Evaluator(checkpoint, data_folder=str(moved)).other_data() == ""
+
+
+def test_a_synthetic_corpus_is_marked_after_it_has_gone(work, corpus, tmp_path):
+    other = Path(shutil.copytree(corpus, tmp_path / "copy"))
+    (other / MARKER).unlink()
+    away = (corpus / MARKER).rename(tmp_path / MARKER)
+    try:
+        assert Evaluator(best(work, "ast"), data_folder=str(other)).synthetic
+    finally:
+        away.rename(corpus / MARKER)
 
 
 def test_what_is_not_there_is_named(work, corpus, monkeypatch, capsys, tmp_path):

@@ -1,6 +1,7 @@
 """The command: the README's lines work, wrong input is refused with the line that would work."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ from utils.figures.runs import run_figures
 from utils.figures.sources import read_evaluation
 from utils.figures.spectrograms import log_mels, typical_cycles
 from utils.task import Task
+from utils.training.checkpoint import save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,17 @@ def test_figures_of_models_say_what_they_rest_on(checkpoints, tmp_path, monkeypa
     trained = sources.open_trained(checkpoints / "softfilm_best.pt", "", "ast_softfilm")
     _, split = sources.read_corpus(trained.config)
     assert f"over {len(split.test)} cycles" in text
+
+
+def test_figures_of_a_model_say_synthetic_after_its_corpus_has_gone(
+    synthetic_corpus, tmp_path, monkeypatch
+):
+    checkpoint = write_checkpoint(tmp_path / "soft.pt", "ast_softfilm", synthetic_corpus)
+    checkpoint.config["dataset"]["data_folder"] = str(tmp_path / "gone")
+    for known in (False, True):
+        save_checkpoint(tmp_path / "soft.pt", replace(checkpoint, synthetic=known))
+        trained = sources.open_trained(tmp_path / "soft.pt", "", "ast_softfilm")
+        assert trained.notice().synthetic == known
 
 
 @pytest.mark.parametrize("variant", ["ast", "softfilm"])

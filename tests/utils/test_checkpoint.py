@@ -203,6 +203,7 @@ def resave(good, path, **changed):
         ({"weights": {"a": "b"}}, "damaged: its weights are not all tensors"),
         ({"epoch": "three"}, "damaged: epoch is a str"),
         ({"epoch": True}, "damaged: epoch is a bool"),
+        ({"synthetic": 1}, "damaged: synthetic is a int"),
         ({"thresholds": 0.5}, "damaged: thresholds is a float"),
         ({"surprise": 1}, "damaged: .*surprise"),
         ({"selection": "fixed"}, "damaged: selection is not the validation of its config"),

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from data.loader import ICBHI
+from data.synthetic import is_synthetic
 from models.build import ConditionedAST
 from models.conditioner import Conditioner
 from models.registry import VARIANTS
@@ -143,10 +144,7 @@ class Evaluator:
     @property
     def synthetic(self) -> bool:
         """Whether the recordings were generated, those of the training or those evaluated."""
-        from utils.figures.sources import is_synthetic  # matplotlib: only where it is needed
-
-        trained_on = self.checkpoint.run_config().dataset.data_folder
-        return is_synthetic(trained_on) or is_synthetic(self.config.dataset.data_folder)
+        return self.checkpoint.synthetic or is_synthetic(self.config.dataset.data_folder)
 
     def notes(self, split: str) -> list[str]:
         """What must be said before figures of this part are read."""

@@ -30,6 +30,7 @@ from data.batch import DEVICES, SITES, Metadata
 from data.icbhi import completeness, read_cycles
 from data.metadata import MetadataStatistics
 from data.splits import STRATEGIES, Split, split_cycles
+from data.synthetic import is_synthetic
 from utils.errors import UserError
 from utils.evaluation.calibration import log_odds
 from utils.evaluation.evaluate import evaluate_predictions
@@ -178,8 +179,6 @@ def balancing_weight(task: Task, label: np.ndarray, sensitivity_bias: float = 1.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the floors of both tasks; returns the exit status."""
-    from utils.figures.sources import is_synthetic  # it imports this module's neighbours
-
     parser = argparse.ArgumentParser(
         prog="python -m utils.evaluation.floors",
         description=__doc__,

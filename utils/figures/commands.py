@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from data.icbhi import completeness
+from data.synthetic import is_synthetic
 from models.softfilm import SoftFiLM
 from utils.config import RunConfig
 from utils.errors import UserError
@@ -228,7 +229,7 @@ def log_mel(options: Options) -> list[Path]:
         config.dataset.data_folder = options.data_folder
     else:
         raise UserError("--log-mel reads recordings: name them with --data-folder DIR")
-    synthetic = sources.is_synthetic(config.dataset.data_folder)
+    synthetic = is_synthetic(config.dataset.data_folder)
     table, _ = sources.read_corpus(config)
     audio = config.audio
     mels = spectrograms.log_mels(

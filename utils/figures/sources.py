@@ -12,7 +12,7 @@ import pandas as pd
 
 from data.icbhi import read_cycles
 from data.splits import Split, split_cycles
-from data.synthetic import MARKER
+from data.synthetic import is_synthetic
 from models.registry import VARIANTS
 from utils.config import RunConfig, config_from_dict
 from utils.errors import UserError
@@ -61,8 +61,7 @@ class Trained:
         return Notice(
             protocol=self.checkpoint.selection,
             partial=self.checkpoint.partial,
-            synthetic=is_synthetic(self.checkpoint.run_config().dataset.data_folder)
-            or is_synthetic(self.config.dataset.data_folder),
+            synthetic=self.checkpoint.synthetic or is_synthetic(self.config.dataset.data_folder),
             source=f"{self.checkpoint.run}, epoch {self.checkpoint.epoch + 1}",
         )
 
@@ -110,11 +109,6 @@ def require_variant(trained: Trained, variant: str, flag: str, why: str) -> None
         f"python visualize.py {flag} checkpoints/{wanted.short}_best.pt (trained by "
         f"{training_command(variant)})"
     )
-
-
-def is_synthetic(folder: str | Path) -> bool:
-    """Whether a corpus was written by `data.synthetic`."""
-    return (Path(folder) / MARKER).is_file()
 
 
 def read_corpus(config: RunConfig) -> tuple[pd.DataFrame, Split]:

@@ -33,6 +33,7 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("thresholds", "pos_weight"), (tuple, list)),
     **dict.fromkeys(("selection", "partial", "run", "revision"), str),
     "epoch": int,
+    "synthetic": bool,
     **dict.fromkeys(("score", "layer_norm_eps"), (float, int)),
 }
 #: What is counted of each part of the data, beside its classes.
@@ -57,6 +58,7 @@ class Checkpoint:
             `data.icbhi.Completeness.counts`.
         partial: empty, or what is missing from the full ICBHI set.
         run: name of the run folder.
+        synthetic: the recordings of the training were generated (`data.synthetic`).
         versions: of Python, torch and the libraries that shape the numbers.
         revision: git revision of the code, "+" appended when files were changed.
     """
@@ -73,6 +75,7 @@ class Checkpoint:
     counts: dict[str, Any]
     partial: str
     run: str
+    synthetic: bool = False  # the first checkpoints did not say
     versions: dict[str, str] = field(default_factory=lambda: versions())
     revision: str = field(default_factory=lambda: git_revision())
 
@@ -139,7 +142,7 @@ def _problem(checkpoint: Checkpoint) -> str:
     """What would end in a traceback, or in wrong figures, long after loading; empty: nothing."""
     for name, kind in KINDS.items():
         value = getattr(checkpoint, name)
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
             return f"{name} is a {type(value).__name__}"
     if not all(isinstance(value, torch.Tensor) for value in checkpoint.weights.values()):
         return "its weights are not all tensors"

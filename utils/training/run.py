@@ -17,6 +17,7 @@ import torch
 
 from data.icbhi import completeness, read_cycles
 from data.loader import ICBHI
+from data.synthetic import is_synthetic
 from models.build import ConditionedAST
 from models.registry import VARIANTS
 from models.summary import parameter_table
@@ -275,6 +276,7 @@ class Run:
             "selection": self.config.training.selection,
             "counts": count_parts(data) | {"data": data.completeness.counts},
             "partial": data.completeness.message if data.completeness.partial else "",
+            "synthetic": is_synthetic(self.config.dataset.data_folder),
             "run": self.folder.path.name,
         }
 

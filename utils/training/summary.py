@@ -40,11 +40,8 @@ def write_run_report(
 
     report.json comes last: where it is, everything else is.
     """
-    from utils.figures.sources import is_synthetic  # matplotlib: only where it is needed
-
     config = checkpoint.run_config()
     variant = VARIANTS[config.variant]
-    synthetic = is_synthetic(config.dataset.data_folder)
     parts = {
         part: evaluate_predictions(
             frame,
@@ -54,7 +51,7 @@ def write_run_report(
             val_predictions=frames.get("val") if part == "test" else None,
             pos_weight=checkpoint.pos_weight or None,
             partial_message=checkpoint.partial,
-            synthetic=synthetic,
+            synthetic=checkpoint.synthetic,
         )
         for part, frame in frames.items()
     }
@@ -77,7 +74,7 @@ def write_run_report(
         "thresholds": checkpoint.thresholds,
         "partial": bool(checkpoint.partial),
         "partial_message": checkpoint.partial,
-        "synthetic": synthetic,
+        "synthetic": checkpoint.synthetic,
         "counts": checkpoint.counts,
         "revision": checkpoint.revision,
         **parts,
@@ -89,7 +86,7 @@ def write_run_report(
         test, training_counts=checkpoint.counts, initial_weights=config.backbone.weights
     )
     write_text(folder.path / "model_card.md", card)
-    draw_figures(folder, report, data, config)
+    draw_figures(folder, report, data)
     figures = parts["test"]["metrics"]
     for name, rule in (("test", "chosen"), ("test_default", "default")):
         tracker.metrics(defined(figures[rule], metric_group(name, checkpoint.selection)))
@@ -103,14 +100,13 @@ def defined(figures: dict[str, Any], prefix: str) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def draw_figures(folder: RunFolder, report: dict[str, Any], data: ICBHI, config: RunConfig) -> None:
+def draw_figures(folder: RunFolder, report: dict[str, Any], data: ICBHI) -> None:
     """The run's figures, as PNG in its `figures` folder."""
     from utils.figures.runs import run_figures  # matplotlib: only where something is drawn
-    from utils.figures.sources import Evaluation, is_synthetic
+    from utils.figures.sources import Evaluation
 
     run = {key: value for key, value in report.items() if key not in ("test", "val")}
-    synthetic = is_synthetic(config.dataset.data_folder)
-    one = Evaluation(folder.path, "test", run, report["test"], synthetic)
+    one = Evaluation(folder.path, "test", run, report["test"], report["synthetic"])
     run_figures(one, data.table.iloc[data.split.test])
 
 
