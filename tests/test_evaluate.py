@@ -25,6 +25,7 @@ from utils.evaluation.evaluator import Evaluator
 from utils.evaluation.predictions import read_predictions
 from utils.task import Task
 from utils.tracking import Journal
+from utils.training.checkpoint import load_checkpoint, save_checkpoint
 from utils.training.device import Machine
 from utils.training.run import Run
 from utils.training.runfolder import RunFolder
@@ -170,6 +171,36 @@ def test_the_run_is_found_from_the_copy_and_strangers_stay_beside_the_file(
     assert "metadata_test" not in report
     own = report_of(run)["test"]["metrics"]["chosen"]["auroc_crackle"]["value"]
     assert report["metrics"]["chosen"]["auroc_crackle"]["value"] == pytest.approx(own, abs=1e-3)
+
+
+def test_a_foreign_checkpoint_does_not_say_where_to_write(work, no_pictures, monkeypatch, tmp_path):
+    """Its configuration and run name come from whoever made it."""
+    mail, victim = tmp_path / "mail", tmp_path / "victim"
+    here = tmp_path / "here"
+    for folder in (mail, victim / "a-run", here):
+        folder.mkdir(parents=True)
+    (victim / "a-run" / "config.yaml").write_text("{}\n")
+    (victim / "a-run" / "checkpoints").mkdir()
+    (victim / "a-run" / "checkpoints" / "best.pt").write_bytes(b"another model")
+    checkpoint = load_checkpoint(best(work, "ast"))
+    checkpoint.config["dataset"] |= {
+        "cycle_metadata_path": str(victim / "icbhi_metadata.csv"),
+        "cache_dir": str(victim / "cache"),
+    }
+    checkpoint.config["training"]["output_dir"] = str(victim)
+    checkpoint.run = "a-run"
+    before = sorted(victim.rglob("*"))
+    monkeypatch.chdir(here)
+    for name in ("first", "second"):
+        save_checkpoint(mail / f"{name}.pt", checkpoint)
+        checkpoint.run = "another-run"
+    assert start(monkeypatch, "--checkpoint", mail / "first.pt", "--no-metadata-test") == 0
+    assert start(monkeypatch, "--compare", mail / "first.pt", mail / "second.pt") == 0
+    assert sorted(victim.rglob("*")) == before
+    assert (mail / "first_evaluation" / "test" / "report.json").is_file()
+    (compared,) = mail.glob("comparison-*")
+    assert (compared / "comparison.md").is_file()
+    assert [p.name for p in here.iterdir()] == ["cache"], "the default of dataset.cache_dir"
 
 
 def test_other_parts_say_what_they_are(work, no_pictures, monkeypatch, capsys):

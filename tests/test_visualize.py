@@ -90,6 +90,22 @@ def test_figures_of_a_model_say_synthetic_after_its_corpus_has_gone(
         assert trained.notice().synthetic == known
 
 
+def test_what_a_checkpoint_says_of_files_is_taken_only_where_they_are(synthetic_corpus, tmp_path):
+    metadata, cache = tmp_path / "there.csv", tmp_path / "cache"
+    write_checkpoint(
+        tmp_path / "soft.pt", "ast_softfilm", synthetic_corpus,
+        f"dataset.cycle_metadata_path={metadata}",
+    )  # fmt: skip
+    metadata.unlink()
+    dataset = sources.open_trained(tmp_path / "soft.pt", "", "ast_softfilm").config.dataset
+    assert (dataset.cycle_metadata_path, dataset.cache_dir) == (None, "cache")
+    metadata.touch(), cache.mkdir()
+    dataset = sources.open_trained(tmp_path / "soft.pt", "", "ast_softfilm").config.dataset
+    assert (dataset.cycle_metadata_path, dataset.cache_dir) == (str(metadata), str(cache))
+    other = sources.open_trained(tmp_path / "soft.pt", "", "ast_softfilm", "elsewhere").config
+    assert (other.dataset.data_folder, other.dataset.cycle_metadata_path) == ("elsewhere", None)
+
+
 @pytest.mark.parametrize("variant", ["ast", "softfilm"])
 def test_models_carry_every_trained_weight(checkpoints, variant, monkeypatch, tmp_path):
     seen = {}

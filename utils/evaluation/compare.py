@@ -211,7 +211,9 @@ def write_comparison(result: Mapping[str, Any], folder: Path) -> Path:
 
 
 def default_folder(models: Sequence[Evaluator]) -> Path:
-    """A folder beside the run folders that belongs to these models in this order."""
+    """A folder that belongs to these models in this order, beside the first one's run folder or,
+    where that is not there, beside its checkpoint."""
     text = json.dumps([model.checkpoint.run for model in models])
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return Path(models[0].config.training.output_dir) / f"comparison-{digest}"
+    own = models[0].run_folder
+    return (own.path.parent if own else models[0].path.parent) / f"comparison-{digest}"

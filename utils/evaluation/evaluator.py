@@ -7,6 +7,7 @@ run's own report.
 
 from __future__ import annotations
 
+import filecmp
 import logging
 from functools import cached_property
 from pathlib import Path
@@ -57,13 +58,10 @@ class Evaluator:
     ):
         self.path = Path(path)
         self.checkpoint = load_checkpoint(path)
-        self.config = self.checkpoint.run_config()
+        self.config = self.checkpoint.config_to_read(data_folder)
         self.variant = VARIANTS[self.config.variant]
         self.task = self.config.task
         self.other_folder = data_folder is not None
-        if data_folder is not None:
-            self.config.dataset.data_folder = data_folder
-            self.config.dataset.cycle_metadata_path = None  # belongs to the other folder
         self.device = device or self.config.training.device
         self.batch_size = batch_size or self.config.dataset.batch_size
 
@@ -71,13 +69,17 @@ class Evaluator:
 
     @cached_property
     def run_folder(self) -> RunFolder | None:
-        """The folder of the run that wrote the checkpoint, where it is still there."""
-        beside = self.path.resolve().parent.parent
-        named = Path(self.config.training.output_dir) / self.checkpoint.run
-        for folder in map(RunFolder, (beside, named)):
-            if folder.config.is_file() and folder.path.name == self.checkpoint.run:
-                return folder
-        return None
+        """The folder of the run that wrote the checkpoint, where it is still there.
+
+        Evaluation writes into it, so the folder that the checkpoint names counts only if its best
+        is this very file; anyone may have written the name.
+        """
+        beside = RunFolder(self.path.resolve().parent.parent)
+        if beside.config.is_file() and beside.path.name == self.checkpoint.run:
+            return beside
+        named = RunFolder(Path(self.config.training.output_dir) / self.checkpoint.run)
+        there = named.config.is_file() and named.best.is_file()
+        return named if there and filecmp.cmp(named.best, self.path, shallow=False) else None
 
     @cached_property
     def data(self) -> ICBHI:

@@ -88,11 +88,7 @@ def open_trained(
             f"{flag}: there is no checkpoint {path}; train one first: {training_command(variant)}"
         )
     checkpoint = load_checkpoint(path)
-    config = checkpoint.run_config()
-    if data_folder is not None:
-        config.dataset.data_folder = data_folder
-        config.dataset.cycle_metadata_path = None  # belongs to the other folder
-    return Trained(path, checkpoint, config)
+    return Trained(path, checkpoint, checkpoint.config_to_read(data_folder))
 
 
 def require_variant(trained: Trained, variant: str, flag: str, why: str) -> None:

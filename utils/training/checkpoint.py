@@ -83,6 +83,26 @@ class Checkpoint:
         """The configuration, checked against today's schema."""
         return config_from_dict(self.config)
 
+    def config_to_read(self, data_folder: str | None = None) -> RunConfig:
+        """The configuration to read data with; it makes no file where the checkpoint's author says.
+
+        A checkpoint may come from anyone: its metadata file and its cache are taken where they
+        are; otherwise no metadata file is written, and the cache is the default one.
+
+        Args:
+            data_folder: read instead of the configured one, to which the metadata file belongs.
+        """
+        config = self.run_config()
+        dataset = config.dataset
+        if data_folder is not None:
+            dataset.data_folder = data_folder
+        metadata = dataset.cycle_metadata_path
+        if data_folder is not None or not (metadata and Path(metadata).is_file()):
+            dataset.cycle_metadata_path = None
+        if not Path(dataset.cache_dir).is_dir():
+            dataset.cache_dir = RunConfig().dataset.cache_dir
+        return config
+
     def metadata_statistics(self) -> MetadataStatistics:
         """The training cycles' statistics, for encoding any other cycles alike."""
         return MetadataStatistics.from_dict(self.statistics)
