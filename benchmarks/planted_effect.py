@@ -243,6 +243,7 @@ class Benchmark:
             "selection": config.training.selection,
             "counts": count_parts(data),
             "partial": data.completeness.message,
+            "synthetic": True,
             "run": folder.path.name,
         }
         known = self._known.setdefault(corpus, {})

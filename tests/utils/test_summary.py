@@ -39,7 +39,7 @@ def finish(tmp_path, variant="ast_softfilm", **overrides):
     }
     folder, tracker = RunFolder(tmp_path), Recorder()
     folder.write_metrics(trainer.progress.history)
-    report = write_run_report(folder, checkpoint, data, frames, tracker)
+    report = write_run_report(folder, checkpoint, data, frames, tracker, trainer.controls())
     return config, folder, checkpoint, data, report, tracker
 
 
@@ -47,8 +47,12 @@ def test_everything_is_there(tmp_path):
     _, folder, _, _, report, tracker = finish(tmp_path)
     assert {p.stem for p in folder.figures.glob("*.png")} == FIGURES | {"mask_analysis"}
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    for part in ("Floors", "Subgroups", "Calibration", "Confusion", "PARTIAL DATA"):
+    for part in ("Floors", "Subgroups", "Calibration", "Confusion", "Masks", "PARTIAL DATA"):
         assert part in text
+    controls = report["controls"]
+    assert controls["masks/overlap_initial_same_temperature"] == pytest.approx(0.0747, abs=2e-4)
+    assert 0 < controls["masks/overlap_regularisers_only"] < 0.0747
+    assert controls.items() <= tracker.values.items()
     card = (tmp_path / "model_card.md").read_text(encoding="utf-8")
     assert "For research only" in card and "PARTIAL DATA" in card
     score = report["test"]["metrics"]["chosen"]["score"]["value"]
@@ -80,8 +84,9 @@ def test_the_floors_follow_the_runs_rule(selection, tmp_path, monkeypatch):
 
 
 def test_only_softfilm_draws_masks(tmp_path):
-    _, folder, *_ = finish(tmp_path, "ast_tafilm")
+    _, folder, _, _, report, _ = finish(tmp_path, "ast_tafilm")
     assert {p.stem for p in folder.figures.glob("*.png")} == FIGURES
+    assert report["controls"] == {} and "Masks" not in (tmp_path / "report.md").read_text()
 
 
 def test_a_figure_that_fails_costs_the_run_nothing_else(tmp_path, monkeypatch, caplog):

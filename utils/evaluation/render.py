@@ -92,6 +92,10 @@ def to_markdown(report: Mapping[str, Any], title: str = "Evaluation") -> str:
     if report.get("metadata_test"):
         lines += heading("Is it the sound? The same model with other metadata")
         lines += _metadata_test(report)
+    if report.get("controls"):
+        lines += heading("Masks: overlap as trained, and without data (docs/protocol.md)")
+        rows = [(key.split("/")[-1], number(v, 4)) for key, v in report["controls"].items()]
+        lines += markdown_table(["", "value"], rows)
     return "\n".join(lines).rstrip() + "\n"
 
 

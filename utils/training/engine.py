@@ -151,6 +151,15 @@ class Trainer:
         stale = patience > 0 and self.progress.stale >= patience
         return stale or self.progress.epoch >= self.settings.epochs
 
+    def controls(self) -> dict[str, float]:
+        """What the best weights' diagnostics must be judged against; see `Conditioner.controls`."""
+        return self.model.conditioner.controls(
+            lr=self.settings.lr,
+            steps=(self.progress.best_epoch + 1) * self.steps_per_epoch,
+            steps_per_epoch=self.steps_per_epoch,
+            schedule=self.schedule.lr_lambdas[0],
+        )
+
     # ---------------------------------------------------------------- one epoch
 
     def _train_epoch(self) -> None:

@@ -259,7 +259,9 @@ class Run:
                 path = self.folder.predictions / f"{part}.csv"
                 write_predictions(frame, path)
                 self.tracker.artifact(path, "predictions")
-            report = write_run_report(self.folder, checkpoint, data, frames, self.tracker)
+            report = write_run_report(
+                self.folder, checkpoint, data, frames, self.tracker, trainer.controls()
+            )
             self._track_files()
             self._publish()
             trainer.keeper.clean()

@@ -35,10 +35,11 @@ def write_run_report(
     data: ICBHI,
     frames: dict[str, pd.DataFrame],
     tracker: Tracker,
+    controls: dict[str, float],
 ) -> dict[str, Any]:
     """Evaluate the predictions of the test (and validation) part; write and track the result.
 
-    report.json comes last: where it is, everything else is.
+    report.json comes last: where it is, everything else is. controls: `Conditioner.controls`.
     """
     config = checkpoint.run_config()
     variant = VARIANTS[config.variant]
@@ -77,6 +78,7 @@ def write_run_report(
         "synthetic": checkpoint.synthetic,
         "counts": checkpoint.counts,
         "revision": checkpoint.revision,
+        "controls": controls,
         **parts,
     }
     test = {"run": checkpoint.run} | {k: v for k, v in report.items() if k not in parts}
@@ -90,6 +92,7 @@ def write_run_report(
     figures = parts["test"]["metrics"]
     for name, rule in (("test", "chosen"), ("test_default", "default")):
         tracker.metrics(defined(figures[rule], metric_group(name, checkpoint.selection)))
+    tracker.metrics(controls)
     folder.write_report(report)
     return report
 
