@@ -112,6 +112,8 @@ def test_a_script_trains_tests_and_writes_everything(
     assert len(pd.read_csv(folder / "metrics.csv")) == 2
     printed = capsys.readouterr()
     assert str(folder.name) in printed.out and "PARTIAL DATA" in printed.out
+    for text in (printed.out, printed.err):
+        assert "SYNTHETIC RECORDINGS" in text
     lines = (printed.out + printed.err).splitlines()
     assert max(map(len, lines)) <= 100, max(lines, key=len)
     assert sum(line.startswith("epoch ") for line in lines) == 2
@@ -187,7 +189,7 @@ def test_mlflow_gets_the_run_by_default(here, monkeypatch, synthetic_corpus):
     assert {"train/loss", "val/score", "val/sp", "test/score", "lr"} <= set(found.data.metrics)
     assert found.data.params["training.epochs"] == "2"
     assert found.data.params["data.train.cycles"].isdigit()
-    assert found.data.tags["partial_data"] == "true"
+    assert found.data.tags["partial_data"] == found.data.tags["synthetic"] == "true"
     report = (only_run(here) / "report.md").read_text(encoding="utf-8")
     shown = found.data.tags["mlflow.note.content"]  # what the run's overview shows
     assert report.startswith(shown) and len(shown) > min(len(report), 5000) - 500

@@ -256,7 +256,10 @@ def versions() -> dict[str, str]:
 
 @cache
 def git_revision() -> str:
-    """Short revision of the checkout, "+" appended when tracked files differ; "" without git."""
+    """Short revision of the checkout, "+" appended when its code differs; "" without git.
+
+    Configurations and pictures may differ: the resolved configuration is kept with every run.
+    """
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
@@ -264,7 +267,7 @@ def git_revision() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""

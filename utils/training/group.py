@@ -31,7 +31,7 @@ from utils.config import RunConfig, config_hash
 from utils.errors import UserError
 from utils.evaluation.evaluate import evaluate_predictions, plain
 from utils.evaluation.predictions import read_predictions, write_predictions
-from utils.evaluation.protocol import MARKS, metric_group
+from utils.evaluation.protocol import MARKS, PARTIAL_MARK, SYNTHETIC_MARK, metric_group
 from utils.evaluation.render import number, to_markdown
 from utils.evaluation.stats import over_seeds, patient_bootstrap
 from utils.files import write_text
@@ -181,7 +181,12 @@ class Group:
         }
         folder = RunFolder(self.path)
         folder.write_report(result, name="group.json")
-        self.tracker.tags({"partial_data": str(first["partial"]).lower()})
+        self.tracker.tags(
+            {
+                "partial_data": str(first["partial"]).lower(),
+                "synthetic": str(first["synthetic"]).lower(),
+            }
+        )
         mean, sd = (metric_group(name, result["selection"]) for name in ("test", "test_sd"))
         for name, value in summary.items():
             values = {f"{mean}/{name}": value["mean"], f"{sd}/{name}": value["sd"]}
@@ -235,7 +240,9 @@ class Group:
     def _print(self, result: dict[str, Any]) -> None:
         print(
             f"\n{result['title']}, {result['n_cls']}-class, {self.label}: "
-            f"{MARKS[result['selection']]}" + (", PARTIAL DATA" if result["partial"] else "")
+            f"{MARKS[result['selection']]}"
+            + (f", {PARTIAL_MARK}" if result["partial"] else "")
+            + (f", {SYNTHETIC_MARK}" if result["synthetic"] else "")
         )
         what = "out-of-fold patients" if len(self.folds) > 1 else "test"
         print(f"{what + ', percent':32}{'mean':>9}{'sd':>9}{'n':>5}  95 % over patients")

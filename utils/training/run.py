@@ -25,6 +25,7 @@ from utils.cli import EXIT_PREEMPTED, log_to, set_up_logging
 from utils.config import RunConfig, config_to_dict, config_to_yaml, flatten, load_config
 from utils.errors import Preempted, UserError
 from utils.evaluation.predictions import make_predictions, write_predictions
+from utils.evaluation.protocol import SYNTHETIC_NOTE
 from utils.files import atomic_write, write_text
 from utils.tracking import MAX_TAG, Journal, Tracker, run_name, run_tags, start_tracking
 from utils.training import group
@@ -210,6 +211,8 @@ class Run:
         data = build_data(self.config)
         if data.completeness.partial:
             logger.warning("%s", banner(data.completeness.message))
+        if self.synthetic:
+            logger.warning("%s", banner(SYNTHETIC_NOTE))
         counts = count_parts(data)
         logger.info(
             "cycles (patients): %s",
@@ -270,6 +273,11 @@ class Run:
 
     # ---------------------------------------------------------------- details
 
+    @property
+    def synthetic(self) -> bool:
+        """Whether the recordings are those of `data.synthetic`."""
+        return is_synthetic(self.config.dataset.data_folder)
+
     def _describe(self, data: ICBHI) -> dict[str, Any]:
         """What a checkpoint says of the run, whatever the epoch."""
         return {
@@ -278,7 +286,7 @@ class Run:
             "selection": self.config.training.selection,
             "counts": count_parts(data) | {"data": data.completeness.counts},
             "partial": data.completeness.message if data.completeness.partial else "",
-            "synthetic": is_synthetic(self.config.dataset.data_folder),
+            "synthetic": self.synthetic,
             "run": self.folder.path.name,
         }
 
@@ -306,7 +314,7 @@ class Run:
             experiment_name=config.mlflow.experiment_name,
             folder=self.folder.path,
             run_name=config.mlflow.run_name or name,
-            tags=tags | config.mlflow.tags,
+            tags=tags | {"synthetic": str(self.synthetic).lower()} | config.mlflow.tags,
             params=flatten(config_to_dict(config)) | counts,
             parent_run_id=self.parent_run_id,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from models.registry import VARIANTS
 from utils.config import RunConfig
 from utils.evaluation.evaluate import evaluate_predictions
 from utils.evaluation.floors import floor_reports
-from utils.evaluation.protocol import MARKS, metric_group
+from utils.evaluation.protocol import MARKS, SYNTHETIC_NOTE, metric_group
 from utils.evaluation.render import model_card, number, to_markdown
 from utils.files import write_text
 from utils.tracking import Tracker
@@ -121,6 +122,8 @@ def print_end(folder: RunFolder, config: RunConfig, *, published: bool = True) -
     report = folder.read_report()
     if report["partial"]:
         print(banner(report["partial_message"]))
+    if report["synthetic"]:
+        print(banner(SYNTHETIC_NOTE))
     print(
         f"\n{report['title']}, {report['n_cls']}-class, seed {report['seed']}, "
         f"epoch {report['epoch'] + 1}: {MARKS[report['selection']]}"
@@ -150,10 +153,10 @@ def published_best(config: RunConfig) -> Path:
 
 
 def ui_command(uri: str) -> str:
-    """The command that shows a tracking database."""
-    if uri == "sqlite:///mlflow.db":
+    """The command that shows a tracking database, in the environment at hand."""
+    if uri == "sqlite:///mlflow.db" and Path(sys.prefix) == Path(".venv").resolve():
         return "make ui"
-    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    return f"python -m mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def figure_row(label: str, metrics: dict[str, Any], prefix: str = "") -> str:
