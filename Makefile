@@ -20,6 +20,13 @@ CONFIG_softfilm := configs/ast_film_soft_config.yaml
 SCRIPT := $(SCRIPT_$(VARIANT))
 CONFIG := $(CONFIG_$(VARIANT))
 
+# Here and not in the rule, which would install everything first.
+ifneq ($(filter train,$(MAKECMDGOALS)),)
+ifeq ($(SCRIPT),)
+$(error VARIANT=$(VARIANT) is none of ast, grf, film, tafilm, softfilm)
+endif
+endif
+
 .PHONY: help train test lint ui clean
 
 help:
@@ -28,7 +35,7 @@ help:
 	@echo "make train ICBHI=/path VARIANT=film     the full paper configuration on real data"
 	@echo "make test                               lint and the whole test suite"
 	@echo "make ui                                 MLflow UI on http://127.0.0.1:5000"
-	@echo "ARGS='training.epochs=5 ...' adds configuration overrides to make train"
+	@echo "ARGS='training.epochs=5 training.warmup_epochs=1' adds configuration overrides to make train"
 
 $(READY): requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=")'
@@ -39,9 +46,6 @@ $(READY): requirements.txt constraints.txt pyproject.toml
 	touch $@
 
 train: $(READY)
-ifeq ($(SCRIPT),)
-	@echo "VARIANT=$(VARIANT) is none of ast, grf, film, tafilm, softfilm" >&2; exit 2
-endif
 ifeq ($(ICBHI),)
 	$(PY) -m data.synthetic --output demo_data --patients 48 --seed 0 --planted-effect
 	$(PY) $(SCRIPT) --config $(CONFIG) configs/demo.yaml --mlflow-config configs/mlflow.yaml $(ARGS)

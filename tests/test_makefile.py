@@ -1,0 +1,44 @@
+"""What `make` says before it installs anything."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+@pytest.fixture
+def make(tmp_path):
+    """`make` in a folder where nothing is installed, with a Python that only says it was called."""
+    for name in ("Makefile", "requirements.txt", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def call(*words: str) -> subprocess.CompletedProcess:
+        words = ("make", *words, "PYTHON=echo INSTALLATION; false")
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    return call
+
+
+@pytest.mark.parametrize("variant", ["nonsense", "", "ast_film"])
+def test_an_unknown_variant_is_refused_before_the_installation(make, variant):
+    ended = make("train", f"VARIANT={variant}")
+    assert ended.returncode == 2
+    assert f"VARIANT={variant} is none of ast, grf, film, tafilm, softfilm" in ended.stderr
+    assert "INSTALLATION" not in ended.stdout
+
+
+@pytest.mark.parametrize("variant", ["ast", "grf", "film", "tafilm", "softfilm"])
+def test_the_known_variants_go_on_to_the_installation(make, variant):
+    ended = make("train", f"VARIANT={variant}")
+    assert "INSTALLATION" in ended.stdout and "none of" not in ended.stderr
+
+
+def test_other_goals_need_no_variant(make):
+    ended = make("help", "VARIANT=nonsense")
+    assert ended.returncode == 0 and "make train VARIANT=ast" in ended.stdout
