@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from data.icbhi import BASE_URL, TABLES, Completeness, completeness, find_table, read_cycles
-from utils.cli import EXIT_INTERRUPTED
+from utils.cli import EXIT_INTERRUPTED, command
 from utils.errors import UserError
 from utils.files import atomic_write, write_error, write_text
 
@@ -369,9 +369,9 @@ def _make(folder: Path) -> None:
         raise write_error(folder, error) from error
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+@command
+def main(arguments: Sequence[str] | None = None) -> int | None:
+    """Command line."""
     parser = argparse.ArgumentParser(prog="python -m data.download", description=__doc__)
     parser.add_argument("--output", required=True, help="folder to fill")
     parser.add_argument("--zip", help=f"an {ARCHIVE} that is on this machine already")
@@ -379,17 +379,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         state = download(options.output, archive=options.zip, base_url=options.base_url)
-    except UserError as error:
-        log.error("error: %s", error)
-        return 2
     except KeyboardInterrupt:
-        log.error("interrupted; the same command goes on from here")
+        log.warning("interrupted; the same command goes on from here")
         return EXIT_INTERRUPTED
     if state.partial:
-        log.error("error: %s; fetch the archive again", state.message)
-        return 2
+        raise UserError(f"{state.message}; fetch the archive again")
     log.info("complete: 920 recordings, 6,898 cycles in %s", options.output)
-    return 0
+    return None
 
 
 if __name__ == "__main__":

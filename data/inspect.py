@@ -9,7 +9,6 @@ split and every problem found; exit status 1 when there are problems, 2 when not
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -25,9 +24,8 @@ from data.batch import CLASSES, DEVICES, SITES
 from data.icbhi import completeness, find_recordings, read_cycles
 from data.splits import classes_of, patients_in_both_halves, split_cycles
 from data.store_build import END_TOLERANCE
+from utils.cli import command
 from utils.errors import UserError
-
-log = logging.getLogger(__name__)
 
 WIDTH = 100  # columns of the text
 PARTS = ("train", "test")
@@ -287,21 +285,17 @@ def draw(table: pd.DataFrame, folder: str | Path) -> list[Path]:
     return style.save(figure, folder, "data_overview")
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    """Command line; 1 when there are problems."""
     parser = argparse.ArgumentParser(prog="python -m data.inspect", description=__doc__)
     parser.add_argument("--data-folder", required=True, help="recordings, annotations, tables")
     parser.add_argument("--figures", metavar="DIR", help="write the overview figure there")
     options = parser.parse_args(arguments)
-    try:
-        table, problems = inspect_folder(options.data_folder)
-        print(describe(table, problems))
-        for path in draw(table, options.figures) if options.figures else ():
-            print(f"wrote {path}")
-    except UserError as error:
-        log.error("error: %s", error)
-        return 2
+    table, problems = inspect_folder(options.data_folder)
+    print(describe(table, problems))
+    for path in draw(table, options.figures) if options.figures else ():
+        print(f"wrote {path}")
     return 1 if problems else 0
 
 

@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 
 from data.batch import DEVICES, FIELDS, SCALARS, SITES, Metadata
+from utils.cli import command
 from utils.errors import UserError
 from utils.files import write_text
 
@@ -308,24 +309,19 @@ def _seen(
     return np.where(unseen, unknown, indices), notes
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(prog="python -m data.metadata", description=__doc__)
     parser.add_argument("--data-folder", required=True, help="annotations and tables (no audio)")
     parser.add_argument("--output", required=True, help="CSV file to write")
     options = parser.parse_args(arguments)
-    try:
-        table = build_metadata(options.data_folder)
-        write_metadata(table, options.output)
-    except UserError as error:
-        log.error("error: %s", error)
-        return 2
+    table = build_metadata(options.data_folder)
+    write_metadata(table, options.output)
     log.info(
         "%s: %d cycles of %d recordings and %d patients",
         *(options.output, len(table), table["Filename"].nunique(), table["PID"].nunique()),
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from data.cohort import (
     plan_recordings,
 )
 from data.synthesis import NEUTRAL, PROFILES, render
+from utils.cli import command
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -346,8 +347,9 @@ def _best_scores(recordings: list[Recording]) -> dict:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; 0, or 2 after an error that the user can mend."""
+@command
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m data.synthetic", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--output", required=True, help="folder to write")
@@ -375,15 +377,8 @@ def main(argv: list[str] | None = None) -> int:
         "or more and no planted effect)",
     )
     arguments = vars(parser.parse_args(argv))
-    try:
-        report = write_corpus(arguments.pop("output"), **arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(report.text())
-    return 0
+    print(write_corpus(arguments.pop("output"), **arguments).text())
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     sys.exit(main())

@@ -12,6 +12,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path
 
 from utils.errors import Preempted, UserError
@@ -23,11 +24,13 @@ _HANDLER = "metadata-conditioned-ast"
 
 
 class _Wrapped(logging.Formatter):
-    """Plain messages; warnings and errors say so; long ones are wrapped."""
+    """Plain messages; warnings and errors say so, banners need not; long ones are wrapped."""
 
     def format(self, record: logging.LogRecord) -> str:
-        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        lines = (prefix + super().format(record)).splitlines()
+        text = super().format(record)
+        if record.levelno >= logging.WARNING and not text.startswith("\n"):
+            text = f"{record.levelname.lower()}: {text}"
+        lines = text.splitlines()
         return "\n".join(
             textwrap.fill(
                 line,
@@ -110,13 +113,15 @@ class log_to:
         self.handler.close()
 
 
-def command(main: Callable[[], None]) -> Callable[[], int]:
-    """Run `main` and turn its end into an exit status."""
+def command(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Run `main` and turn its end into an exit status; a number that it returns is one already."""
 
-    def run() -> int:
+    @wraps(main)
+    def run(*arguments, **options) -> int:
         set_up_logging()
+        status = None
         try:
-            main()
+            status = main(*arguments, **options)
             sys.stdout.flush()
         except BrokenPipeError:  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -131,6 +136,6 @@ def command(main: Callable[[], None]) -> Callable[[], int]:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
-        return 0
+        return status or 0
 
     return run
