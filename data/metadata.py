@@ -172,6 +172,11 @@ def _checked_folds(file: pd.DataFrame, path: str | Path, remedy: str) -> np.ndar
     return file["Fold"].to_numpy(np.int64)
 
 
+#: What was warned of already, (statistics, unseen value): loading, floors and figures of one run
+#: all transform its table.
+_told: set[tuple[MetadataStatistics, str]] = set()
+
+
 @dataclass(frozen=True)
 class MetadataStatistics:
     """What the training cycles say about the metadata; all that evaluation needs of them.
@@ -218,14 +223,19 @@ class MetadataStatistics:
         """`Metadata` of all N rows of a cycle table.
 
         A device or site that is missing, not in the vocabulary or never seen in training becomes
-        unknown, with one warning that names it.
+        unknown, with one warning that names it: a process that transforms again says no more.
         """
         values = _scalars(table)
         values = np.where(np.isnan(values), self.medians, values)
         device, device_note = _seen(table["Device"], DEVICES, self.device_counts, "device")
         site, site_note = _seen(table["AuscLoc"], SITES, self.site_counts, "site")
-        if notes := device_note + site_note:
-            log.warning("not seen in training, treated as unknown: %s", "; ".join(notes))
+        notes = {
+            name: n for name, n in (device_note | site_note).items() if (self, name) not in _told
+        }
+        if notes:
+            named = "; ".join(f"{name} ({n} cycles)" for name, n in notes.items())
+            log.warning("not seen in training, treated as unknown: %s", named)
+            _told.update((self, name) for name in notes)
         known = np.ones((len(table), len(FIELDS)), bool)
         known[:, 0] = device < len(DEVICES)
         known[:, 1] = site < len(SITES)
@@ -298,14 +308,14 @@ def _counts(indices: np.ndarray, vocabulary: Sequence[str]) -> tuple[int, ...]:
 
 def _seen(
     names: pd.Series, vocabulary: Sequence[str], counts: Sequence[int], field: str
-) -> tuple[np.ndarray, list[str]]:
-    """(indices with the unseen ones mapped to unknown, notes for the warning)."""
+) -> tuple[np.ndarray, dict[str, int]]:
+    """(indices with the unseen ones mapped to unknown, cycles by what the warning names)."""
     indices = _indices(names, vocabulary)
     unknown = len(vocabulary)
     trained = np.array([*(count > 0 for count in counts[:unknown]), False])
     unseen = ~trained[indices]
     shown = names[unseen].map(lambda name: name if isinstance(name, str) else "missing")
-    notes = [f"{field} {name} ({n} cycles)" for name, n in shown.value_counts().items()]
+    notes = {f"{field} {name}": n for name, n in shown.value_counts().items()}
     return np.where(unseen, unknown, indices), notes
 
 

@@ -28,6 +28,13 @@ from data.metadata import (
 )
 from utils.errors import UserError
 
+
+@pytest.fixture(autouse=True)
+def nothing_told(monkeypatch):
+    """Each test begins without warnings given before."""
+    monkeypatch.setattr("data.metadata._told", set())
+
+
 NOTEBOOK = Path(__file__).parents[2] / "NBs" / "00-ICBHI_metadata_creation.ipynb"
 README_COLUMNS = [
     *("PID", "Filename", "CycleIndex", "CycleStart", "CycleEnd", "Crackles", "Wheezes", "Split"),
@@ -290,6 +297,22 @@ def test_what_training_has_not_seen_is_unknown_with_one_warning(caplog):
     assert len(caplog.records) == 1
     for part in ("device Litt3200 (2 cycles)", "device Stetho (1", "device missing (1", "site Al"):
         assert part in caplog.text
+
+
+def test_one_run_warns_once_however_often_its_table_is_transformed(caplog):
+    statistics = MetadataStatistics.fit(cycles(Device=["Meditron"] * 3))
+    table = cycles(Device=["Litt3200", "Litt3200", "Meditron"])
+    first = statistics.transform(table)
+    again = MetadataStatistics.from_dict(statistics.to_dict())  # as evaluation has them
+    assert again.transform(table).device.tolist() == first.device.tolist()
+    again.transform(table.iloc[1:])  # fewer cycles are no news
+    assert len(caplog.records) == 1
+    again.transform(cycles(Device=["Litt3200", "AKGC417L"]))
+    assert [r.getMessage().split(": ")[1] for r in caplog.records[1:]] == [
+        "device AKGC417L (1 cycles)"
+    ]
+    MetadataStatistics.fit(cycles(Device=["AKGC417L"] * 3)).transform(table)  # another training
+    assert len(caplog.records) == 3 and "Litt3200" in caplog.records[2].getMessage()
 
 
 def test_a_device_that_is_missing_in_training_counts_as_unknown():
