@@ -342,6 +342,23 @@ def test_two_class_table_keeps_collapsed_figures_apart(run_folder):
     assert any("72.10, printed 71.10" in note for note in table.notes)
 
 
+def test_variants_stand_in_their_own_order_in_every_table(run_folder):
+    """AST has no printed 2-class figure, and runs/* comes in alphabetical order."""
+    order = ["ast", "ast_film", "ast_softfilm"]
+    folders = [
+        run_folder(name, n_cls=n_cls) for n_cls in (2, 4) for name in (*order[::-1], "ast_gone")
+    ]
+    folders += [run_folder(v, layers=[0, 5]) for v in ("ast_softfilm", "ast_film")]
+    tables = {t.title.split(",")[0].split(" (")[0]: t for t in build_tables(read_runs(folders))}
+    titles = [*paper.TITLES.values(), "ast_gone"]
+    for name in ("4-class evaluation", "2-class evaluation"):
+        rows = [row[0] for row in tables[name].rows if not row[0].startswith("Floor")]
+        assert rows[:6] == titles
+    collapsed = [f"{paper.TITLES.get(v, v)} (4-class model, collapsed)" for v in order]
+    assert [row for row in rows if row in collapsed] == collapsed
+    assert tables["Conditioned layers"].head[1:3] == ["FiLM-AST, ours", "SoftFiLM-AST, ours"]
+
+
 def test_freezing_and_layers_tables(run_folder):
     folders = [run_folder(blocks=b) for b in (0, 12)]
     folders += [run_folder("ast_softfilm", layers=ls) for ls in (range(12), (10, 11), (0, 5))]

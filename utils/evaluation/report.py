@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from models.registry import VARIANTS
 from utils.errors import UserError
 from utils.evaluation import paper
 from utils.evaluation.protocol import STATEMENTS, SYNTHETIC_NOTE, caption
@@ -36,6 +37,12 @@ log = logging.getLogger(__name__)
 
 COLLAPSED = " (4-class model, collapsed)"
 FIGURES = {"sp": "Sp", "se": "Se", "score": "Score"}
+
+
+def _place(variant: str) -> tuple[int, str]:
+    """Sorts by `Variant.order`; one that is no longer in `models/` comes last."""
+    names = list(VARIANTS)
+    return (names.index(variant) if variant in names else len(names), variant)
 
 
 def cell(group: RunGroup, figure: str, *, interval: bool = True) -> str:
@@ -118,7 +125,7 @@ def result_table(n_cls: int) -> Callable[[Protocol, list[RunGroup]], Table | Non
         if not own and not collapsed:
             return None
         printed = paper.RESULTS[n_cls]
-        names = list(dict.fromkeys([*printed, *(g.variant for _, g in own)]))
+        names = sorted({*printed, *(g.variant for _, g in own)}, key=_place)
         rows = []
         for variant in names:
             theirs = [str(printed.get(variant, {}).get(f, NOTHING)) for f in FIGURES]
@@ -148,7 +155,7 @@ def freezing_table(protocol: Protocol, groups: list[RunGroup]) -> Table | None:
     groups = [g for g in groups if g.n_cls == 4 and g.conditions_all]
     if len({g.blocks for g in groups}) < 2:
         return None
-    variants = list(dict.fromkeys([*paper.FREEZING[0], *(g.variant for g in groups)]))
+    variants = sorted({*paper.FREEZING[0], *(g.variant for g in groups)}, key=_place)
     titles = paper.TITLES | {g.variant: g.title for g in groups}
     head = ["Trainable blocks"]
     for variant in variants:
@@ -170,7 +177,7 @@ def layers_table(protocol: Protocol, groups: list[RunGroup]) -> Table | None:
     groups = [g for g in groups if g.n_cls == 4 and g.trains_all and g.layers]
     if len({g.layers for g in groups}) < 2:
         return None
-    variants = list(dict.fromkeys(g.variant for g in groups))
+    variants = sorted({g.variant for g in groups}, key=_place)
     titles = {g.variant: g.title for g in groups}
     depth = max(g.depth for g in groups)
     sets = {tuple(range(depth - n, depth)): n for n in paper.LAYERS if n <= depth}
@@ -217,7 +224,10 @@ def build_tables(runs: Sequence[Run], names: Sequence[str] = tuple(TABLES)) -> l
     Raises:
         UserError: two of the runs are the same configuration with the same seed.
     """
-    grouped = group_runs(runs)
+    grouped = [
+        (protocol, sorted(groups, key=lambda group: _place(group.variant)))
+        for protocol, groups in group_runs(runs)
+    ]
     made = (TABLES[name](protocol, groups) for name in names for protocol, groups in grouped)
     return [table for table in made if table is not None]
 
