@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tests.utils.tiny import QUIET, step_losses, tiny_config, tiny_trainer
@@ -29,3 +30,9 @@ def test_without_a_compiler_a_run_goes_on_and_says_so_once(tmp_path, monkeypatch
 def test_a_processor_computes_in_full_precision_and_uncompiled_by_default():
     machine = Machine("cpu")
     assert (machine.precision, machine.compiled, machine.world) == ("fp32", False, 1)
+
+
+@pytest.mark.parametrize(("threads", "said"), [(1, "CPU, 1 thread, fp32"), (2, "CPU, 2 threads,")])
+def test_a_processor_says_its_threads(threads, said, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert describe(Machine("cpu")).startswith(said)

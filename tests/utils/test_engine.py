@@ -374,6 +374,20 @@ def test_the_epoch_line_fits_a_terminal(tmp_path):
         assert len(epoch_line(row, 100, True)) <= 100
 
 
+def test_the_epoch_lines_stand_in_columns():
+    row = {"epoch": 0.0, "lr": 3e-5, "train_clips_per_s": 9.0}
+    row |= {"val_sp": 50.0, "val_se": 100.0, "val_score": 75.0}
+    losses = (1.1, 1.155, 0.05, 0.0, 12.3, 1234.5678, float("nan"))
+    lines = [
+        epoch_line(row | {"train_loss": x, "val_loss": y}, 100, x < y)
+        for x, y in zip(losses, losses[::-1], strict=True)
+    ]
+    for word in ("val", "Sp", "Se", "Score", "lr", "clips/s"):
+        assert len({line.index(f" {word}") for line in lines}) == 1, lines
+    shown = [line.split()[3] for line in lines]
+    assert shown == ["1.1000", "1.1550", "0.0500", "0.0000", "12.300", "1234.6", "nan"]
+
+
 @pytest.mark.parametrize("value", [0, 1])
 def test_a_label_that_is_always_the_same_is_refused(value, tmp_path):
     table = cycle_table()

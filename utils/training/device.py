@@ -105,11 +105,11 @@ class Machine:
 
 def describe(machine: Machine) -> str:
     """One line for the log."""
-    name = (
-        torch.cuda.get_device_name(machine.device)
-        if machine.device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
+    if machine.device.type == "cuda":
+        name = torch.cuda.get_device_name(machine.device)
+    else:
+        threads = torch.get_num_threads()
+        name = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     processes = f", {machine.world} processes" if machine.world > 1 else ""
     compiled = ", compiled" if machine.compiled else ""
     return f"{name}, {machine.precision}{compiled}{processes}"

@@ -365,14 +365,19 @@ def _mean(values: np.ndarray) -> float:
 def epoch_line(row: dict[str, float], epochs: int, best: bool) -> str:
     """One line per epoch, at most 100 columns; * marks the best epoch so far."""
     part = next((p for p in ("val", "test_selection") if f"{p}_score" in row), "train")
-    loss = f"{row[f'{part}_loss']:<6.4g}"
+    loss = _loss(row[f"{part}_loss"])
     chosen_by = {"val": f"val {loss}", "test_selection": "TEST-SELECTED", "train": "train"}[part]
     return (
-        f"epoch {int(row['epoch']) + 1:3d}/{epochs}  loss {row['train_loss']:<6.4g}  "
+        f"epoch {int(row['epoch']) + 1:3d}/{epochs}  loss {_loss(row['train_loss'])}  "
         f"{chosen_by}  Sp {row[f'{part}_sp']:5.1f}  "
         f"Se {row[f'{part}_se']:5.1f}  Score {row[f'{part}_score']:5.1f}{'*' if best else ' '} "
         f"lr {row['lr']:.1e}  {row['train_clips_per_s']:.0f} clips/s"
     )
+
+
+def _loss(value: float) -> str:
+    """Six columns: four decimals, fewer from 10 on."""
+    return f"{value:<6.4f}" if value < 10 else f"{value:<#6.5g}"
 
 
 def _need_both_sides(classes: np.ndarray, selection: str) -> None:
