@@ -21,7 +21,7 @@ from data.synthetic import is_synthetic
 from models.build import ConditionedAST
 from models.registry import VARIANTS
 from models.summary import parameter_table
-from utils.cli import EXIT_PREEMPTED, log_to, set_up_logging
+from utils.cli import EXIT_PREEMPTED, hand_over, kept_messages, log_to, set_up_logging
 from utils.config import RunConfig, config_to_dict, config_to_yaml, flatten, load_config
 from utils.errors import Preempted, UserError
 from utils.evaluation.predictions import make_predictions, write_predictions
@@ -50,7 +50,9 @@ def parse_arguments(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", nargs="+", required=True, metavar="FILE", help="YAML, merged")
-    parser.add_argument("--mlflow-config", metavar="FILE", help="tracking; default: the defaults")
+    parser.add_argument(
+        "--mlflow-config", metavar="FILE", help="tracking; default: as configs/mlflow.yaml"
+    )
     parser.add_argument("--print-config", action="store_true", help="show what would run and stop")
     parser.add_argument(
         "--member-of",
@@ -181,6 +183,7 @@ class Run:
 
     def __enter__(self) -> Run:
         self._stack.enter_context(_sigterm_ends_here())
+        self._kept = self._stack.enter_context(kept_messages())  # warnings of the data, banners
         logger.info("%s: %s", self.variant.title, self.folder.path)
         if self.config.training.selection == "test":
             logger.warning("%s", banner("SELECTED ON TEST: these figures will be optimistic"))
@@ -190,7 +193,7 @@ class Run:
         """Create the run's folder, once all that the user could have got wrong has been read."""
         if self.machine.is_main:
             self.folder.prepare(self.config, fresh=self.config.training.resume == "never")
-            self._stack.enter_context(log_to(self.folder.log))
+            hand_over(self._kept, self._stack.enter_context(log_to(self.folder.log)))
         self.machine.barrier()
         logger.info("%s on %s", self.variant.title, describe(self.machine))
 

@@ -5,6 +5,7 @@
         run.log                 what was printed
         metrics.csv             one row per finished epoch
         tracking.jsonl          journal of what is sent to MLflow
+        tracking.json           which MLflow run that became, and how far it was sent
         checkpoints/last.pt     training state, replaced at every checkpoint; removed at the end
         checkpoints/best-NNNN.pt  weights of the best epoch that last.pt refers to, while training
         checkpoints/best.pt     the finished model: weights and all that evaluation needs
