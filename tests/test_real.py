@@ -134,7 +134,7 @@ def test_it_learns_32_real_cycles_by_heart(variant, handful, tmp_path):
     machine = Machine("cpu")
     torch.manual_seed(0)
     model = build_model(config, data.statistics)
-    keeper = Keeper(RunFolder(tmp_path / "run"), machine, {})
+    keeper = Keeper(RunFolder(tmp_path / "run"), machine, Run(config, machine)._describe(data))
     inputs = Remembered(build_frontend(config), machine)
     trainer = Trainer(config, data, model, inputs, machine, keeper, Tracker())
     trainer.fit()

@@ -112,8 +112,8 @@ def test_a_script_trains_tests_and_writes_everything(
     assert len(pd.read_csv(folder / "metrics.csv")) == 2
     printed = capsys.readouterr()
     assert str(folder.name) in printed.out and "PARTIAL DATA" in printed.out
-    for text in (printed.out, printed.err):
-        assert "SYNTHETIC RECORDINGS" in text
+    for text in (printed.out, printed.err, (folder / "run.log").read_text()):
+        assert "SYNTHETIC RECORDINGS" in text and "PARTIAL DATA" in text
     lines = (printed.out + printed.err).splitlines()
     assert max(map(len, lines)) <= 100, max(lines, key=len)
     assert sum(line.startswith("epoch ") for line in lines) == 2

@@ -10,9 +10,10 @@ import logging
 import os
 import sys
 import textwrap
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import wraps
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from utils.errors import Preempted, UserError
@@ -98,7 +99,7 @@ class log_to:
     def __init__(self, path: Path):
         self.path = path
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> log_to:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.handler = _LogFile(self.path, encoding="utf-8")
@@ -107,10 +108,30 @@ class log_to:
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.handler.addFilter(_ours_or_warning)
         logging.getLogger().addHandler(self.handler)
+        return self
 
     def __exit__(self, *_) -> None:
         logging.getLogger().removeHandler(self.handler)
         self.handler.close()
+
+
+@contextmanager
+def kept_messages() -> Iterator[MemoryHandler]:
+    """Context in which messages are kept for a log file that is not open yet; see `hand_over`."""
+    handler = MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
+    handler.addFilter(_ours_or_warning)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield handler
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+def hand_over(kept: MemoryHandler, log: log_to) -> None:
+    """Write what was kept into a log file that is open now, and keep no more."""
+    logging.getLogger().removeHandler(kept)
+    kept.setTarget(log.handler)
+    kept.close()
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
