@@ -11,13 +11,13 @@ with --folds all stand there pooled, where the group's folder is named too (as r
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from models.registry import VARIANTS
+from utils.cli import command
 from utils.errors import UserError
 from utils.evaluation import paper
 from utils.evaluation.protocol import STATEMENTS, SYNTHETIC_NOTE, caption
@@ -32,8 +32,6 @@ from utils.evaluation.runs import (
     read_runs,
 )
 from utils.evaluation.tables import FORMATS, Table, render
-
-log = logging.getLogger(__name__)
 
 COLLAPSED = " (4-class model, collapsed)"
 FIGURES = {"sp": "Sp", "se": "Se", "score": "Score"}
@@ -232,8 +230,9 @@ def build_tables(runs: Sequence[Run], names: Sequence[str] = tuple(TABLES)) -> l
     return [table for table in made if table is not None]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m utils.evaluation.report",
         description=__doc__,
@@ -249,24 +248,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--experiment", metavar="NAME", default="icbhi", help="of MLflow; default: icbhi"
     )
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        folders = list(options.runs)
-        if options.mlflow:
-            folders += folders_from_mlflow(options.mlflow, options.experiment)
-        if not folders:
-            raise UserError("no run folders given; name some, such as runs/*, or use --mlflow")
-        tables = build_tables(read_runs(folders), [options.table] if options.table else [*TABLES])
-        if not tables:
-            raise UserError(
-                f"the runs fill no table{f' {options.table}' if options.table else ''}; "
-                "train more of them, or choose another --table"
-            )
-    except UserError as error:
-        log.error("error: %s", error)
-        return 2
+    folders = list(options.runs)
+    if options.mlflow:
+        folders += folders_from_mlflow(options.mlflow, options.experiment)
+    if not folders:
+        raise UserError("no run folders given; name some, such as runs/*, or use --mlflow")
+    tables = build_tables(read_runs(folders), [options.table] if options.table else [*TABLES])
+    if not tables:
+        raise UserError(
+            f"the runs fill no table{f' {options.table}' if options.table else ''}; "
+            "train more of them, or choose another --table"
+        )
     print(render(tables, options.format), end="")
-    return 0
 
 
 if __name__ == "__main__":
