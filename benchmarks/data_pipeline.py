@@ -1,6 +1,6 @@
 """The data path from recordings to log-mels: building, opening, throughput, memory.
 
-    python -m benchmarks.data_pipeline [--device cpu|cuda] [--threads 2] [--rounds 20]
+    python -m benchmarks.data_pipeline [--device cpu|cuda] [--threads 2] [--rounds 20] [--profile]
 
 * build: decode, resample and store the recordings at hand, by the hour of audio;
 * open: a finished store of 920 recordings and 6,898 cycles (ICBHI's size, generated);
@@ -9,6 +9,9 @@
   it the processor time per clip, which other programs on the same cores do not change as much;
 * memory: largest resident size of a process that builds a store of 500 or of 5,000 cycles and
   sends every cycle through the augmented front end.
+
+With --profile it prints instead where the processor time of plain and of augmented batches goes,
+operation by operation, on one thread.
 
 Real recordings are taken from ICBHI_ROOT or ../shared/icbhi where there are any, noise else.
 """
@@ -28,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.recordings import SAMPLE_RATE, real_table, written_table
 from benchmarks.timing import interleave, print_result
@@ -89,6 +93,23 @@ def measure_throughput(store: WaveformStore, device: str, rounds: int) -> dict[s
     }
 
 
+def print_profile(store: WaveformStore, rounds: int) -> None:
+    """Milliseconds per clip of each torch operation itself, largest first."""
+    torch.set_num_threads(1)  # the profiler sees its own thread only
+    frontend = AudioFrontend(augmentation=Augmentation())
+    random = np.random.default_rng(0)
+    for name, augmented in (("plain", False), ("augmented", True)):
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            for seed in range(rounds):
+                rows = random.choice(len(store), BATCH, replace=False)
+                frontend(*batch_of(store, rows), seed if augmented else None)
+        spent = {e.key: e.self_cpu_time_total / 1000 / rounds / BATCH
+                 for e in profiler.key_averages()}  # fmt: skip
+        print(f"\n{name}: {sum(spent.values()):.2f} ms per clip in torch operations")
+        for key, milliseconds in sorted(spent.items(), key=lambda item: -item[1])[:12]:
+            print(f"  {key:36}{milliseconds:8.3f}")
+
+
 def peak_memory(cycles: int) -> float:
     """MB that a fresh process needs at most for a store of so many cycles, read to the end."""
     command = [sys.executable, "-m", "benchmarks.data_pipeline", "--memory-of", str(cycles)]
@@ -118,6 +139,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
@@ -131,6 +153,9 @@ def main() -> None:
         if table is None:
             table = written_table(folder / "few", recordings=24, cycles=168, rate=44100, seconds=20)
         seconds, store = measure_build(table, folder)
+        if args.profile:
+            print_profile(store, args.rounds)
+            return
         hours = table.groupby("Recording")["CycleEnd"].max().sum() / 3600
         print_result(
             {
