@@ -76,11 +76,12 @@ def to_markdown(
         "Synthetic sounds of invented patients (docs/synthetic_corpus.md); the figures say whether "
         "a variant can use metadata, nothing about patients. ICBHI Score in percent, four classes, "
         "test part; mean ± sd over n seeds. Differences are in points, with 95 % intervals over "
-        "resampled test patients and resampled seeds (both paired). They do not cover what other "
-        "training patients would change.",
+        "resampled test patients and resampled seeds (both paired). With few seeds the latter part "
+        "is too narrow, and they do not cover what other training patients would change.",
         "",
         *_training(records, setup),
     ]
+    off = [r for r in records if r["corpus"] == OFF]
     for place, name in enumerate(fields):
         runs = [r for r in records if r["corpus"] == name]
         lines += ["", f"## Effect planted in the field {name}", "", *_reachable(best[name])]
@@ -88,12 +89,15 @@ def to_markdown(
             lines += ["", *_variants(runs, best[name]["test"]["4"]["sound_and_field"])]
             alone = best[name]["test"]["4"]["sound"]
             lines += ["", "### Metadata real, shuffled, unknown", "", *_metadata(runs, alone)]
-        lines += _attribution(name, [r for r in runs if r["variant"] == SOFT])
-    off = [r for r in records if r["corpus"] == OFF]
+        lines += _attribution(name, _soft(runs), _soft(off))
     if off:
         lines += ["", "## No effect planted", "", "Annotations say what is heard.", ""]
         lines += _variants(off, None)
     return "\n".join(lines) + "\n\n" + REMARKS + "\n" + remarks
+
+
+def _soft(records: Sequence[Record]) -> list[Record]:
+    return [r for r in records if r["variant"] == SOFT]
 
 
 def remarks_of(text: str) -> str:
@@ -105,7 +109,7 @@ def _training(records: Sequence[Record], setup: str) -> list[str]:
     if not records:
         return []
     counts = records[0]["counts"]
-    cpu = [r["cpu_seconds"] for r in records]
+    cpu, clock = ([r[name] for r in records] for name in ("cpu_seconds", "seconds"))
     threads = "/".join(map(str, sorted({r["threads"] for r in records})))
     parts = (
         f"{counts[p]['cycles']} {word} cycles of {counts[p]['patients']} patients"
@@ -114,7 +118,7 @@ def _training(records: Sequence[Record], setup: str) -> list[str]:
     return [
         f"{', '.join(parts)}. {setup}. A run took {np.median(cpu):.0f} s of processor time "
         f"(largest {max(cpu):.0f}) with {threads} thread(s); other programs shared the cores "
-        f"(median {np.median([r['seconds'] for r in records]):.0f} s on the clock)."
+        f"(on the clock median {np.median(clock):.0f} s, largest {max(clock):.0f})."
     ]
 
 
@@ -230,24 +234,32 @@ def _metadata(records: Sequence[Record], alone: float) -> list[str]:
     return [*rows, "", " ".join(verdict)]
 
 
-def _attribution(field: str, runs: Sequence[Record]) -> list[str]:
-    """Which factor SoftFiLM used, by size of modulation and by what is lost without it."""
+def _attribution(field: str, runs: Sequence[Record], off: Sequence[Record]) -> list[str]:
+    """Which factor SoftFiLM used, by size of modulation and by what is lost without it.
+
+    Args:
+        off: its runs with nothing planted, whose shares are what the planted ones must exceed.
+    """
     if not runs:
         return []
     factors = list(runs[0]["shares"])
-    shares = {f: [r["shares"][f] for r in runs] for f in factors}
+    shares, idle = ({f: [r["shares"][f] for r in group] for f in factors} for group in (runs, off))
     members = {"device": ["device"], "site": ["site"], "rest": ["age", "bmi", "duration"]}
-    rows = ["| factor | share of the modulation, % | Score lost when unknown, points |"]
-    rows.append("|---|---:|---:|")
+    head = ("factor", "share of the modulation, %", "share with nothing planted, %")
+    rows = ["| " + " | ".join(head) + " | Score lost when unknown, points |"]
+    rows.append("|---|---:|---:|---:|")
     for factor in factors:
         lost = []
         for name in members[factor]:
             pairs = zip(scores(runs), scores(runs, f"{name} unknown"), strict=True)
             prefix = f"{name} " if len(members[factor]) > 1 else ""
             lost.append(prefix + _mean([real - hidden for real, hidden in pairs]))
-        rows.append(f"| {factor} | {_mean(shares[factor])} | {'; '.join(lost)} |")
-    largest = max(factors, key=lambda f: np.mean(shares[f]))
+        nothing = _mean(idle[factor]) if off else ""
+        rows.append(f"| {factor} | {_mean(shares[factor])} | {nothing} | {'; '.join(lost)} |")
+    gained = {f: np.mean(shares[f]) - (np.mean(idle[f]) if off else 0) for f in factors}
+    largest = max(factors, key=gained.get)
     right = "as it should be" if largest == FACTOR[field] else f"and not {FACTOR[field]}"
+    most = "The share that has grown most" if off else "The largest share"
     return [
         "",
         f"### Which factor SoftFiLM used (n = {len(runs)}, Score {_mean(scores(runs))})",
@@ -255,6 +267,6 @@ def _attribution(field: str, runs: Sequence[Record]) -> list[str]:
         *rows,
         "",
         "Share: norm of each factor's masked scale and shift minus its mean over the test cycles, "
-        "summed over blocks; what every cycle receives alike tells nothing. The largest share has "
-        f"{largest}, {right}.",
+        "summed over blocks; what every cycle receives alike tells nothing. "
+        f"{most} has {largest}, {right}.",
     ]

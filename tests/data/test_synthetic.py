@@ -391,7 +391,7 @@ def test_a_planted_device_does_not_betray_itself(tmp_path, quick):
 
 
 @pytest.mark.parametrize("field", list(planted.SECOND_GROUP))
-def test_no_other_field_tells_the_planted_one(field):
+def test_no_other_factor_tells_the_planted_field(field):
     from data.cohort import draw_patients, plan_recordings
 
     patients = draw_patients(120, np.random.default_rng(0), field)

@@ -166,8 +166,9 @@ def paired_bootstrap(
         tables_a, tables_b: [P, C, C] or [R, P, C, C], the same patients in the same order with
             the same true classes.
         training_seeds: number S of seeds that A and B were both trained with, their runs in S
-            equal parts in the same order. Seeds are then resampled as well, and the interval
-            covers another training too; 0: it holds the trained models fixed.
+            equal parts in the same order. Seeds are then resampled as well, so that trainings that
+            differ widen the interval (by too little where S is small: it can not leave their
+            range); 0: it holds the trained models fixed.
 
     Raises:
         ValueError: the two do not describe the same cycles.
