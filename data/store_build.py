@@ -95,7 +95,7 @@ def _remove_abandoned(plan: StorePlan, cache_dir: Path) -> None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:  # somebody is at it
                 continue
-            shutil.rmtree(building)
+            shutil.rmtree(building, ignore_errors=True)  # it may just have been finished
 
 
 def _reserve(path: Path, size: int) -> None:

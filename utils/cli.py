@@ -1,13 +1,14 @@
 """What every command shares: messages that fit the terminal, and exit statuses that mean something.
 
 0 done; 2 something the user can mend; 75 preempted by SIGTERM with the state saved (start the same
-command again to go on); 130 interrupted.
+command again to go on); 130 interrupted; 141 nobody reads the output any more, and there was more.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import select
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from utils.errors import Preempted, UserError
 from utils.files import write_error
 
 WIDTH = 100
-EXIT_USER, EXIT_PREEMPTED, EXIT_INTERRUPTED = 2, 75, 130
+EXIT_USER, EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_NO_READER = 2, 75, 130, 141
 _HANDLER = "metadata-conditioned-ast"
 
 
@@ -134,18 +135,33 @@ def hand_over(kept: MemoryHandler, log: log_to) -> None:
     kept.close()
 
 
+def _nobody_reads() -> bool:
+    """Whether the output goes into a pipe whose reader has gone: `| head` has seen enough."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, AttributeError):  # no file behind it, or a system without poll
+        return False
+
+
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """Run `main` and turn its end into an exit status; a number that it returns is one already."""
 
     @wraps(main)
     def run(*arguments, **options) -> int:
         set_up_logging()
-        status = None
+        status, ended = None, False
         try:
             status = main(*arguments, **options)
+            ended = True
             sys.stdout.flush()
-        except BrokenPipeError:  # `| head` has seen enough
+        except BrokenPipeError:
+            if not _nobody_reads():  # some other pipe
+                raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if not ended:
+                return EXIT_NO_READER
         except UserError as error:
             logging.getLogger(__name__).error("%s", error)
             return EXIT_USER

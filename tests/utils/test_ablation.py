@@ -315,9 +315,9 @@ def test_a_killed_grid_goes_on_and_its_cells_are_nested_in_mlflow(here, monkeypa
     assert len(client.search_runs([experiment])) == 2
 
 
-def test_a_reader_that_stops_early_is_no_error():
+def test_a_reader_that_stops_early_gets_no_traceback():
     command = [sys.executable, "-m", "utils.evaluation.ablation", str(FREEZING), "--dry-run"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         run.stdout.close()
         error = run.stderr.read().decode()
-    assert run.returncode == 0 and "Traceback" not in error
+    assert run.returncode in (0, 141) and "Traceback" not in error  # all printed, or not

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from utils.cli import WIDTH, command
 from utils.errors import Preempted, UserError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -56,3 +61,28 @@ def test_a_banner_has_no_dangling_prefix(capsys):
     main()
     err = capsys.readouterr().err
     assert err == "\n========\nPARTIAL DATA\n========\nwarning: two\nlines\n"
+
+
+def test_a_broken_pipe_that_is_not_the_output_is_an_error():
+    @command
+    def main() -> None:
+        raise BrokenPipeError("a server that has gone")
+
+    with pytest.raises(BrokenPipeError):
+        main()
+
+
+def test_output_that_nobody_reads_to_its_end_is_told_from_the_whole():
+    code = (
+        "import time; from utils.cli import command\n"
+        "@command\n"
+        "def main():\n"
+        "    for _ in range(100): print('line', flush=True); time.sleep(.02)\n"
+        "raise SystemExit(main())\n"
+    )
+    words = [sys.executable, "-c", code]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        run.stdout.readline()
+        run.stdout.close()
+        errors = run.stderr.read().decode()
+    assert run.returncode == 141 and "Traceback" not in errors

@@ -15,7 +15,6 @@ needs annotations and tables only, no audio.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,7 +30,7 @@ from data.icbhi import completeness, read_cycles
 from data.metadata import MetadataStatistics
 from data.splits import STRATEGIES, Split, split_cycles
 from data.synthetic import is_synthetic
-from utils.errors import UserError
+from utils.cli import command
 from utils.evaluation.calibration import log_odds
 from utils.evaluation.evaluate import evaluate_predictions
 from utils.evaluation.metrics import choose_thresholds, output_targets
@@ -39,8 +38,6 @@ from utils.evaluation.predictions import make_predictions
 from utils.evaluation.protocol import MARKS, caption
 from utils.evaluation.render import markdown_table, number, with_interval
 from utils.task import Task
-
-log = logging.getLogger(__name__)
 
 PRIOR = "class prior"
 KEPT = ("thresholds", "metrics", "counts", "patients", "patient_tables")
@@ -177,8 +174,9 @@ def balancing_weight(task: Task, label: np.ndarray, sensitivity_bias: float = 1.
     return sensitivity_bias * (1 - positive) / positive
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the floors of both tasks; returns the exit status."""
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the floors of both tasks."""
     parser = argparse.ArgumentParser(
         prog="python -m utils.evaluation.floors",
         description=__doc__,
@@ -194,13 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--selection", choices=MARKS, default="validation", help="default: validation"
     )
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        table = read_cycles(options.data_folder, require_audio=False)
-        split = split_cycles(table, strategy=options.split_strategy, selection=options.selection)
-    except UserError as error:
-        log.error("error: %s", error)
-        return 2
+    table = read_cycles(options.data_folder, require_audio=False)
+    split = split_cycles(table, strategy=options.split_strategy, selection=options.selection)
     rows = []
     for task in (Task(4), Task(2)):
         train = table.iloc[split.train]
@@ -219,7 +212,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     marks = options.selection, partial.partial, is_synthetic(options.data_folder)
     lines = [caption(text, *marks), ""]
     print("\n".join([*lines, *markdown_table(head, rows)]))
-    return 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import filecmp
 import logging
 import shutil
 import signal
@@ -163,7 +164,9 @@ class Run:
                 self._publish()
             Keeper(self.folder, self.machine, {}).clean()
             logger.info("finished already; training.resume=never would start anew")
-            print_end(self.folder, self.config, published=not self.is_member)
+            copy = published_best(self.config)
+            own = not self.is_member and filecmp.cmp(copy, self.folder.best, shallow=False)
+            print_end(self.folder, self.config, published=own)
         return True
 
     def _check_unchanged(self) -> None:
