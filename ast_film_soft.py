@@ -1,5 +1,5 @@
 """SoftFiLM-AST: soft-factorised FiLM: device, site and the rest of the metadata each
-modulate their own, softly masked part of the features (models/softfilm.py).
+modulate their own, softly masked part of the features (models/conditioners/softfilm.py).
 
     python ast_film_soft.py \\
         --config configs/ast_film_soft_config.yaml \\
@@ -9,8 +9,8 @@ modulate their own, softly masked part of the features (models/softfilm.py).
 key=value words override single keys; --print-config shows what would run.
 """
 
-from utils.cli import command
-from utils.training.run import start
+from utils.common.cli import command
+from utils.runs.run import start
 
 VARIANT = "ast_softfilm"
 

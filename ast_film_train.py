@@ -1,5 +1,5 @@
 """FiLM-AST: the metadata scales and shifts the features of every conditioned block,
-all tokens alike (models/film.py).
+all tokens alike (models/conditioners/film.py).
 
 Perez et al., "FiLM: Visual reasoning with a general conditioning layer", AAAI 2018.
 
@@ -11,8 +11,8 @@ Perez et al., "FiLM: Visual reasoning with a general conditioning layer", AAAI 2
 key=value words override single keys; --print-config shows what would run.
 """
 
-from utils.cli import command
-from utils.training.run import start
+from utils.common.cli import command
+from utils.runs.run import start
 
 VARIANT = "ast_film"
 

@@ -1,5 +1,5 @@
 """GRF-AST: gated residual fusion. A projection of the metadata, times one learned
-gate, is added to the pooled representation after the transformer (models/grf.py).
+gate, is added to the pooled representation after the transformer (models/conditioners/grf.py).
 
     python ast_meta_fus_train.py \\
         --config configs/ast_fus_config.yaml \\
@@ -9,8 +9,8 @@ gate, is added to the pooled representation after the transformer (models/grf.py
 key=value words override single keys; --print-config shows what would run.
 """
 
-from utils.cli import command
-from utils.training.run import start
+from utils.common.cli import command
+from utils.runs.run import start
 
 VARIANT = "ast_grf"
 

@@ -1,5 +1,5 @@
 """TAFiLM-AST: token-aware FiLM: the classification tokens and the patch tokens are
-modulated apart (models/tafilm.py).
+modulated apart (models/conditioners/tafilm.py).
 
     python ast_tafilm_train.py \\
         --config configs/ast_tafilm_config.yaml \\
@@ -9,8 +9,8 @@ modulated apart (models/tafilm.py).
 key=value words override single keys; --print-config shows what would run.
 """
 
-from utils.cli import command
-from utils.training.run import start
+from utils.common.cli import command
+from utils.runs.run import start
 
 VARIANT = "ast_tafilm"
 

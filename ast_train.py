@@ -10,8 +10,8 @@ Gong, Chung & Glass, "AST: Audio Spectrogram Transformer", Interspeech 2021, arX
 key=value words override single keys; --print-config shows what would run.
 """
 
-from utils.cli import command
-from utils.training.run import start
+from utils.common.cli import command
+from utils.runs.run import start
 
 VARIANT = "ast"
 

@@ -24,16 +24,16 @@ from typing import Any
 
 import pandas as pd
 
-from utils.cli import command
+from utils.common.cli import command
+from utils.common.files import write_text
 from utils.evaluation.compare import SHOWN, compare, default_folder, write_comparison
-from utils.evaluation.evaluator import SPLITS, Evaluator
-from utils.evaluation.predictions import write_predictions
-from utils.evaluation.protocol import MARKS, metric_group
 from utils.evaluation.render import number, to_markdown, with_interval
-from utils.files import write_text
+from utils.evaluation.trained_model import SPLITS, Evaluator
+from utils.metrics.predictions import write_predictions
+from utils.metrics.protocol import MARKS, metric_group
+from utils.runs.end import banner, defined, figure_row
 from utils.tracking import continue_tracking
 from utils.training.runfolder import RunFolder
-from utils.training.summary import banner, defined, figure_row
 
 logger = logging.getLogger(__name__)
 

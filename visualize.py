@@ -19,8 +19,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.cli import command
-from utils.errors import UserError
+from utils.common.cli import command
+from utils.common.errors import UserError
 from utils.figures.commands import FIGURES
 from utils.figures.options import SOFTFILM, Options
 from utils.figures.style import FORMATS

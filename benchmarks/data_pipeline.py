@@ -37,7 +37,8 @@ from benchmarks.recordings import SAMPLE_RATE, real_table, written_table
 from benchmarks.timing import interleave, print_result
 from data.augment import Augmentation
 from data.frontend import AudioFrontend
-from data.waveforms import WaveformStore, open_store
+from data.store import WaveformStore
+from data.store_build import open_store
 
 BATCH = 16
 

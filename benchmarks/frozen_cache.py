@@ -21,15 +21,15 @@ import torch
 from benchmarks.loop_overhead import corpus
 from benchmarks.timing import interleave, print_result
 from data.loader import ICBHI
-from utils.config import RunConfig, load_config
+from utils.config.schema import RunConfig, load_config
 from utils.tracking import Tracker
 from utils.training.assemble import build_inputs, build_model
+from utils.training.checkpointer import Keeper
 from utils.training.device import Machine
-from utils.training.engine import Trainer
-from utils.training.flags import Signals
 from utils.training.inputs import FrozenInputs
 from utils.training.runfolder import RunFolder
-from utils.training.state import Keeper
+from utils.training.signals import Signals
+from utils.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 #: name: configuration file, further words, how much faster it has to be

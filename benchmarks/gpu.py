@@ -38,8 +38,8 @@ import torch
 
 from benchmarks.gpu_report import rounded, to_markdown
 from benchmarks.gpu_runner import Parts, Results, Setting, describe, measure
-from utils.cli import command
-from utils.errors import UserError
+from utils.common.cli import command
+from utils.common.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Section:
         return getattr(import_module(self.module), self.function)(setting)
 
 
-_MODEL, _LOOP = ("benchmarks.model_step",), ("benchmarks.loop_overhead", "utils.training.run")
+_MODEL, _LOOP = ("benchmarks.model_step",), ("benchmarks.loop_overhead", "utils.runs.run")
 SECTIONS = {
     "matmul": Section("benchmarks.gpu_model", "matmul", _MODEL, 20),
     "correctness": Section("benchmarks.gpu_model", "correctness", _MODEL, 60),

@@ -92,7 +92,7 @@ def _waits(trainer, warm_up: int = 3) -> dict[str, str]:
 
     CUDA's debug mode names them; "warn" goes on after the first, so that all are listed.
     """
-    from utils.training.flags import Signals
+    from utils.training.signals import Signals
 
     step, found = trainer._step, set()
 
@@ -218,13 +218,13 @@ def _configurations() -> list[Path]:
 
 def _trainer(setting: Setting, path: Path, data, compiled: str, *words: str):
     """The real loop for a shipped configuration, over `data`."""
-    from utils.config import load_config
+    from utils.config.schema import load_config
+    from utils.runs.run import Run
     from utils.tracking import Tracker
     from utils.training.assemble import build_inputs, build_model
+    from utils.training.checkpointer import Keeper
     from utils.training.device import Machine
-    from utils.training.engine import Trainer
-    from utils.training.run import Run
-    from utils.training.state import Keeper
+    from utils.training.trainer import Trainer
 
     fixed = (
         f"dataset.data_folder={setting.folder / 'corpus'}",

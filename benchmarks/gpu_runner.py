@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_report import rounded, to_markdown
-from utils.files import write_text
+from utils.common.files import write_text
 
 #: packages of this repository: one of them missing is a fault, not a reason to skip
 OWN = ("benchmarks", "data", "models", "utils")

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from utils.files import TEMPORARY, write_text
+from utils.common.files import TEMPORARY, write_text
 from utils.training.checkpoint import Checkpoint, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,7 +110,7 @@ def arguments(corpus: Path, cache: Path, runs: Path, overrides: Sequence[str]) -
 def execute(words: list[str]) -> None:
     """What the process does: the script's own main, silently."""
     import ast_film_soft
-    import utils.training.summary as summary
+    import utils.runs.end as summary
 
     summary.draw_figures = lambda *_: None
     torch.set_num_threads(1)
@@ -184,7 +184,7 @@ def kill_and_compare(
         overrides: the run's configuration.
         progress: count on stderr.
     """
-    from data.synthetic import write_corpus
+    from data.synthetic.corpus import write_corpus
 
     corpus, cache = folder / "corpus", folder / "cache"
     write_corpus(corpus, patients=10, seed=0)

@@ -25,18 +25,18 @@ from torch import Tensor, nn
 from benchmarks.timing import interleave, print_result
 from data.batch import Metadata
 from data.loader import ICBHI
-from data.synthetic import write_corpus
+from data.synthetic.corpus import write_corpus
 from models.conditioner import Conditioner, ModelOutput, ParameterGroup
-from utils.config import RunConfig, load_config
+from utils.config.schema import RunConfig, load_config
 from utils.tracking import Tracker
 from utils.training.assemble import build_data
+from utils.training.checkpointer import Keeper
 from utils.training.device import Machine
-from utils.training.engine import Trainer
-from utils.training.flags import Signals
 from utils.training.inputs import Inputs
 from utils.training.optim import build_optimizer
 from utils.training.runfolder import RunFolder
-from utils.training.state import Keeper
+from utils.training.signals import Signals
+from utils.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 60  # batches per measured epoch

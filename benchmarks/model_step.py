@@ -7,7 +7,7 @@ The paper's size (128 x 1,024, 12 blocks of width 768), the same weights, the sa
 forward pass, loss, backward pass and fused AdamW. Two kinds of work: `same work` computes the last
 block for all tokens, as transformers does; `ours` computes there only what the pooled vector needs.
 A round holds every contestant once and a large matrix product, the measure of what the machine can
-do: `of matmul` is the contestant's FLOP/s (formulas of models/summary.py) over the product's.
+do: `of matmul` is the contestant's FLOP/s (utils.runs.model_summary) over the product's.
 Ratios are medians over the rounds; +- is their interquartile range over the median. On a machine
 that does other things too the ratios hold, `of matmul` suffers.
 """
@@ -30,7 +30,7 @@ from models.build import build_model
 from models.conditioned_ast import ConditionedAST
 from models.pretrained import Weights, from_transformers, load_into
 from models.registry import VARIANTS
-from models.summary import Flops, backbone_flops, small_parts_flops
+from utils.runs.model_summary import Flops, backbone_flops, small_parts_flops
 
 N_MELS, N_OUTPUTS = 128, 2
 SAME_WORK, OURS, SDPA, EAGER, MATMUL = "same work", "ours", "transformers", "eager", "matmul"

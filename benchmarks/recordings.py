@@ -11,8 +11,8 @@ import soundfile
 import torch
 from torch import Tensor
 
+from data.store import StorePlan
 from data.store_build import cut_cycles
-from data.waveforms import StorePlan
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_RATE = 16000

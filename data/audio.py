@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from utils.errors import UserError
+from utils.common.errors import UserError
 
 RESAMPLERS = ("torchaudio", "soxr_hq")
 MIN_RATE, MAX_RATE = 4_000, 96_000  # Hz

@@ -22,10 +22,6 @@ SCALARS: tuple[str, ...] = ("age", "bmi", "duration")  # years, kg/m2, s
 #: Order of the columns in `Metadata.known`.
 FIELDS: tuple[str, ...] = ("device", "site", *SCALARS)
 
-#: The two events of an annotation, and the four exclusive classes made of them.
-EVENTS: tuple[str, str] = ("crackle", "wheeze")
-CLASSES: tuple[str, ...] = ("normal", "crackle", "wheeze", "both")
-
 
 class _Movable:
     """Dataclass of tensors (or of further `_Movable`s) that can be moved and indexed as one."""

@@ -27,10 +27,10 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from data.icbhi import BASE_URL, TABLES, Completeness, completeness, find_table, read_cycles
-from utils.cli import EXIT_INTERRUPTED, command
-from utils.errors import UserError
-from utils.files import atomic_write, write_error, write_text
+from data.corpora.icbhi import BASE_URL, TABLES, Completeness, completeness, find_table, read_cycles
+from utils.common.cli import EXIT_INTERRUPTED, command
+from utils.common.errors import UserError
+from utils.common.files import atomic_write, write_error, write_text
 
 log = logging.getLogger(__name__)
 

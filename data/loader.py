@@ -18,11 +18,11 @@ import pandas as pd
 import torch
 
 from data.batch import Batch, Metadata
-from data.icbhi import Completeness
-from data.metadata import MetadataStatistics
+from data.corpora.icbhi import Completeness
 from data.splits import Split
-from data.waveforms import WaveformStore
-from utils.task import Task
+from data.statistics import MetadataStatistics
+from data.store import WaveformStore
+from data.task import Task
 
 PREFETCH = 2  # batches prepared ahead; one is enough to hide the copy, two absorb a slow page-in
 

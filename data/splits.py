@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from data.batch import CLASSES
-from utils.errors import UserError
+from data.task import CLASSES
+from utils.common.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def split_cycles(
     """Divide the cycle table into training, validation and test rows.
 
     Args:
-        table: cycle table of `data.icbhi.read_cycles`.
+        table: cycle table of `data.corpora.icbhi.read_cycles`.
         strategy: official | official_disjoint (without the test cycles of patients who are in
             train as well) | foldwise | random.
         test_fold: foldwise: the fold (0..4) that is tested.

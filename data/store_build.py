@@ -22,12 +22,13 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import soundfile
 from tqdm import tqdm
 
-from data.audio import BadRecording, read_recording, resample, silent_cycles
-from data.waveforms import StorePlan, fingerprint
-from utils.errors import UserError
+from data.audio import RESAMPLERS, BadRecording, read_recording, resample, silent_cycles
+from data.store import StorePlan, WaveformStore, fingerprint, open_folder
+from utils.common.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,40 @@ END_TOLERANCE = 0.05
 SYNC_SECONDS = 5.0
 #: Recordings per process below which starting one costs more than it saves.
 MIN_PER_WORKER = 8
+
+
+def open_store(
+    table: pd.DataFrame,
+    *,
+    cache_dir: str | Path,
+    sample_rate: int = 16000,
+    resampler: str = "torchaudio",
+    workers: int = 0,
+    on_bad_recording: str = "error",
+    progress: bool = True,
+) -> WaveformStore:
+    """Open the store of a cycle table; build it first if there is none yet.
+
+    Args:
+        table: cycle table with the columns Filename, CycleStart, CycleEnd (s) and Recording.
+        cache_dir: folder that holds the stores; made if absent.
+        sample_rate: Hz.
+        resampler: "torchaudio" or "soxr_hq".
+        workers: processes that build; 0: one per core.
+        on_bad_recording: "error" stops at the first recording that can not be used; "skip" leaves
+            its cycles out, and says so.
+        progress: show a bar while building (on a terminal only).
+
+    Raises:
+        UserError: a bad or missing recording, no room, a cache folder that can not be written.
+    """
+    if resampler not in RESAMPLERS or on_bad_recording not in ("error", "skip"):
+        raise ValueError(f"resampler {resampler!r}, on_bad_recording {on_bad_recording!r}?")
+    plan = StorePlan.of(table, sample_rate, resampler)
+    folder = plan.find(Path(cache_dir))
+    if folder is None:
+        folder = build_store(plan, Path(cache_dir), workers, on_bad_recording, progress)
+    return open_folder(folder, plan, on_bad_recording)
 
 
 def build_store(

@@ -18,7 +18,7 @@ from timm.layers import Attention, Mlp, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.conditioner import Conditioner, ModelConfig, Modulation, Variant
+from models.conditioner import Modulation
 
 N_SPECIAL = 2  # CLS and DIST
 
@@ -267,10 +267,3 @@ class AST(nn.Module):
     def tokens(self, spectrogram: Tensor, modulation: Sequence[Modulation | None] = ()) -> Tensor:
         """All tokens after the final LN, [B, N, D], for analysis."""
         return self.resume(self.prefix(spectrogram), modulation, all_tokens=True)
-
-
-def _build(config: ModelConfig, **_) -> Conditioner:
-    return Conditioner()
-
-
-VARIANT = Variant("ast", "ast", "AST", ModelConfig, _build, order=0)

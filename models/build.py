@@ -9,7 +9,7 @@ from models.conditioned_ast import ConditionedAST, Head
 from models.conditioner import ModelConfig
 from models.pretrained import load_into, read_weights
 from models.registry import VARIANTS
-from utils.errors import UserError
+from utils.common.errors import UserError
 
 
 def build_model(

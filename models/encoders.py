@@ -21,7 +21,7 @@ from data.batch import (
     Metadata,
 )
 from models.conditioner import Conditioner, ModelConfig
-from utils.errors import UserError
+from utils.common.errors import UserError
 
 #: The three metadata factors; "rest" is the vector of scalars.
 FACTORS: tuple[str, ...] = ("device", "site", "rest")

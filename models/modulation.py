@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.conditioner import ConditionState, Modulation
 from models.encoders import MetadataConditioner, MetadataEmbeddings
-from utils.errors import UserError
+from utils.common.errors import UserError
 
 
 def resolve_layers(value: Any, depth: int, variant: str) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.ast import AST, N_SPECIAL, grid_size
-from utils.errors import UserError
+from utils.common.errors import UserError
 
 AUDIOSET_HUB_NAME = "MIT/ast-finetuned-audioset-10-10-0.4593"
 IMAGENET_TIMM_NAME = "deit_base_distilled_patch16_384"

@@ -1,4 +1,4 @@
-"""The variants there are: every module in `models/` that holds a `VARIANT` is one.
+"""The variants there are: every module in `models/conditioners/` that holds a `VARIANT` is one.
 
 A new variant is one new file; nothing here or elsewhere names it (docs/adding_a_variant.md).
 """
@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
 
-import models
+from models import conditioners
 from models.conditioner import Variant
 
 __all__ = ["VARIANTS", "Variant"]
@@ -28,12 +28,12 @@ class Registry(Mapping):
     def _load(self) -> dict[str, Variant]:
         if self._variants is None:
             found = {}
-            for info in pkgutil.iter_modules(models.__path__):
-                module = importlib.import_module(f"{models.__name__}.{info.name}")
+            for info in pkgutil.iter_modules(conditioners.__path__):
+                module = importlib.import_module(f"{conditioners.__name__}.{info.name}")
                 variant = getattr(module, "VARIANT", None)
                 if isinstance(variant, Variant):
                     if variant.name in found:
-                        raise ValueError(f"two modules in models/ are named {variant.name!r}")
+                        raise ValueError(f"two conditioners are named {variant.name!r}")
                     found[variant.name] = variant
             self._variants = {
                 v.name: v for v in sorted(found.values(), key=lambda v: (v.order, v.name))

@@ -26,7 +26,7 @@ def icbhi_root() -> Path:
 @pytest.fixture(scope="session")
 def synthetic_corpus(tmp_path_factory) -> Path:
     """Small ICBHI-shaped corpus, written once per test session; treat it as read-only."""
-    from data.synthetic import write_corpus
+    from data.synthetic.corpus import write_corpus
 
     folder = tmp_path_factory.mktemp("corpus")
     write_corpus(folder, patients=10, seed=0)

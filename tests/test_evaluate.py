@@ -16,18 +16,18 @@ import torch
 import evaluate
 from data.batch import FIELDS
 from data.frontend import AudioFrontend
-from data.synthetic import MARKER, write_corpus
+from data.synthetic.corpus import MARKER, write_corpus
+from data.task import Task
 from tests.test_real import HANDFUL, TABLES
 from tests.utils.tiny import tiny_config
 from utils.evaluation import compare as comparison
-from utils.evaluation.evaluate import compare_predictions
-from utils.evaluation.evaluator import Evaluator
-from utils.evaluation.predictions import read_predictions
-from utils.task import Task
+from utils.evaluation.report import compare_predictions
+from utils.evaluation.trained_model import Evaluator
+from utils.metrics.predictions import read_predictions
+from utils.runs.run import Run
 from utils.tracking import Journal
 from utils.training.checkpoint import load_checkpoint, save_checkpoint
 from utils.training.device import Machine
-from utils.training.run import Run
 from utils.training.runfolder import RunFolder
 
 SAME = (
@@ -52,7 +52,7 @@ def train(variant: str, corpus: Path, work: Path, **overrides) -> RunFolder:
             **overrides,
         },
     )
-    with mock.patch("utils.training.summary.draw_figures"), Run(config, Machine("cpu")) as run:
+    with mock.patch("utils.runs.end.draw_figures"), Run(config, Machine("cpu")) as run:
         data = run.data()
         run.test(run.fit(run.model(data), data))
     return RunFolder.of(config)

@@ -1,4 +1,4 @@
-"""Short form of benchmarks/planted_effect.py: only who is told the site knows what a sound means.
+"""Short form of experiments/planted_effect.py: only who is told the site knows what a sound means.
 
 Clips are clicks, a tone, both or neither, half a second long and unmistakable, so that a
 transformer of two narrow blocks learns them in seconds; all else is a real run.
@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import planted_effect as benchmark
-from benchmarks.planted_effect_report import REMARKS, remarks_of, to_markdown
 from data.loader import ICBHI
-from data.planted import PLANTED_MIX, RULE, group_of, reachable_scores
+from data.synthetic.planted import PLANTED_MIX, RULE, group_of, reachable_scores
+from experiments import planted_effect as benchmark
+from experiments.planted_effect_report import REMARKS, remarks_of, to_markdown
 from models.registry import VARIANTS
 from tests.utils import tiny
-from utils.config import RunConfig
-from utils.evaluation.metadata_probe import conditions
-from utils.evaluation.metrics import sp_se_score
+from utils.config.schema import RunConfig
+from utils.evaluation.metadata_test import conditions
+from utils.metrics.score import sp_se_score
 from utils.training.assemble import build_frontend
 
 CONDITIONED = [name for name in VARIANTS if name != "ast"]

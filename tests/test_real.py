@@ -15,15 +15,15 @@ import torch
 
 from data.splits import Split
 from models.registry import VARIANTS
-from utils.config import RunConfig, config_from_dict
+from utils.config.schema import RunConfig, config_from_dict
+from utils.runs.run import Run
 from utils.tracking import Tracker
 from utils.training.assemble import build_data, build_frontend, build_model
+from utils.training.checkpointer import Keeper
 from utils.training.device import Machine
-from utils.training.engine import Trainer
 from utils.training.inputs import Inputs
-from utils.training.run import Run
 from utils.training.runfolder import RunFolder
-from utils.training.state import Keeper
+from utils.training.trainer import Trainer
 
 pytestmark = pytest.mark.real
 
@@ -93,7 +93,7 @@ def test_it_trains_for_two_epochs_and_writes_every_artifact(
     variant, handful, tmp_path, monkeypatch
 ):
     if variant != "ast_softfilm":  # pictures cost seconds; one variant, with all of them, will do
-        monkeypatch.setattr("utils.training.summary.draw_figures", lambda *_: None)
+        monkeypatch.setattr("utils.runs.end.draw_figures", lambda *_: None)
     config = configure(variant, handful, tmp_path, epochs=2)
     with Run(config, Machine("cpu")) as run:
         data = run.data()

@@ -57,7 +57,7 @@ def here(tmp_path, monkeypatch, tmp_path_factory) -> Path:
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Leave a run's figures out: they cost seconds, and the MLflow test looks at them."""
-    monkeypatch.setattr("utils.training.summary.draw_figures", lambda *_: None)
+    monkeypatch.setattr("utils.runs.end.draw_figures", lambda *_: None)
 
 
 def words(variant: str, corpus: Path, *overrides: str) -> list[str]:
@@ -141,7 +141,7 @@ def test_a_run_that_ended_before_its_best_was_published_is_published_by_the_same
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("utils.training.run.Run._publish", killed)
+        patched.setattr("utils.runs.run.Run._publish", killed)
         assert run(monkeypatch, "ast", synthetic_corpus, "mlflow.enabled=false") == 130
     finished, copy = only_run(here), here / "checkpoints" / "ast_best.pt"
     assert (finished / "report.json").is_file() and not copy.exists()

@@ -9,18 +9,17 @@ import pytest
 import torch
 
 import visualize
-from data.batch import CLASSES
+from data.task import CLASSES, Task
 from tests.utils.figure_data import write_checkpoint
-from utils.errors import UserError
-from utils.evaluation.evaluate import evaluate_predictions
-from utils.evaluation.predictions import make_predictions
+from utils.common.errors import UserError
+from utils.evaluation.report import evaluate_predictions
 from utils.figures import commands, embeddings, sources
 from utils.figures.commands import own_results
 from utils.figures.options import Options
 from utils.figures.runs import run_figures
 from utils.figures.sources import read_evaluation
 from utils.figures.spectrograms import log_mels, typical_cycles
-from utils.task import Task
+from utils.metrics.predictions import make_predictions
 from utils.training.checkpoint import save_checkpoint
 
 
@@ -290,7 +289,7 @@ def test_own_results_are_means_over_seeds_and_partial_ones_are_refused(finished)
 def test_log_mel_of_each_class_is_the_front_ends(synthetic_corpus, tmp_path):
     assert run("--log-mel", "--data-folder", synthetic_corpus, "--output-dir", tmp_path) == 0
     assert written(tmp_path) == ["log_mel.pdf", "log_mel.png"]
-    from utils.config import RunConfig
+    from utils.config.schema import RunConfig
     from utils.training.assemble import build_frontend
 
     config = RunConfig()

@@ -15,14 +15,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from utils.errors import UserError
-
-if TYPE_CHECKING:
-    from utils.tracking import Journal
+from utils.common.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +110,7 @@ def reason(error: BaseException) -> str:
 class Sender:
     """Turns journal records into calls of one MLflow store."""
 
-    def __init__(self, uri: str, journal: Journal):
+    def __init__(self, uri: str, journal: Any):
         self.uri = uri
         self.journal = journal
         self.client: Any = None

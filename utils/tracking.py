@@ -28,7 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
+from utils.common.errors import UserError
 from utils.mlflow_store import Sender, absolute_uri, check_tracking_uri, import_mlflow, reason
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ import torch
 from benchmarks import gpu, gpu_data, gpu_model
 from benchmarks.gpu_report import STEP_PEERS, STEP_VARIANTS, targets
 from benchmarks.gpu_runner import NeedsCuda, Setting, measure
-from utils.cli import command
-from utils.errors import UserError
+from utils.common.cli import command
+from utils.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 #: what a lent machine lacks although requirements.txt names it

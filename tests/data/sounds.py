@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import soundfile
 
-from data.waveforms import WaveformStore, open_store
+from data.store import WaveformStore
+from data.store_build import open_store
 
 
 def tone_in_noise(seconds: float, rate: int, seed: int = 0) -> np.ndarray:

@@ -13,9 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from data import download as module
+from data.corpora.icbhi import BASE_URL, TABLES
 from data.download import ARCHIVE, CHECKSUMS, SIZES, download, fetch, main, unpack
-from data.icbhi import BASE_URL, TABLES
-from utils.errors import UserError
+from utils.common.errors import UserError
 
 TABLE_NAMES = [names[0] for names in TABLES.values()]
 

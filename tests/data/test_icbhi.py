@@ -12,8 +12,8 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.batch import CLASSES, DEVICES, SITES
-from data.icbhi import (
+from data.batch import DEVICES, SITES
+from data.corpora.icbhi import (
     FULL_COUNTS,
     SUBFOLDERS,
     TABLES,
@@ -21,9 +21,7 @@ from data.icbhi import (
     find_table,
     read_cycles,
 )
-from data.metadata import COLUMNS
-from data.splits import classes_of
-from data.tables import (
+from data.corpora.icbhi_tables import (
     MODES,
     parse_annotation,
     parse_demographics,
@@ -31,7 +29,10 @@ from data.tables import (
     parse_name,
     parse_split,
 )
-from utils.errors import UserError
+from data.cycle_table import COLUMNS
+from data.splits import classes_of
+from data.task import CLASSES
+from utils.common.errors import UserError
 
 STEM = "101_1b1_Al_sc_Meditron"
 quick = settings(deadline=None, max_examples=50)  # machines may be busy

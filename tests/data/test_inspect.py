@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from data.icbhi import read_cycles
+from data.corpora.icbhi import read_cycles
 from data.inspect import describe, inspect_folder, main, traps
 
 STEM = "101_1b1_Al_sc_Meditron"

@@ -15,18 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.batch import DEVICES, SITES, UNKNOWN_DEVICE, UNKNOWN_SITE
-from data.icbhi import read_cycles
-from data.metadata import (
-    COLUMNS,
-    MetadataStatistics,
-    build_metadata,
-    check_metadata,
-    derive_bmi,
-    main,
-    read_metadata,
-    write_metadata,
-)
-from utils.errors import UserError
+from data.corpora.icbhi import read_cycles
+from data.cycle_table import COLUMNS, derive_bmi
+from data.metadata import build_metadata, check_metadata, main, read_metadata, write_metadata
+from data.statistics import MetadataStatistics
+from utils.common.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from data.batch import DEVICES
-from data.icbhi import read_cycles
+from data.corpora.icbhi import read_cycles
 from data.splits import (
     SELECTIONS,
     STRATEGIES,
@@ -20,7 +20,7 @@ from data.splits import (
     patients_in_both_halves,
     split_cycles,
 )
-from utils.errors import UserError
+from utils.common.errors import UserError
 
 PARTS = ("train", "val", "test")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import data.store_build as store_build
-from data.waveforms import open_store
+from data.store_build import open_store
 from tests.data.sounds import (
     open_in,
     recording_table,
@@ -23,7 +23,7 @@ from tests.data.sounds import (
     tone_in_noise,
     write,
 )
-from utils.errors import UserError
+from utils.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,7 +77,7 @@ CHILD = """
 import os, signal, sys, time
 import pandas as pd
 import data.store_build as build
-from data.waveforms import open_store
+from data.store import open_store
 
 table, cache, log, gate, kill_at = sys.argv[1:]
 work, build.SYNC_SECONDS, done = build.write_recording, 0.0, 0

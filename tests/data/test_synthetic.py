@@ -16,14 +16,24 @@ from sklearn.ensemble import GradientBoostingClassifier
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
-from data import planted, synthetic
-from data.batch import CLASSES, SITES
-from data.cohort import apportion, deal
-from data.icbhi import completeness, read_cycles
+from data.batch import SITES
+from data.corpora.icbhi import completeness, read_cycles
 from data.splits import split_cycles
-from data.synthesis import PROFILES, crackle, draw_traits, render, wheeze
-from data.synthetic import CYCLES, DEMOGRAPHICS, DIAGNOSIS, MARKER, SPLIT, main, write_corpus
-from utils.errors import UserError
+from data.synthetic import corpus as synthetic
+from data.synthetic.cohort import apportion, deal
+from data.synthetic.corpus import (
+    CYCLES,
+    DEMOGRAPHICS,
+    DIAGNOSIS,
+    MARKER,
+    SPLIT,
+    main,
+    planted,
+    write_corpus,
+)
+from data.synthetic.sounds import PROFILES, crackle, draw_traits, render, wheeze
+from data.task import CLASSES
+from utils.common.errors import UserError
 
 TINY = {"patients": 6, "recordings_per_patient": 2, "cycles_per_recording": 2}
 #: The second group, written out once more so that a slip in `planted` shows.
@@ -152,7 +162,7 @@ def test_every_class_is_in_training_validation_and_test(synthetic_corpus):
 
 
 def test_larger_corpora_have_the_traps():
-    from data.cohort import draw_patients, plan_recordings
+    from data.synthetic.cohort import draw_patients, plan_recordings
 
     patients = draw_patients(24, np.random.default_rng(0), None)
     shape = {"seed": 0, "per_patient": 3, "cycles": 7, "field": None}
@@ -392,7 +402,7 @@ def test_a_planted_device_does_not_betray_itself(tmp_path, quick):
 
 @pytest.mark.parametrize("field", list(planted.SECOND_GROUP))
 def test_no_other_factor_tells_the_planted_field(field):
-    from data.cohort import draw_patients, plan_recordings
+    from data.synthetic.cohort import draw_patients, plan_recordings
 
     patients = draw_patients(120, np.random.default_rng(0), field)
     shape = {"seed": 0, "per_patient": 3, "cycles": 7, "traps": False}
@@ -404,7 +414,7 @@ def test_no_other_factor_tells_the_planted_field(field):
 
 
 def test_planted_age_is_known_and_does_not_change_the_breathing():
-    from data.cohort import draw_patients
+    from data.synthetic.cohort import draw_patients
 
     patients = draw_patients(200, np.random.default_rng(0), "age")
     ages = np.array([p.age for p in patients], float)
@@ -559,7 +569,7 @@ def test_command_line(tmp_path, quick, capsys):
 
 
 def test_site_shares_name_every_site():
-    from data.cohort import SITE_SHARES
+    from data.synthetic.cohort import SITE_SHARES
 
     assert set(SITE_SHARES) == set(SITES)
     side = sum(share for site, share in SITE_SHARES.items() if site in SIDE_AND_BACK)

@@ -24,7 +24,7 @@ from tests.data.sounds import (
     tone_in_noise,
     write,
 )
-from utils.errors import UserError
+from utils.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -159,7 +159,7 @@ def test_torchaudio_is_not_needed_where_it_does_not_resample(corpus, tmp_path):
     corpus.to_pickle(tmp_path / "table.pkl")
     code = (
         "import sys; sys.modules['torchaudio'] = None\n"
-        "import pandas as pd; from data.waveforms import open_store\n"
+        "import pandas as pd; from data.store import open_store\n"
         f"table = pd.read_pickle({str(tmp_path / 'table.pkl')!r})\n"
         f"cache = {str(tmp_path / 'cache')!r}\n"
         "a = open_store(table, cache_dir=cache)\n"

@@ -17,7 +17,7 @@ import torch
 
 from models.registry import VARIANTS
 from tests.utils.tiny import step_losses, tiny_data, tiny_trainer
-from utils.config import load_config
+from utils.config.schema import load_config
 
 FILE = Path(__file__).with_name("losses.json")
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,9 +17,9 @@ CHECK = """
 import torch
 from data.batch import Metadata
 from models.registry import VARIANTS
-from models.summary import model_for_summary, summarise
+from utils.runs.model_summary import model_for_summary, summarise
 from models.build import build_model
-from utils.config import load_config
+from utils.config.schema import load_config
 
 assert list(VARIANTS)[-1] == "ast_shift", list(VARIANTS)
 config = load_config(["configs/ast_shift_config.yaml", "configs/demo.yaml"])

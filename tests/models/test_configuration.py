@@ -7,7 +7,7 @@ import torch
 
 from models.build import build_model
 from models.modulation import resolve_layers
-from utils.errors import UserError
+from utils.common.errors import UserError
 
 #: Dropouts of head (2), GRF's projection, factor encoders (1 each), scalar encoder (1 each, 1)
 DROPOUTS = {"ast": 2, "ast_grf": 2 + 1, "ast_film": 2 + 1 + 4, "ast_tafilm": 7, "ast_softfilm": 5}

@@ -9,7 +9,7 @@ import torch
 
 from data.batch import DEVICES, FIELDS, SITES, UNKNOWN_DEVICE, UNKNOWN_SITE, Metadata
 from models.encoders import MetadataEmbeddings
-from utils.errors import UserError
+from utils.common.errors import UserError
 
 CONDITIONED = ("ast_grf", "ast_film", "ast_tafilm", "ast_softfilm")
 COUNTS = {"device_counts": [10, 2, 0, 4, 0], "site_counts": [1, 1, 1, 1, 1, 1, 2, 0]}

@@ -14,7 +14,7 @@ from transformers import ASTConfig, ASTForAudioClassification, ASTModel
 
 from models.ast import AST
 from models.pretrained import AUDIOSET_HUB_NAME, adapt_positions, load_into, read_weights
-from utils.errors import UserError
+from utils.common.errors import UserError
 
 TRANSFORMERS = {
     "hidden_size": 48,

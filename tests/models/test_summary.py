@@ -10,13 +10,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.ast import AST
-from models.summary import (
+from utils.config.schema import load_config
+from utils.runs.model_summary import (
     backbone_flops,
     count_parameters,
     small_parts_flops,
     summarise,
 )
-from utils.config import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

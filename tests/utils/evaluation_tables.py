@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 from data.batch import DEVICES, SITES
-from utils.evaluation.predictions import make_predictions
-from utils.task import Task
+from data.task import Task
+from utils.metrics.predictions import make_predictions
 
 
 def cycle_table(patients=12, recordings=3, cycles=4, seed=0) -> pd.DataFrame:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from data.metadata import MetadataStatistics
-from utils.config import config_to_dict, load_config
+from data.statistics import MetadataStatistics
+from utils.config.schema import config_to_dict, load_config
 from utils.figures.sources import SCRIPTS, read_corpus
 from utils.training.assemble import build_model
 from utils.training.checkpoint import Checkpoint, save_checkpoint

@@ -15,16 +15,16 @@ from pathlib import Path
 import pytest
 
 import evaluate
-from data.synthetic import write_corpus
+from data.synthetic.corpus import write_corpus
 from models.registry import VARIANTS
 from tests.utils.evaluation_tables import cycle_table, predictions
 from tests.utils.tiny import words
-from utils.config import config_hash, config_to_yaml, load_config
-from utils.errors import Preempted, UserError
-from utils.evaluation import ablation
-from utils.evaluation.ablation import Cell, read_grid, run_grid, run_tracked, start_process
-from utils.evaluation.evaluate import evaluate_predictions
-from utils.training.run import parse_arguments
+from utils.common.errors import Preempted, UserError
+from utils.config.schema import config_hash, config_to_yaml, load_config
+from utils.evaluation.report import evaluate_predictions
+from utils.runs import grid as ablation
+from utils.runs.grid import Cell, read_grid, run_grid, run_tracked, start_process
+from utils.runs.run import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 FREEZING = ROOT / "configs" / "ablations" / "freezing.yaml"
@@ -316,7 +316,7 @@ def test_a_killed_grid_goes_on_and_its_cells_are_nested_in_mlflow(here, monkeypa
 
 
 def test_a_reader_that_stops_early_gets_no_traceback():
-    command = [sys.executable, "-m", "utils.evaluation.ablation", str(FREEZING), "--dry-run"]
+    command = [sys.executable, "-m", "utils.runs.grid", str(FREEZING), "--dry-run"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         run.stdout.close()
         error = run.stderr.read().decode()

@@ -8,7 +8,8 @@ from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss
 
-from utils.evaluation.calibration import (
+from data.task import Task
+from utils.metrics.calibration import (
     brier,
     calibration_report,
     expected_calibration_error,
@@ -18,7 +19,6 @@ from utils.evaluation.calibration import (
     sigmoid,
     undo_pos_weight,
 )
-from utils.task import Task
 
 
 def sample(n=20_000, seed=0):

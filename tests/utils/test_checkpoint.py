@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.utils.tiny import QUIET, differing, tiny_config, tiny_data, tiny_trainer
-from utils.config import config_to_dict
-from utils.errors import UserError
+from utils.common.errors import UserError
+from utils.config.schema import config_to_dict
 from utils.training.assemble import build_model
 from utils.training.checkpoint import (
     Checkpoint,

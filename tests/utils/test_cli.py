@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.cli import WIDTH, command
-from utils.errors import Preempted, UserError
+from utils.common.cli import WIDTH, command
+from utils.common.errors import Preempted, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,7 +74,7 @@ def test_a_broken_pipe_that_is_not_the_output_is_an_error():
 
 def test_output_that_nobody_reads_to_its_end_is_told_from_the_whole():
     code = (
-        "import time; from utils.cli import command\n"
+        "import time; from utils.common.cli import command\n"
         "@command\n"
         "def main():\n"
         "    for _ in range(100): print('line', flush=True); time.sleep(.02)\n"

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from models.registry import VARIANTS
-from utils import config_table
-from utils.config import (
+from utils.common.errors import UserError
+from utils.config import table as config_table
+from utils.config.schema import (
     config_from_dict,
     config_hash,
     config_to_dict,
@@ -20,7 +21,6 @@ from utils.config import (
     flatten,
     load_config,
 )
-from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {
@@ -315,4 +315,4 @@ def test_every_key_says_what_it_means_and_the_readme_has_the_table():
             if not key.startswith("mlflow.tags"):
                 assert f"`{shown}`" in table
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert config_table.insert(readme, table) == readme, "run: python -m utils.config_table --write"
+    assert config_table.insert(readme, table) == readme, "run: python -m utils.config.table --write"

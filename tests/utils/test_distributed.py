@@ -26,7 +26,7 @@ from tests.utils.tiny import (
     tiny_trainer,
     weights,
 )
-from utils.errors import Preempted
+from utils.common.errors import Preempted
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINED = 25  # cycles: the last of four steps has one, so that the second process has none
@@ -85,7 +85,7 @@ def record(name: str, folder: Path) -> dict:
 def worker(folder: Path) -> None:
     from accelerate.utils import gather_object
 
-    import utils.training.state as state
+    import utils.training.checkpointer as state
 
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])

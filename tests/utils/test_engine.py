@@ -25,12 +25,12 @@ from tests.utils.tiny import (
     tiny_trainer,
     weights,
 )
-from utils.config import NOT_HASHED
-from utils.errors import Preempted, UserError
-from utils.evaluation.metrics import choose_thresholds, summarise
+from utils.common.errors import Preempted, UserError
+from utils.config.schema import NOT_HASHED
+from utils.metrics.score import choose_thresholds, summarise
 from utils.tracking import Tracker
-from utils.training.engine import epoch_line
-from utils.training.flags import Signals
+from utils.training.signals import Signals
+from utils.training.trainer import epoch_line
 
 CLIPPED = {"training.grad_clip": 0.05}  # below the usual norm, so that the limit counts
 
@@ -417,7 +417,7 @@ def test_flags_come_one_step_late_and_keep_their_rows():
 
 def test_a_checkpoint_is_due_after_the_interval_and_not_before(monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr("utils.training.flags.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("utils.training.signals.time.monotonic", lambda: clock[0])
     signals = Signals(torch.device("cpu"), 1, 60.0)
     clock[0] = 159.0
     assert not signals.now().save

@@ -10,12 +10,16 @@ import pandas as pd
 import pytest
 import yaml
 
+from data.task import Task
 from tests.utils.evaluation_tables import cycle_table, predictions
-from utils.errors import UserError
+from utils.common.errors import UserError
 from utils.evaluation import paper
-from utils.evaluation.evaluate import compare_predictions, evaluate_predictions, plain
-from utils.evaluation.metrics import sp_se_score
-from utils.evaluation.predictions import (
+from utils.evaluation.finished_runs import folders_from_mlflow, read_runs
+from utils.evaluation.render import model_card, number, to_markdown
+from utils.evaluation.report import compare_predictions, evaluate_predictions, plain
+from utils.evaluation.result_tables import build_tables, main
+from utils.figures.published import read_published
+from utils.metrics.predictions import (
     class_numbers,
     labels,
     logits,
@@ -23,7 +27,7 @@ from utils.evaluation.predictions import (
     read_predictions,
     write_predictions,
 )
-from utils.evaluation.protocol import (
+from utils.metrics.protocol import (
     MARKS,
     PARTIAL_MARK,
     SYNTHETIC_MARK,
@@ -31,12 +35,8 @@ from utils.evaluation.protocol import (
     metric_group,
     statement,
 )
-from utils.evaluation.render import model_card, number, to_markdown
-from utils.evaluation.report import build_tables, main
-from utils.evaluation.runs import folders_from_mlflow, read_runs
-from utils.evaluation.subgroups import age_group, subgroup_table
-from utils.figures.published import read_published
-from utils.task import Task
+from utils.metrics.score import sp_se_score
+from utils.metrics.subgroups import age_group, subgroup_table
 
 TASKS = (Task(4), Task(2), Task(4, exclusive=True))
 

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from utils.errors import UserError
-from utils.evaluation.calibration import calibration_report
+from data.task import Task
+from utils.common.errors import UserError
 from utils.figures import style
 from utils.figures.evaluation import (
     confusion_figure,
@@ -26,7 +26,7 @@ from utils.figures.published import (
     sota_figure,
 )
 from utils.figures.training import learning_figure, measured_part, read_metrics
-from utils.task import Task
+from utils.metrics.calibration import calibration_report
 
 
 def texts(figure: Figure) -> list[str]:

@@ -6,12 +6,12 @@ import torch
 from sklearn.metrics import pairwise_distances
 
 from data.batch import DEVICES, Metadata
+from models.conditioners.film import FiLM
+from models.conditioners.softfilm import SoftFiLM
+from models.conditioners.tafilm import TAFiLM
 from models.encoders import MetadataEmbeddings
-from models.film import FiLM
 from models.masks import SoftMasks, sigmoid_overlap
-from models.softfilm import SoftFiLM
-from models.tafilm import TAFiLM
-from utils.errors import UserError
+from utils.common.errors import UserError
 from utils.figures.embeddings import (
     Measured,
     knn_accuracy,

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from utils.cli import log_to
-from utils.errors import UserError
-from utils.files import TEMPORARY, atomic_write, write_error, write_text
+from utils.common.cli import log_to
+from utils.common.errors import UserError
+from utils.common.files import TEMPORARY, atomic_write, write_error, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,7 +43,7 @@ def test_a_killed_write_leaves_the_old_file_and_a_leftover_that_is_known(tmp_pat
     path = tmp_path / "file"
     path.write_bytes(b"old")
     code = (
-        "import os, signal, sys; from utils.files import atomic_write\n"
+        "import os, signal, sys; from utils.common.files import atomic_write\n"
         "with atomic_write(sys.argv[1]) as file:\n"
         "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
     )

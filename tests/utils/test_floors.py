@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from data.icbhi import read_cycles
-from data.metadata import MetadataStatistics
+from data.corpora.icbhi import read_cycles
 from data.splits import Split, split_cycles
+from data.statistics import MetadataStatistics
+from data.task import Task
 from tests.utils.evaluation_tables import cycle_table
-from utils.evaluation.floors import (
+from utils.evaluation.baselines import (
     MODELS,
     PRIOR,
     balancing_weight,
@@ -17,8 +18,7 @@ from utils.evaluation.floors import (
     main,
     prior_logits,
 )
-from utils.evaluation.predictions import labels
-from utils.task import Task
+from utils.metrics.predictions import labels
 
 TASKS = (Task(2), Task(4), Task(4, exclusive=True))
 

@@ -13,14 +13,14 @@ import pytest
 from data.splits import Split
 from tests.utils.evaluation_tables import cycle_table, predictions
 from tests.utils.tiny import tiny_config
-from utils.errors import UserError
-from utils.evaluation.evaluate import evaluate_predictions
-from utils.evaluation.floors import floor_reports
-from utils.evaluation.predictions import read_predictions, write_predictions
-from utils.evaluation.report import build_tables
-from utils.evaluation.runs import group_runs, read_runs
-from utils.evaluation.stats import patient_bootstrap, patient_tables
-from utils.training.group import Group, add_arguments, expand, seeds_from
+from utils.common.errors import UserError
+from utils.evaluation.baselines import floor_reports
+from utils.evaluation.finished_runs import group_runs, read_runs
+from utils.evaluation.report import evaluate_predictions
+from utils.evaluation.result_tables import build_tables
+from utils.metrics.bootstrap import patient_bootstrap, patient_tables
+from utils.metrics.predictions import read_predictions, write_predictions
+from utils.runs.group import Group, add_arguments, expand, seeds_from
 from utils.training.runfolder import RunFolder
 
 FOLDWISE = {"dataset.split_strategy": "foldwise", "training.selection": "fixed"}

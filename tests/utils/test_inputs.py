@@ -18,7 +18,7 @@ from tests.utils.tiny import (
     tiny_trainer,
     weights,
 )
-from utils.errors import UserError
+from utils.common.errors import UserError
 from utils.training.device import Machine
 from utils.training.inputs import FrozenInputs, Inputs
 

@@ -7,15 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.batch import FIELDS
-from data.metadata import MetadataStatistics
+from data.statistics import MetadataStatistics
+from data.task import Task
 from tests.utils.evaluation_tables import cycle_table
-from utils.evaluation.metadata_probe import (
+from utils.evaluation.metadata_test import (
     conditions,
     derangement,
     metadata_test,
     shuffle_metadata,
 )
-from utils.task import Task
 
 
 @given(st.integers(2, 30), st.integers(0, 1000))

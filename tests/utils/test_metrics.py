@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.evaluation.metrics import (
+from data.task import Task
+from utils.metrics.score import (
     GRID,
     choose_thresholds,
     collapse,
@@ -19,7 +20,6 @@ from utils.evaluation.metrics import (
     sp_se_score,
     summarise,
 )
-from utils.task import Task
 
 FOUR, TWO, SOFTMAX = Task(4), Task(2), Task(4, exclusive=True)
 TASKS = (FOUR, TWO, SOFTMAX)
@@ -92,7 +92,7 @@ def naive_thresholds(task, probability, label, min_sensitivity=0.0):
 def test_thresholds_agree_with_naive_search(task, seed, min_sensitivity, monkeypatch):
     # two decimals: probabilities lie exactly on grid points, where >= and > differ
     coarse = np.array([0.02, 0.1, 0.3, 0.31, 0.49, 0.5, 0.51, 0.7, 0.98])
-    monkeypatch.setattr("utils.evaluation.metrics.GRID", coarse)
+    monkeypatch.setattr("utils.metrics.score.GRID", coarse)
     monkeypatch.setitem(globals(), "GRID", coarse)
     probability, label = random_part(task, 60, seed, decimals=2)
     chosen = choose_thresholds(task, probability, label, min_sensitivity)

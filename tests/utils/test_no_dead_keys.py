@@ -18,14 +18,14 @@ import torch
 from data.splits import split_cycles
 from models.registry import VARIANTS
 from tests.utils.tiny import LIVELY, cycle_table, tiny_config, tiny_data, tiny_trainer
-from utils.config import RunConfig, config_to_dict, flatten
-from utils.errors import UserError
+from utils.common.errors import UserError
+from utils.config.schema import RunConfig, config_to_dict, flatten
+from utils.config.validation import CHOICES, INTERVALS, RANGES
+from utils.runs.run import Run
 from utils.training import assemble
 from utils.training.assemble import build_data
 from utils.training.device import Machine
-from utils.training.run import Run
 from utils.training.runfolder import RunFolder
-from utils.validation import CHOICES, INTERVALS, RANGES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -99,7 +99,7 @@ def compiled(config: RunConfig, folder: Path) -> str:
 def tracked(config: RunConfig, folder: Path) -> str:
     """What the tracker is started with."""
     run = Run(config, Machine("cpu", "fp32", "false"))
-    with patch("utils.training.run.start_tracking") as start:
+    with patch("utils.runs.run.start_tracking") as start:
         run._start_tracking(tiny_data(config))
     names = ("enabled", "tracking_uri", "experiment_name", "run_name", "tags")
     return digest({name: start.call_args.kwargs[name] for name in names})

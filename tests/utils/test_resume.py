@@ -19,7 +19,7 @@ from tests.utils.tiny import (
     tiny_trainer,
     weights,
 )
-from utils.errors import Preempted, UserError
+from utils.common.errors import Preempted, UserError
 from utils.training.checkpoint import load_checkpoint
 from utils.training.runfolder import RunFolder
 
@@ -271,11 +271,11 @@ def test_a_state_of_other_code_is_refused(tmp_path):
 @pytest.mark.slow
 def test_sigterm_in_the_report_keeps_the_training(tmp_path, synthetic_corpus, monkeypatch):
     """No checkpoint was due before the end; the training is not done a second time."""
-    from utils.training import run as runs
+    from utils.runs import run as runs
     from utils.training.device import Machine
-    from utils.training.engine import Trainer
+    from utils.training.trainer import Trainer
 
-    monkeypatch.setattr("utils.training.summary.draw_figures", lambda *_: None)
+    monkeypatch.setattr("utils.runs.end.draw_figures", lambda *_: None)
     config = tiny_config(
         **{
             "dataset.data_folder": str(synthetic_corpus),

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.utils.tiny import tiny_config
-from utils.config import load_config
-from utils.errors import UserError
+from utils.common.errors import UserError
+from utils.config.schema import load_config
 from utils.training.runfolder import RunFolder, run_name
 
 

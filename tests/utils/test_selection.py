@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from tests.utils.tiny import LIVELY, differing, tiny_config
-from utils.config import RunConfig
+from utils.config.schema import RunConfig
+from utils.runs.run import Run
 from utils.training.checkpoint import load_checkpoint
 from utils.training.device import Machine
-from utils.training.run import Run
 
 pytestmark = pytest.mark.slow
 
@@ -89,7 +89,7 @@ def both(synthetic_corpus, permuted_corpus, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
-    monkeypatch.setattr("utils.training.summary.draw_figures", lambda *_: None)
+    monkeypatch.setattr("utils.runs.end.draw_figures", lambda *_: None)
 
 
 @pytest.mark.parametrize("selection", ["validation", "fixed"])

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from benchmarks.protocol_simulation import (
+from data.task import Task
+from experiments.protocol_simulation import (
     SENSITIVITY,
     SPECIFICITY,
     check_structure,
@@ -18,8 +19,7 @@ from benchmarks.protocol_simulation import (
     read_structure,
     selection,
 )
-from utils.evaluation.metrics import summarise
-from utils.evaluation.stats import (
+from utils.metrics.bootstrap import (
     aligned_tables,
     auroc_bootstrap,
     average_precision_bootstrap,
@@ -31,7 +31,7 @@ from utils.evaluation.stats import (
     patient_tables,
     patient_weights,
 )
-from utils.task import Task
+from utils.metrics.score import summarise
 
 
 def random_study(n=300, patients=12, classes=4, seed=0, accuracy=0.6):

@@ -7,11 +7,11 @@ import json
 import pytest
 
 from tests.utils.tiny import tiny_config, tiny_trainer
-from utils.evaluation.floors import floor_reports
-from utils.evaluation.predictions import make_predictions
+from utils.evaluation.baselines import floor_reports
+from utils.metrics.predictions import make_predictions
+from utils.runs.end import figure_row, print_end, write_run_report
 from utils.tracking import Tracker
 from utils.training.runfolder import RunFolder
-from utils.training.summary import figure_row, print_end, write_run_report
 
 FIGURES = {"confusion", "operating_curve", "reliability", "subgroups", "learning_curves"}
 
@@ -63,7 +63,7 @@ def test_everything_is_there(tmp_path):
 
 @pytest.mark.parametrize("selection", ["validation", "fixed", "test"])
 def test_the_floors_follow_the_runs_rule(selection, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.training.summary.draw_figures", lambda *_: None)
+    monkeypatch.setattr("utils.runs.end.draw_figures", lambda *_: None)
     sensitive = {"training.min_sensitivity": 0.7} if selection != "fixed" else {}
     rule = {"training.selection": selection, **sensitive}
     _, _, checkpoint, data, report, tracker = finish(tmp_path, "ast", **rule)
@@ -103,14 +103,14 @@ def test_report_json_comes_last(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("utils.training.summary.draw_figures", killed)
+    monkeypatch.setattr("utils.runs.end.draw_figures", killed)
     with pytest.raises(KeyboardInterrupt):
         finish(tmp_path, "ast")
     assert not RunFolder(tmp_path).finished
 
 
 def test_the_end_fits_the_terminal_and_names_the_checkpoint(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("utils.training.summary.draw_figures", lambda *_: None)
+    monkeypatch.setattr("utils.runs.end.draw_figures", lambda *_: None)
     config, folder, *_ = finish(tmp_path)
     print_end(folder, config)
     printed = capsys.readouterr().out

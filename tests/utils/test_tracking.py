@@ -22,8 +22,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from utils import mlflow_store, tracking
-from utils.config import MLflowConfig
-from utils.errors import UserError
+from utils.common.errors import UserError
+from utils.config.schema import MLflowConfig
 from utils.tracking import check_tracking_uri, main, run_name, run_tags, start_tracking, upload
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,17 +14,17 @@ import numpy as np
 import pandas as pd
 import torch
 
-from data.icbhi import completeness
+from data.corpora.icbhi import completeness
 from data.loader import ICBHI
-from data.metadata import MetadataStatistics
 from data.splits import Split
-from utils.config import RunConfig, config_from_dict, config_to_dict
+from data.statistics import MetadataStatistics
+from utils.config.schema import RunConfig, config_from_dict, config_to_dict
 from utils.tracking import Tracker
 from utils.training.assemble import build_inputs, build_model, count_parts
+from utils.training.checkpointer import Keeper
 from utils.training.device import Machine
-from utils.training.engine import Trainer
 from utils.training.runfolder import RunFolder
-from utils.training.state import Keeper
+from utils.training.trainer import Trainer
 
 RATE = 16000  # Hz
 
@@ -117,7 +117,7 @@ def cycle_table(cycles: int = 40, seed: int = 0) -> pd.DataFrame:
 
 
 class MemoryStore:
-    """What the loop asks of a `data.waveforms.WaveformStore`, without files."""
+    """What the loop asks of a `data.store.WaveformStore`, without files."""
 
     def __init__(self, clips: list[np.ndarray]):
         self.clips = clips

@@ -11,20 +11,20 @@ from typing import Any
 
 import pandas as pd
 
-from utils.errors import UserError
-from utils.evaluation.evaluate import compare_predictions
-from utils.evaluation.evaluator import Evaluator
-from utils.evaluation.predictions import class_numbers
-from utils.evaluation.protocol import (
+from utils.common.errors import UserError
+from utils.common.files import write_text
+from utils.evaluation.render import NOTHING, markdown_table, number, with_interval
+from utils.evaluation.report import compare_predictions
+from utils.evaluation.trained_model import Evaluator
+from utils.metrics.bootstrap import patient_bootstrap, patient_tables
+from utils.metrics.predictions import class_numbers
+from utils.metrics.protocol import (
     MARKS,
     PARTIAL_MARK,
     STATEMENTS,
     SYNTHETIC_MARK,
     SYNTHETIC_NOTE,
 )
-from utils.evaluation.render import NOTHING, markdown_table, number, with_interval
-from utils.evaluation.stats import patient_bootstrap, patient_tables
-from utils.files import write_text
 from utils.training.runfolder import RunFolder
 
 logger = logging.getLogger(__name__)

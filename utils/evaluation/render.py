@@ -1,11 +1,11 @@
-"""Reports of `utils.evaluation.evaluate` as Markdown, and the model card."""
+"""Reports of `utils.evaluation.report` as Markdown, and the model card."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils.evaluation.protocol import SYNTHETIC_NOTE, caption
+from utils.metrics.protocol import SYNTHETIC_NOTE, caption
 
 #: Figures of the first table: name -> heading.
 HEADLINE = {

@@ -1,266 +1,190 @@
-"""Run folders -> the tables of the README, ours beside the paper's printed figures.
+"""Predictions of one model on one part -> everything that is reported about it.
 
-    python -m utils.evaluation.report runs/* [--table 4-class] [--format latex]
-    python -m utils.evaluation.report --mlflow sqlite:///mlflow.db --experiment icbhi
-
-Each selection rule, split and data set has a table of its own, so figures of different protocols
-never share a column. Runs that differ in the training seed only are averaged; the folds of a run
-with --folds all stand there pooled, where the group's folder is named too (as runs/* does).
+`evaluate_predictions` is a pure function of the predictions table; the report is plain data
+(JSON) that `utils.evaluation.render` turns into Markdown and `result_tables` collects
+over runs.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
-from models.registry import VARIANTS
-from utils.cli import command
-from utils.errors import UserError
-from utils.evaluation import paper
-from utils.evaluation.protocol import STATEMENTS, SYNTHETIC_NOTE, caption
-from utils.evaluation.render import NOTHING, counts_line, number
-from utils.evaluation.runs import (
-    POOLED,
-    Protocol,
-    Run,
-    RunGroup,
-    folders_from_mlflow,
-    group_runs,
-    read_runs,
+import numpy as np
+import pandas as pd
+
+from data.task import Task
+from utils.metrics import predictions as table
+from utils.metrics.bootstrap import (
+    Interval,
+    aligned_tables,
+    auroc_bootstrap,
+    average_precision_bootstrap,
+    paired_bootstrap,
+    patient_bootstrap,
+    patient_tables,
 )
-from utils.evaluation.tables import FORMATS, Table, render
+from utils.metrics.calibration import calibration_report
+from utils.metrics.protocol import statement
+from utils.metrics.score import confusion, operating_curve, output_targets, summarise_classes
+from utils.metrics.subgroups import subgroup_table
 
-COLLAPSED = " (4-class model, collapsed)"
-FIGURES = {"sp": "Sp", "se": "Se", "score": "Score"}
-
-
-def _place(variant: str) -> tuple[int, str]:
-    """Sorts by `Variant.order`; one that is no longer in `models/` comes last."""
-    names = list(VARIANTS)
-    return (names.index(variant) if variant in names else len(names), variant)
+#: Points of the operating curve that a report keeps.
+CURVE_POINTS = 200
 
 
-def cell(group: RunGroup, figure: str, *, interval: bool = True) -> str:
-    """`mean ± sd [low, high], n = 5`, in percent; sd from two runs on."""
-    seeds, bounds = group.over_seeds(figure), group.interval(figure)
-    if math.isnan(seeds.mean):
-        return NOTHING
-    text = f"{seeds.mean:.2f}"
-    if seeds.n > 1:
-        text += f" ± {seeds.sd:.2f}"
-    if interval:
-        text += f" [{bounds.low:.1f}, {bounds.high:.1f}], n = {seeds.n}"
-    return text
+def evaluate_predictions(
+    predictions: pd.DataFrame,
+    task: Task,
+    thresholds: tuple[float, ...] | None,
+    *,
+    selection: str,
+    val_predictions: pd.DataFrame | None = None,
+    pos_weight: Sequence[float] | None = None,
+    partial_message: str = "",
+    synthetic: bool = False,
+    bootstrap: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Report of one part.
+
+    Args:
+        predictions: predictions table of the part.
+        thresholds: the chosen ones; figures at the default of .5 stand beside them. None: the
+            table's `pred_class` is the decision (pooled folds, each with thresholds of its own).
+        selection: training.selection of the run.
+        val_predictions: where calibration may be fitted; None or empty where there is none.
+        pos_weight: [K] of the training loss, None where it had none.
+        partial_message: what is missing from the database; empty when nothing is.
+        synthetic: the recordings were generated.
+        bootstrap: resamples of the patients; seed: of their choice.
+
+    Returns:
+        Plain data for JSON (undefined figures are None): `task`, `protocol`, `partial`,
+        `partial_message`, `synthetic`, `counts`, `thresholds`, `metrics` (per rule: figure ->
+        value, low, high), `confusion`, `operating_curve`, `calibration`, `subgroups`, and, so that
+        reports of several runs can be resampled together, `patients` [P] with their confusion
+        matrices at the chosen thresholds, `patient_tables` [P, C * C].
+    """
+    probability, label = table.probabilities(predictions, task), table.labels(predictions, task)
+    true = task.true_classes(label)
+    rules = {"chosen": thresholds, "default": task.default_thresholds}
+    decisions = {
+        "chosen": table.class_numbers(predictions, task, "pred_class")
+        if thresholds is None
+        else task.predicted_classes(probability, thresholds),
+        "default": task.predicted_classes(probability, task.default_thresholds),
+    }
+    ranking = _ranking_intervals(task, predictions, probability, label, bootstrap, seed)
+    metrics, confusions, tables = {}, {}, {}
+    for name, pred in decisions.items():
+        figures = {k: Interval(v, math.nan, math.nan) for k, v in
+                   summarise_classes(task, probability, label, pred).items()}  # fmt: skip
+        patients, tables[name] = patient_tables(
+            true, pred, predictions["patient"], len(task.classes)
+        )
+        figures |= patient_bootstrap(tables[name], resamples=bootstrap, seed=seed) | ranking
+        metrics[name] = {key: asdict(interval) for key, interval in figures.items()}
+        confusions[name] = confusion(task, true, pred).tolist()
+    decided = predictions.assign(pred_class=np.array(task.classes)[decisions["chosen"]])
+    fit = {}
+    if val_predictions is not None and len(val_predictions):
+        fit["val_probability"] = table.probabilities(val_predictions, task)
+        fit["val_label"] = table.labels(val_predictions, task)
+    return plain(
+        {
+            "task": {"n_cls": task.n_cls, "exclusive": task.exclusive}
+            | {"outputs": task.outputs, "classes": task.classes},
+            "protocol": {"selection": selection, "statement": statement(selection)}
+            | {"bootstrap": bootstrap, "bootstrap_seed": seed, "unit": "patient"},
+            "partial": bool(partial_message),
+            "partial_message": partial_message,
+            "synthetic": synthetic,
+            "counts": count(predictions, task),
+            "thresholds": rules,
+            "metrics": metrics,
+            "confusion": {"classes": task.classes, **confusions},
+            "operating_curve": _thinned(operating_curve(task, probability, label)),
+            "calibration": calibration_report(
+                task, probability, label, pos_weight=pos_weight, **fit
+            ),
+            "subgroups": subgroup_table(decided, task).to_dict("records"),
+            "patients": patients,
+            "patient_tables": tables["chosen"].reshape(len(patients), -1),
+        }
+    )
 
 
-def notes(protocol: Protocol, groups: Sequence[RunGroup], extra: Sequence[str]) -> list[str]:
-    """What must stand under a table: rule, data, meaning of the numbers, the paper's own rule."""
-    first = groups[0].runs[0].report
-    trained = "one model per fold, on the other folds"
-    if protocol.split != POOLED:
-        trained = counts_line(first["counts"]["train"])
-    lines = [
-        f"Ours: {STATEMENTS[protocol.selection]}",
-        f"Split `{protocol.split}`. Training: {trained}. "
-        f"Test: {counts_line(first['test']['counts'])}.",
-        "Percent; mean ± sd over n training seeds; in brackets the 95 % patient bootstrap interval "
-        "of that mean.",
-        paper.SELECTION_NOTE,
-        *extra,
-    ]
-    if protocol.partial:
-        lines.insert(0, first["partial_message"])
-    if protocol.synthetic:
-        lines.insert(0, SYNTHETIC_NOTE)
-    return lines
+def compare_predictions(
+    named: Mapping[str, pd.DataFrame], task: Task, *, bootstrap: int = 10_000, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Paired patient bootstrap of every pair of models, second minus first.
 
+    Args:
+        named: name -> predictions table, all over the same cycles, decided by `pred_class`.
 
-def titled(text: str, protocol: Protocol) -> str:
-    """Title of a table with its split, where it is not the official one, and its marks."""
-    text += "" if protocol.split == "official" else f", split {protocol.split}"
-    return caption(text, protocol.selection, protocol.partial, protocol.synthetic)
-
-
-def labelled(groups: Sequence[RunGroup]) -> list[tuple[str, RunGroup]]:
-    """Titles, with the settings' hash where a variant was run with several settings."""
-    titles = [group.title for group in groups]
-    return [
-        (g.title if titles.count(g.title) == 1 else f"{g.title} · {g.setting}", g) for g in groups
-    ]
-
-
-def floor_rows(
-    groups: Sequence[tuple[str, RunGroup]], prefix: str = "", suffix: str = ""
-) -> list[list[str]]:
-    """What models score that hear nothing, on the same split by the same rule: rows of a result
-    table. Runs whose loss weighs positives otherwise have floors of their own."""
-    found: dict[tuple[str, ...], str] = {}
-    for _, group in groups:
-        for name, floor in group.runs[0].report["test"].get("floors", {}).items():
-            figures = [floor["metrics"]["chosen"][f"{prefix}{f}"] for f in FIGURES]
-            values = [number(figure["value"]) for figure in figures]
-            low, high = (number(figures[-1][end], 1) for end in ("low", "high"))
-            values[-1] += f" [{low}, {high}]"
-            found.setdefault((f"Floor: {name}{suffix}", *values), group.setting)
-    names = [key[0] for key in found]
-    return [
-        [name if names.count(name) == 1 else f"{name} · {setting}", *values]
-        + [NOTHING] * len(FIGURES)
-        for (name, *values), setting in found.items()
-    ]
-
-
-def result_table(n_cls: int) -> Callable[[Protocol, list[RunGroup]], Table | None]:
-    """Maker of the 4-class or 2-class table: all blocks trained, all layers conditioned."""
-
-    def make(protocol: Protocol, groups: list[RunGroup]) -> Table | None:
-        whole = [g for g in groups if g.trains_all and g.conditions_all]
-        own = labelled([g for g in whole if g.n_cls == n_cls])
-        collapsed = labelled([g for g in whole if g.n_cls == 4]) if n_cls == 2 else []
-        if not own and not collapsed:
-            return None
-        printed = paper.RESULTS[n_cls]
-        names = sorted({*printed, *(g.variant for _, g in own)}, key=_place)
-        rows = []
-        for variant in names:
-            theirs = [str(printed.get(variant, {}).get(f, NOTHING)) for f in FIGURES]
-            mine = [(label, g) for label, g in own if g.variant == variant]
-            for label, group in mine:
-                rows.append([label, *(cell(group, f, interval=f == "score") for f in FIGURES)])
-                rows[-1] += theirs
-            if not mine:
-                rows.append([paper.TITLES[variant], *[NOTHING] * len(FIGURES), *theirs])
-        rows += floor_rows(own)
-        for label, group in collapsed:
-            ours = [cell(group, f"collapsed_{f}", interval=f == "score") for f in FIGURES]
-            rows.append([f"{label}{COLLAPSED}", *ours, *[NOTHING] * len(FIGURES)])
-        rows += floor_rows(collapsed, "collapsed_", COLLAPSED)
-        head = ["Method", *(f"{h}, ours" for h in FIGURES.values())]
-        head += [f"{h}, paper" for h in FIGURES.values()]
-        shown = [group for _, group in (*own, *collapsed)]
-        extra = [paper.TAFILM_NOTE] if n_cls == 2 else []
-        title = titled(f"{n_cls}-class evaluation", protocol)
-        return Table(title, head, rows, notes(protocol, shown, extra), protocol)
-
-    return make
-
-
-def freezing_table(protocol: Protocol, groups: list[RunGroup]) -> Table | None:
-    """4-class Score by trainable blocks and variant."""
-    groups = [g for g in groups if g.n_cls == 4 and g.conditions_all]
-    if len({g.blocks for g in groups}) < 2:
-        return None
-    variants = sorted({*paper.FREEZING[0], *(g.variant for g in groups)}, key=_place)
-    titles = paper.TITLES | {g.variant: g.title for g in groups}
-    head = ["Trainable blocks"]
-    for variant in variants:
-        head += [f"{titles[variant]}, ours", f"{titles[variant]}, paper"]
-    rows = []
-    for blocks in sorted({*paper.FREEZING, *(g.blocks for g in groups)}):
-        row = [f"n = {blocks}"]
-        for variant in variants:
-            here = [g for g in groups if (g.variant, g.blocks) == (variant, blocks)]
-            theirs = paper.FREEZING.get(blocks, {}).get(variant)
-            row += [_joined(here), NOTHING if theirs is None else f"{theirs:.2f}"]
-        rows.append(row)
-    title = titled("Backbone freezing, 4-class Score (%)", protocol)
-    return Table(title, head, rows, notes(protocol, groups, []), protocol)
-
-
-def layers_table(protocol: Protocol, groups: list[RunGroup]) -> Table | None:
-    """4-class Score by conditioned layers, whole backbone trained."""
-    groups = [g for g in groups if g.n_cls == 4 and g.trains_all and g.layers]
-    if len({g.layers for g in groups}) < 2:
-        return None
-    variants = sorted({g.variant for g in groups}, key=_place)
-    titles = {g.variant: g.title for g in groups}
-    depth = max(g.depth for g in groups)
-    sets = {tuple(range(depth - n, depth)): n for n in paper.LAYERS if n <= depth}
-    order = sorted({*sets, *(g.layers for g in groups)}, key=lambda layers: (len(layers), layers))
-    head = ["Conditioned layers", *(f"{titles[v]}, ours" for v in variants), "SoftFiLM-AST, paper"]
-    rows = []
-    for layers in order:
-        here = [[g for g in groups if (g.variant, g.layers) == (v, layers)] for v in variants]
-        theirs = paper.LAYERS.get(sets.get(layers)) if depth == max(paper.LAYERS) else None
-        rows.append([_layers_name(layers, depth), *map(_joined, here)])
-        rows[-1].append(NOTHING if theirs is None else f"{theirs:.2f}")
-    title = titled("Conditioned layers, 4-class Score (%)", protocol)
-    return Table(title, head, rows, notes(protocol, groups, []), protocol)
-
-
-def _joined(groups: Sequence[RunGroup]) -> str:
-    """One cell; several settings stand side by side with their hashes, never averaged."""
-    if len(groups) == 1:
-        return cell(groups[0], "score")
-    return "; ".join(f"{cell(g, 'score')} ({g.setting})" for g in groups) or NOTHING
-
-
-def _layers_name(layers: tuple[int, ...], depth: int) -> str:
-    if layers == tuple(range(depth)):
-        return f"All {depth} {{0–{depth - 1}}}"
-    listed = ", ".join(map(str, layers))
-    if layers == tuple(range(layers[0], depth)):
-        listed = f"{layers[0]}–{layers[-1]}" if len(layers) > 2 else listed
-        return f"Last {len(layers)} {{{listed}}}"
-    return f"{{{listed}}}"
-
-
-TABLES: dict[str, Callable[[Protocol, list[RunGroup]], Table | None]] = {
-    "4-class": result_table(4),
-    "2-class": result_table(2),
-    "freezing": freezing_table,
-    "layers": layers_table,
-}
-
-
-def build_tables(runs: Sequence[Run], names: Sequence[str] = tuple(TABLES)) -> list[Table]:
-    """Every table that the runs can fill, one per protocol, in the order of `names`.
+    Returns:
+        Rows `first`, `second`, `figure`, `value`, `low`, `high` (points), `p`.
 
     Raises:
-        UserError: two of the runs are the same configuration with the same seed.
+        ValueError: the tables do not hold the same cycles.
     """
-    grouped = [
-        (protocol, sorted(groups, key=lambda group: _place(group.variant)))
-        for protocol, groups in group_runs(runs)
-    ]
-    made = (TABLES[name](protocol, groups) for name in names for protocol, groups in grouped)
-    return [table for table in made if table is not None]
+    names = list(named)
+    _, tables = aligned_tables(named[names[0]], [named[n] for n in names[1:]], task.classes)
+    rows = []
+    for i, first in enumerate(names):
+        for j in range(i + 1, len(names)):
+            found = paired_bootstrap(tables[i], tables[j], resamples=bootstrap, seed=seed)
+            for figure, difference in found.items():
+                rows.append({"first": first, "second": names[j], "figure": figure}
+                            | asdict(difference))  # fmt: skip
+    return plain(rows)
 
 
-@command
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m utils.evaluation.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("runs", nargs="*", type=Path, help="run folders, such as runs/*")
-    parser.add_argument("--table", choices=list(TABLES), help="one table only")
-    parser.add_argument(
-        "--format", choices=list(FORMATS), default="markdown", help="default: markdown"
-    )
-    parser.add_argument("--mlflow", metavar="URI", help="take the run folders of tracked runs")
-    parser.add_argument(
-        "--experiment", metavar="NAME", default="icbhi", help="of MLflow; default: icbhi"
-    )
-    options = parser.parse_args(arguments)
-    folders = list(options.runs)
-    if options.mlflow:
-        folders += folders_from_mlflow(options.mlflow, options.experiment)
-    if not folders:
-        raise UserError("no run folders given; name some, such as runs/*, or use --mlflow")
-    tables = build_tables(read_runs(folders), [options.table] if options.table else [*TABLES])
-    if not tables:
-        raise UserError(
-            f"the runs fill no table{f' {options.table}' if options.table else ''}; "
-            "train more of them, or choose another --table"
-        )
-    print(render(tables, options.format), end="")
+def count(predictions: pd.DataFrame, task: Task) -> dict[str, int]:
+    """Cycles, recordings, patients and cycles per class."""
+    out = {
+        "cycles": len(predictions),
+        "recordings": int(predictions["recording"].nunique()),
+        "patients": int(predictions["patient"].nunique()),
+    }
+    return out | {name: int((predictions["true_class"] == name).sum()) for name in task.classes}
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def plain(value: Any) -> Any:
+    """The same data in the types of JSON; NaN and infinities become None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _ranking_intervals(task, predictions, probability, label, resamples, seed):
+    """AUROC and average precision per output, and of normal against abnormal for four classes,
+    with intervals."""
+    targets = output_targets(task, label)
+    ranked = {name: (targets[:, k], probability[:, k]) for k, name in enumerate(task.outputs)}
+    if task.n_cls == 4:
+        ranked["any"] = task.true_classes(label) > 0, task.abnormal_score(probability)
+    patient, options = predictions["patient"], {"resamples": resamples, "seed": seed}
+    out = {}
+    for name, (target, value) in ranked.items():
+        out[f"auroc_{name}"] = auroc_bootstrap(target, value, patient, **options)
+        out[f"ap_{name}"] = average_precision_bootstrap(target, value, patient, **options)
+    return out
+
+
+def _thinned(curve: np.ndarray) -> dict[str, list]:
+    """At most `CURVE_POINTS` points of [points, 3], evenly over them, both ends kept."""
+    keep = np.unique(np.linspace(0, len(curve) - 1, CURVE_POINTS).round().astype(int))
+    curve = curve[keep] if len(curve) else curve
+    return {name: curve[:, k].tolist() for k, name in enumerate(("se", "sp", "threshold"))}

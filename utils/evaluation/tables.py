@@ -7,8 +7,8 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from utils.evaluation.finished_runs import Protocol
 from utils.evaluation.render import markdown_table
-from utils.evaluation.runs import Protocol
 
 
 @dataclass(frozen=True)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from data.icbhi import completeness
-from data.synthetic import is_synthetic
-from models.softfilm import SoftFiLM
-from utils.config import RunConfig
-from utils.errors import UserError
-from utils.evaluation.subgroups import age_group
+from data.corpora.icbhi import completeness
+from data.synthetic.corpus import is_synthetic
+from utils.common.errors import UserError
+from utils.config.schema import RunConfig
 from utils.figures import runs, sources, style
 from utils.figures.options import BASELINE, SOFTFILM, Options
 from utils.figures.published import OwnResult, read_published, sota_caption, sota_figure
 from utils.figures.sources import Evaluation, Trained
+from utils.metrics.subgroups import age_group
 
 logger = logging.getLogger(__name__)
 
@@ -80,30 +78,7 @@ def mask_analysis(options: Options) -> list[Path]:
         trained, "ast_softfilm", flag, "only SoftFiLM has masks that could be analysed"
     )
     table, split = sources.read_corpus(trained.config)
-    return write_masks(options, trained, table.iloc[split.test])
-
-
-def write_masks(options: Options, trained: Trained, cycles: pd.DataFrame) -> list[Path]:
-    """The mask figure of a trained SoftFiLM model; effects are averaged over `cycles`."""
-    from utils.figures.masks import analyse_masks, mask_caption, mask_figure
-    from utils.training.optim import lr_factor
-
-    checkpoint, training = trained.checkpoint, trained.config.training
-    conditioner = checkpoint.build_model().conditioner
-    assert isinstance(conditioner, SoftFiLM)
-    per_epoch = -(-checkpoint.counts["train"]["cycles"] // trained.config.dataset.batch_size)
-    warmup, total = round(training.warmup_epochs * per_epoch), training.epochs * per_epoch
-    analysis = analyse_masks(
-        conditioner,
-        checkpoint.metadata_statistics().transform(cycles),
-        lr=training.lr * conditioner.mask_lr_multiplier,
-        steps=(checkpoint.epoch + 1) * per_epoch,
-        steps_per_epoch=per_epoch,
-        schedule=partial(lr_factor, warmup_steps=warmup, total_steps=total),
-    )
-    return options.write(
-        mask_figure(analysis), "mask_analysis", mask_caption(analysis), trained.notice()
-    )
+    return runs.write_masks(options, trained, table.iloc[split.test])
 
 
 def film_params(options: Options) -> list[Path]:

@@ -19,7 +19,7 @@ from sklearn.metrics import pairwise_distances, silhouette_score
 from data.frontend import AudioFrontend
 from data.loader import ICBHI
 from models.build import ConditionedAST
-from utils.errors import UserError
+from utils.common.errors import UserError
 from utils.figures import style
 from utils.training.device import Machine
 

@@ -102,7 +102,7 @@ def reliability_figure(calibration: Mapping[str, Mapping]) -> Figure:
     """Observed share against predicted probability, one panel per output.
 
     Args:
-        calibration: output -> report as `utils.evaluation.calibration.calibration_report` returns.
+        calibration: output -> report as `utils.metrics.calibration.calibration_report` returns.
     """
     n = len(calibration)
     width = style.COLUMN if n <= 2 else style.PAGE
@@ -136,7 +136,7 @@ def subgroup_figure(table: pd.DataFrame, overall: float | None = None) -> Figure
     """Sp, Se and Score of each subgroup; rates that rest on too few cycles are left out.
 
     Args:
-        table: rows as `utils.evaluation.subgroups.subgroup_table` returns (per cent).
+        table: rows as `utils.metrics.subgroups.subgroup_table` returns (per cent).
         overall: Score of the whole part in per cent, drawn as a line.
     """
     figure = style.new_figure(style.COLUMN, 0.145 * len(table) + 0.09 * table.group.nunique() + 0.9)

@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data.batch import Metadata
+from models.conditioners.softfilm import SoftFiLM
 from models.masks import SoftMasks, mask_controls
-from models.softfilm import SoftFiLM
 from utils.figures import style
 
 ACTIVE = 0.5  # a dimension is active for a factor whose weight is above this

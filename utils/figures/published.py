@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from utils.errors import UserError
+from utils.common.errors import UserError
 from utils.figures import style
 
 TABLE = Path(__file__).with_name("published.csv")

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from utils.errors import UserError
+from models.conditioners.softfilm import SoftFiLM
+from utils.common.errors import UserError
 from utils.figures import evaluation as drawn
 from utils.figures import sources
 from utils.figures.options import Options
-from utils.figures.sources import Evaluation
+from utils.figures.sources import Evaluation, Trained
 
 logger = logging.getLogger(__name__)
 
@@ -144,8 +145,6 @@ def run_figures(one: Evaluation, test_cycles: pd.DataFrame | None = None) -> lis
 
 
 def _masks(options: Options, checkpoint: Path, cycles: pd.DataFrame) -> list[Path]:
-    from utils.figures.commands import write_masks
-
     trained = sources.open_trained(checkpoint, "", "ast_softfilm")
     return write_masks(options, trained, cycles)
 
@@ -159,3 +158,26 @@ def _drawn(figures: Iterable[Callable[[], list[Path]]]) -> list[Path]:
         except Exception as error:
             logger.warning("a figure is missing: %s", error)
     return paths
+
+
+def write_masks(options: Options, trained: Trained, cycles: pd.DataFrame) -> list[Path]:
+    """The mask figure of a trained SoftFiLM model; effects are averaged over `cycles`."""
+    from utils.figures.masks import analyse_masks, mask_caption, mask_figure
+    from utils.training.optim import lr_factor
+
+    checkpoint, training = trained.checkpoint, trained.config.training
+    conditioner = checkpoint.build_model().conditioner
+    assert isinstance(conditioner, SoftFiLM)
+    per_epoch = -(-checkpoint.counts["train"]["cycles"] // trained.config.dataset.batch_size)
+    warmup, total = round(training.warmup_epochs * per_epoch), training.epochs * per_epoch
+    analysis = analyse_masks(
+        conditioner,
+        checkpoint.metadata_statistics().transform(cycles),
+        lr=training.lr * conditioner.mask_lr_multiplier,
+        steps=(checkpoint.epoch + 1) * per_epoch,
+        steps_per_epoch=per_epoch,
+        schedule=partial(lr_factor, warmup_steps=warmup, total_steps=total),
+    )
+    return options.write(
+        mask_figure(analysis), "mask_analysis", mask_caption(analysis), trained.notice()
+    )

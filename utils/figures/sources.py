@@ -10,12 +10,12 @@ from typing import Any
 
 import pandas as pd
 
-from data.icbhi import read_cycles
+from data.metadata import read_cycles_and_metadata
 from data.splits import Split, split_cycles
-from data.synthetic import is_synthetic
+from data.synthetic.corpus import is_synthetic
 from models.registry import VARIANTS
-from utils.config import RunConfig, config_from_dict
-from utils.errors import UserError
+from utils.common.errors import UserError
+from utils.config.schema import RunConfig, config_from_dict
 from utils.figures.style import Notice
 from utils.training.checkpoint import Checkpoint, load_checkpoint
 
@@ -119,9 +119,9 @@ def read_corpus(config: RunConfig) -> tuple[pd.DataFrame, Split]:
             f"the data folder {dataset.data_folder} of the checkpoint is not there; "
             "name it with --data-folder DIR"
         )
-    report = {"report": logger.warning} if dataset.on_bad_recording == "skip" else {}
-    table = read_cycles(
-        dataset.data_folder, cycle_metadata_path=dataset.cycle_metadata_path, **report
+    report = logger.warning if dataset.on_bad_recording == "skip" else None
+    table = read_cycles_and_metadata(
+        dataset.data_folder, dataset.cycle_metadata_path, report=report
     )
     split = split_cycles(
         table,
@@ -144,7 +144,7 @@ class Evaluation:
         folder: the run's.
         part: test | val.
         run: what the run's report says of itself (variant, seed, ...), {} when it says nothing.
-        report: as `utils.evaluation.evaluate.evaluate_predictions` returns.
+        report: as `utils.evaluation.report.evaluate_predictions` returns.
         synthetic: the recordings were generated.
     """
 

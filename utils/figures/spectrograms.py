@@ -11,11 +11,11 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from data.batch import CLASSES
 from data.frontend import AudioFrontend
 from data.splits import classes_of
-from data.waveforms import open_store
-from utils.errors import UserError
+from data.store_build import open_store
+from data.task import CLASSES
+from utils.common.errors import UserError
 from utils.figures import style
 
 

@@ -18,8 +18,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from data.batch import CLASSES, DEVICES, SITES
-from utils.files import atomic_write
+from data.batch import DEVICES, SITES
+from data.task import CLASSES
+from utils.common.files import atomic_write
 
 COLUMN = 3.5  # inch, width of one column
 PAGE = 7.16  # inch, width of both

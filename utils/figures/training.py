@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from utils.errors import UserError
+from utils.common.errors import UserError
 from utils.figures import style
 
 METRICS = "metrics.csv"

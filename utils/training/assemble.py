@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 
 from data.augment import Augmentation
+from data.corpora.icbhi import completeness
 from data.frontend import AudioFrontend
-from data.icbhi import completeness, read_cycles
 from data.loader import ICBHI
-from data.metadata import MetadataStatistics
+from data.metadata import read_cycles_and_metadata
 from data.splits import Split, split_cycles
-from data.waveforms import open_store
+from data.statistics import MetadataStatistics
+from data.store_build import open_store
 from models.build import ConditionedAST
 from models.build import build_model as build
-from utils.config import RunConfig
+from utils.config.schema import RunConfig
 from utils.training.device import Machine
 from utils.training.inputs import FrozenInputs, Inputs
 
@@ -34,10 +35,8 @@ def build_data(config: RunConfig, statistics: MetadataStatistics | None = None) 
     """
     dataset = config.dataset
     report = logger.warning if dataset.on_bad_recording == "skip" else None
-    table = read_cycles(
-        dataset.data_folder,
-        cycle_metadata_path=dataset.cycle_metadata_path,
-        **({"report": report} if report else {}),
+    table = read_cycles_and_metadata(
+        dataset.data_folder, dataset.cycle_metadata_path, report=report
     )
     split = split_cycles(
         table,

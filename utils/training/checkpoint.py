@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from data.metadata import MetadataStatistics
+from data.statistics import MetadataStatistics
 from models.build import ConditionedAST
-from utils.config import RunConfig, config_from_dict
-from utils.errors import UserError
-from utils.files import atomic_write
+from utils.common.errors import UserError
+from utils.common.files import atomic_write
+from utils.config.schema import RunConfig, config_from_dict
 
 FORMAT = "metadata-conditioned-ast"
 VERSION = 1
@@ -55,10 +55,10 @@ class Checkpoint:
         layer_norm_eps: of the backbone; it came with the pretrained weights.
         pos_weight: weight of each output's positives in the loss; () when the loss has none.
         counts: cycles, recordings and patients of each part; "data": of the whole data, as
-            `data.icbhi.Completeness.counts`.
+            `data.corpora.icbhi.Completeness.counts`.
         partial: empty, or what is missing from the full ICBHI set.
         run: name of the run folder.
-        synthetic: the recordings of the training were generated (`data.synthetic`).
+        synthetic: the recordings of the training were generated (`data.synthetic.corpus`).
         versions: of Python, torch and the libraries that shape the numbers.
         revision: git revision of the code, "+" appended when files were changed.
     """

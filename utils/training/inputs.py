@@ -18,7 +18,7 @@ from data.batch import Batch
 from data.frontend import AudioFrontend
 from data.loader import ICBHI
 from models.build import ConditionedAST
-from utils.files import atomic_write, write_error
+from utils.common.files import atomic_write, write_error
 from utils.training.device import Machine
 
 logger = logging.getLogger(__name__)

@@ -30,9 +30,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from utils.config import RunConfig, config_hash, config_to_yaml
-from utils.errors import UserError
-from utils.files import TEMPORARY, write_text
+from utils.common.errors import UserError
+from utils.common.files import TEMPORARY, write_text
+from utils.config.schema import RunConfig, config_hash, config_to_yaml
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""One module per corpus: files to a cycle table."""

@@ -1,0 +1,326 @@
+"""A folder of ICBHI 2017 recordings -> one cycle table, one row per annotated breathing cycle.
+
+Rocha et al., "An open access database for the evaluation of respiratory sound classification
+algorithms", Physiological Measurement 40 (2019) 035001. The database is downloaded by the user;
+`data.download` does it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import pandas as pd
+
+from data.corpora.icbhi_tables import (
+    Demographics,
+    RecordingName,
+    parse_annotation,
+    parse_demographics,
+    parse_diagnosis,
+    parse_name,
+    parse_split,
+    read_text,
+)
+from data.cycle_table import COLUMNS, derive_bmi
+from data.splits import assign_folds, classes_of
+from data.task import CLASSES
+from utils.common.errors import UserError
+
+log = logging.getLogger(__name__)
+
+BASE_URL = "https://bhichallenge.med.auth.gr/sites/default/files/ICBHI_final_database/"
+#: Accepted names of each table, the official one first; compared without regard to letter case.
+TABLES: dict[str, tuple[str, ...]] = {
+    "split": ("ICBHI_challenge_train_test.txt",),
+    "demographics": ("ICBHI_Challenge_demographic_information.txt", "demographic_info.txt"),
+    "diagnosis": ("ICBHI_Challenge_diagnosis.txt", "patient_diagnosis.csv"),
+}
+SUBFOLDERS = ("ICBHI_final_database", "audio_and_txt_files", "recordings")
+AUDIO_SUFFIXES = (".wav", ".flac")
+#: Recordings whose device the split file spells differently: audio's name -> the split's name.
+SPLIT_ALIASES = {"226_1b1_Pl_sc_LittC2SE": "226_1b1_Pl_sc_Meditron"}
+
+#: What the whole database counts; classes are exclusive (a cycle with both is only in "both").
+FULL_COUNTS: dict[str, int] = {
+    f"{part}_{name}": count
+    for part, counts in {
+        "train": (4142, 539, 79, 2063, 1215, 501, 363),
+        "test": (2756, 381, 49, 1579, 649, 385, 143),
+        "all": (6898, 920, 126, 3642, 1864, 886, 506),
+    }.items()
+    for name, count in zip(("cycles", "recordings", "patients", *CLASSES), counts, strict=True)
+}
+
+
+class Completeness(NamedTuple):
+    """How the cycle table compares with the whole database.
+
+    Attributes:
+        partial: True when any count differs from `FULL_COUNTS`.
+        message: one line to shout; empty when nothing is missing.
+        counts: this table's counts, keys as in `FULL_COUNTS`.
+    """
+
+    partial: bool
+    message: str
+    counts: dict[str, int]
+
+
+def _fail(problem: str) -> NoReturn:
+    raise UserError(problem)
+
+
+def read_cycles(
+    data_folder: str | Path,
+    *,
+    require_audio: bool = True,
+    require_annotations: bool = True,
+    report: Callable[[str], None] = _fail,
+) -> pd.DataFrame:
+    """Cycle table of a folder: `data.cycle_table.COLUMNS` and `Recording`, path of the audio file.
+
+    Audio and annotations lie in `data_folder` or in one of its `SUBFOLDERS`, the three tables
+    there or in its parent. Rows are sorted by Filename, then CycleIndex (from 0).
+
+    Args:
+        data_folder: folder of recordings.
+        require_audio: False makes the table from annotations alone; Recording is "" then.
+        require_annotations: False leaves recordings without annotation out with a warning.
+        report: called with each problem; by default the first one raises. A function that returns
+            makes the reader leave the faulty recording out and go on.
+
+    Raises:
+        UserError: a file, row or table is missing or faulty.
+    """
+    folder = _existing_folder(data_folder)
+    audio, annotations = find_recordings(folder, report)
+    if not audio and (require_audio or not annotations):
+        _fail(_no_audio(folder, bool(annotations)))
+    if not annotations:
+        _fail(f"{folder}: no annotation (.txt beside each .wav) found; unpack the whole database")
+    parts = parse_table(folder, "split", parse_split)
+    demographics = parse_table(folder, "demographics", parse_demographics)
+    diagnosis = parse_table(folder, "diagnosis", parse_diagnosis)
+    stems = _matched_stems(audio, annotations, require_audio, require_annotations, report)
+    rows: list[dict] = []
+    for stem in stems:
+        try:
+            name = parse_name(stem)
+            shared = _recording_columns(name, parts, demographics, diagnosis)
+            cycles = parse_annotation(read_text(annotations[stem]), str(annotations[stem]))
+        except UserError as error:
+            report(str(error))
+            continue
+        path = str(audio[stem]) if require_audio else ""
+        rows += [_row(shared, index, cycle, path) for index, cycle in enumerate(cycles)]
+    if not rows:
+        _fail(f"{folder}: no usable recording; see the problems above")
+    table = pd.DataFrame(rows).sort_values(["Filename", "CycleIndex"], ignore_index=True)
+    table = table.astype({"Age": float, "BMI": float, "CW": float, "CH": float})
+    table["BMIDerived"] = derive_bmi(table)
+    table["Fold"] = assign_folds(table)
+    return table[[*COLUMNS, "Recording"]]
+
+
+def completeness(table: pd.DataFrame) -> Completeness:
+    """Compare a cycle table's counts with the whole database's."""
+    counts: dict[str, int] = {}
+    for part in ("train", "test", "all"):
+        rows = table if part == "all" else table[table["Split"] == part]
+        counts[f"{part}_cycles"] = len(rows)
+        counts[f"{part}_recordings"] = int(rows["Filename"].nunique())
+        counts[f"{part}_patients"] = int(rows["PID"].nunique())
+        for number, name in enumerate(CLASSES):
+            counts[f"{part}_{name}"] = int((classes_of(rows) == number).sum())
+    if counts == FULL_COUNTS:
+        return Completeness(False, "", counts)
+    fewer = counts["all_recordings"] < FULL_COUNTS["all_recordings"]
+    message = (
+        f"{'PARTIAL DATA' if fewer else 'NOT THE ICBHI 2017 COUNTS'}: "
+        f"{counts['all_recordings']:,} of 920 recordings, {counts['all_cycles']:,} of 6,898 "
+        "cycles; not comparable"
+    )
+    return Completeness(True, message, counts)
+
+
+def find_table(folder: Path, kind: str) -> Path | None:
+    """Path of the table `kind` (a key of `TABLES`), or None; its names in any letter case."""
+    parent = folder.resolve().parent
+    places = [folder, *_subfolders(folder)] + ([parent] if os.access(parent, os.R_OK) else [])
+    for place in places:
+        files = {path.name.lower(): path for path in _files(place)}
+        for name in TABLES[kind]:
+            if name.lower() in files:
+                return files[name.lower()]
+    return None
+
+
+def parse_table(folder: Path, kind: str, parse: Callable[[str, str], dict]) -> dict:
+    """Find, read and parse one of the three tables.
+
+    Raises:
+        UserError: it is missing or faulty.
+    """
+    path = find_table(folder, kind)
+    if path is None:
+        names = TABLES[kind]
+        also = f" (or {names[1]})" if len(names) > 1 else ""
+        _fail(
+            f"{folder}: the {kind} table {names[0]}{also} is missing there and in its parent; "
+            f"download it from {BASE_URL}{names[0]}"
+        )
+    return parse(read_text(path), str(path))
+
+
+def find_recordings(
+    folder: Path, report: Callable[[str], None] = _fail
+) -> tuple[dict[str, Path], dict[str, Path]]:
+    """(audio, annotations), each {stem: path}, of the folder and its `SUBFOLDERS`.
+
+    Text files whose name does not begin like a recording's (the tables, notes) are no annotations;
+    hidden files are left out.
+    """
+    audio: dict[str, Path] = {}
+    annotations: dict[str, Path] = {}
+    for place in (folder, *_subfolders(folder)):
+        for path in _files(place):
+            suffix = path.suffix.lower()
+            if suffix in AUDIO_SUFFIXES:
+                found = audio
+            elif suffix == ".txt" and path.stem.split("_")[0].isdigit():
+                found = annotations
+            else:
+                continue
+            if path.stem in found:
+                report(
+                    f"recording {path.stem} is there twice, as {found[path.stem]} and as {path}; "
+                    "remove one of them"
+                )
+            else:
+                found[path.stem] = path
+    return audio, annotations
+
+
+def _matched_stems(
+    audio: dict[str, Path],
+    annotations: dict[str, Path],
+    require_audio: bool,
+    require_annotations: bool,
+    report: Callable[[str], None],
+) -> list[str]:
+    """Stems of the recordings that the table is made of, sorted."""
+    unannotated = sorted(set(audio) - set(annotations)) if require_audio else []
+    if unannotated and require_annotations:
+        for stem in unannotated:
+            report(
+                f"{audio[stem]} has no annotation {stem}.txt beside it; "
+                "restore the annotation or remove the recording"
+            )
+    elif unannotated:
+        log.warning(
+            "%d recordings without annotation are left out, the first is %s",
+            len(unannotated),
+            audio[unannotated[0]],
+        )
+    if not require_audio:
+        return sorted(annotations)
+    for stem in sorted(set(annotations) - set(audio)):
+        report(
+            f"{annotations[stem]} has no recording {stem}.wav beside it; "
+            "unpack the recording again or remove the annotation"
+        )
+    return sorted(set(annotations) & set(audio))
+
+
+def _recording_columns(
+    name: RecordingName,
+    parts: dict[str, str],
+    demographics: dict[int, Demographics],
+    diagnosis: dict[int, str | None],
+) -> dict:
+    """Columns that all cycles of a recording share."""
+    part = parts.get(name.stem, parts.get(SPLIT_ALIASES.get(name.stem, "")))
+    if part is None:
+        _fail(
+            f"recording {name.stem} is not named in {TABLES['split'][0]}; add the row "
+            f"'{name.stem}<TAB>train' or '...<TAB>test' to it, or remove the recording"
+        )
+    for table, kind in ((demographics, "demographics"), (diagnosis, "diagnosis")):
+        if name.pid not in table:
+            _fail(
+                f"patient {name.pid} of recording {name.stem} is not in the {kind} table "
+                f"{TABLES[kind][0]}; add a row (NA where nothing is known) or download it again"
+            )
+    patient = demographics[name.pid]
+    return {
+        "PID": name.pid,
+        "Filename": name.stem,
+        "Split": part,
+        "Device": name.device,
+        "Age": patient.age,
+        "Sex": patient.sex,
+        "BMI": patient.bmi,
+        "CW": patient.weight,
+        "CH": patient.height,
+        "Disease": diagnosis[name.pid],
+        "AuscLoc": name.site,
+    }
+
+
+def _row(shared: dict, index: int, cycle, recording: str) -> dict:
+    return {
+        **shared,
+        "CycleIndex": index,
+        "CycleStart": cycle.start,
+        "CycleEnd": cycle.end,
+        "Crackles": cycle.crackle,
+        "Wheezes": cycle.wheeze,
+        "Duration": round(cycle.end - cycle.start, 6),  # s, without the noise of the subtraction
+        "Recording": recording,
+    }
+
+
+def _existing_folder(data_folder: str | Path) -> Path:
+    folder = Path(data_folder).expanduser()
+    if not folder.is_dir():
+        _fail(
+            f"data folder {folder} does not exist; set dataset.data_folder to the unpacked "
+            "database (python -m data.download --output DIR fetches it)"
+        )
+    return folder
+
+
+def _no_audio(folder: Path, annotated: bool) -> str:
+    zips = [path.name for path in _files(folder) if path.suffix.lower() == ".zip"]
+    if zips:
+        return f"{folder}: no .wav found, but {zips[0]}; unpack it there (unzip {zips[0]})"
+    found = "annotations but no .wav" if annotated else "no .wav and no annotation"
+    return (
+        f"{folder}: {found} found there or in {' or '.join(SUBFOLDERS)}; set dataset.data_folder "
+        "to the folder with the recordings (python -m data.download --output DIR fetches them "
+        f"from {BASE_URL})"
+    )
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    names = {name.lower() for name in SUBFOLDERS}
+    return [path for path in _listing(folder, "is_dir") if path.name.lower() in names]
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in _listing(folder, "is_file") if not path.name.startswith(".")]
+
+
+def _listing(folder: Path, kind: str) -> list[Path]:
+    """Sorted entries for which `os.DirEntry.<kind>()` holds; one look at the disk, not one each."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(entry.path) for entry in entries if getattr(entry, kind)())
+    except OSError as error:
+        raise UserError(
+            f"{folder}: can not be listed ({error.strerror}); check its permissions"
+        ) from error

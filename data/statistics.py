@@ -1,0 +1,164 @@
+"""What the training cycles say about the metadata: imputation, scaling, counts per value."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+
+from data.batch import DEVICES, FIELDS, SCALARS, SITES, Metadata
+from data.cycle_table import SCALAR_COLUMNS
+from utils.common.errors import UserError
+
+log = logging.getLogger(__name__)
+
+#: What was warned of already, (statistics, unseen value): loading, floors and figures of one run
+#: all transform its table.
+_told: set[tuple[MetadataStatistics, str]] = set()
+
+
+@dataclass(frozen=True)
+class MetadataStatistics:
+    """What the training cycles say about the metadata; all that evaluation needs of them.
+
+    Scalars stand in the order of `data.batch.SCALARS` (age years, BMI kg/m2, duration s). A
+    missing value is imputed with `medians` and then z-scored like any other, and counts as known:
+    the imputed value is what a model sees in training and at evaluation alike. (An unknown scalar,
+    z = 0, is for evaluation with a field hidden, see `Metadata.without`.) Whether the BMI was
+    known says the table: BMIDerived is NaN where not.
+
+    Attributes:
+        medians: of the known training values, after the derivation of BMI.
+        mean, std: of the training cycles after imputation (population form); std is 1 where the
+            training cycles do not differ.
+        device_counts: training cycles per device, the last entry counts the unknown ones.
+        site_counts: the same per site.
+    """
+
+    medians: tuple[float, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    device_counts: tuple[int, ...]
+    site_counts: tuple[int, ...]
+
+    @classmethod
+    def fit(cls, train_table: pd.DataFrame) -> MetadataStatistics:
+        """Statistics of the training cycles (rows of the cycle table)."""
+        values = _scalars(train_table)  # [N, 3]
+        medians = [
+            float(np.median(v[~np.isnan(v)])) if (~np.isnan(v)).any() else 0.0 for v in values.T
+        ]  # a scalar that is never known is 0 everywhere, z = 0
+        values = np.where(np.isnan(values), medians, values)
+        std = values.std(axis=0)
+        std[std < 1e-6 * np.maximum(np.abs(values).max(axis=0), 1.0)] = 1.0
+        return cls(
+            medians=tuple(medians),
+            mean=tuple(values.mean(axis=0).tolist()),
+            std=tuple(std.tolist()),
+            device_counts=_counts(_indices(train_table["Device"], DEVICES), DEVICES),
+            site_counts=_counts(_indices(train_table["AuscLoc"], SITES), SITES),
+        )
+
+    def transform(self, table: pd.DataFrame) -> Metadata:
+        """`Metadata` of all N rows of a cycle table.
+
+        A device or site that is missing, not in the vocabulary or never seen in training becomes
+        unknown, with one warning that names it: a process that transforms again says no more.
+        """
+        values = _scalars(table)
+        values = np.where(np.isnan(values), self.medians, values)
+        device, device_note = _seen(table["Device"], DEVICES, self.device_counts, "device")
+        site, site_note = _seen(table["AuscLoc"], SITES, self.site_counts, "site")
+        notes = {
+            name: n for name, n in (device_note | site_note).items() if (self, name) not in _told
+        }
+        if notes:
+            named = "; ".join(f"{name} ({n} cycles)" for name, n in notes.items())
+            log.warning("not seen in training, treated as unknown: %s", named)
+            _told.update((self, name) for name in notes)
+        known = np.ones((len(table), len(FIELDS)), bool)
+        known[:, 0] = device < len(DEVICES)
+        known[:, 1] = site < len(SITES)
+        rest = (values - np.array(self.mean)) / np.array(self.std)
+        return Metadata(
+            device=torch.from_numpy(device),
+            site=torch.from_numpy(site),
+            rest=torch.from_numpy(rest.astype(np.float32)),
+            known=torch.from_numpy(known),
+        )
+
+    def to_dict(self) -> dict:
+        """Plain lists, numbers and strings, fit for `torch.load(weights_only=True)` and JSON."""
+        return {
+            "scalars": list(SCALARS),
+            "medians": list(self.medians),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "devices": list(DEVICES),
+            "device_counts": list(self.device_counts),
+            "sites": list(SITES),
+            "site_counts": list(self.site_counts),
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict) -> MetadataStatistics:
+        """Inverse of `to_dict`.
+
+        Raises:
+            UserError: it was made with another vocabulary, or is incomplete.
+        """
+        remedy = "use a checkpoint written by this version of the code"
+        for key, expected in (("scalars", SCALARS), ("devices", DEVICES), ("sites", SITES)):
+            if content.get(key) != list(expected):
+                raise UserError(
+                    f"metadata statistics: {key} is {content.get(key)}, {list(expected)} "
+                    f"expected; {remedy}"
+                )
+        numbers = {}
+        for key, length in (("medians", 3), ("mean", 3), ("std", 3),
+                            ("device_counts", 5), ("site_counts", 8)):  # fmt: skip
+            value = content.get(key)
+            least = {"std": 1e-9, "device_counts": 0, "site_counts": 0}.get(key, -math.inf)
+            if (
+                not isinstance(value, list)
+                or len(value) != length
+                or not all(isinstance(x, int | float) and math.isfinite(x) for x in value)
+                or min(value) < least
+            ):
+                raise UserError(f"metadata statistics: {key} is not {length} numbers; {remedy}")
+            numbers[key] = tuple(value)
+        return cls(**numbers)
+
+
+def _scalars(table: pd.DataFrame) -> np.ndarray:
+    """[N, 3] float64, columns `SCALAR_COLUMNS`; NaN where missing or not finite."""
+    values = table[list(SCALAR_COLUMNS)].to_numpy(np.float64)
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _indices(names: pd.Series, vocabulary: Sequence[str]) -> np.ndarray:
+    """[N] int64 into the vocabulary, its length for anything else."""
+    index = {name: number for number, name in enumerate(vocabulary)}
+    return np.array([index.get(name, len(vocabulary)) for name in names], np.int64)
+
+
+def _counts(indices: np.ndarray, vocabulary: Sequence[str]) -> tuple[int, ...]:
+    return tuple(np.bincount(indices, minlength=len(vocabulary) + 1).tolist())
+
+
+def _seen(
+    names: pd.Series, vocabulary: Sequence[str], counts: Sequence[int], field: str
+) -> tuple[np.ndarray, dict[str, int]]:
+    """(indices with the unseen ones mapped to unknown, cycles by what the warning names)."""
+    indices = _indices(names, vocabulary)
+    unknown = len(vocabulary)
+    trained = np.array([*(count > 0 for count in counts[:unknown]), False])
+    unseen = ~trained[indices]
+    shown = names[unseen].map(lambda name: name if isinstance(name, str) else "missing")
+    notes = {f"{field} {name}": n for name, n in shown.value_counts().items()}
+    return np.where(unseen, unknown, indices), notes

@@ -1,0 +1,1 @@
+"""The synthetic corpus of `make train`: `python -m data.synthetic --output DIR`."""

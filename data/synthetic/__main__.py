@@ -1,0 +1,5 @@
+"""`python -m data.synthetic`: see `data.synthetic.corpus`."""
+
+from data.synthetic.corpus import main
+
+raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Studies whose tables are published in docs/."""

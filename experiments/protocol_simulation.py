@@ -1,0 +1,278 @@
+"""Does the protocol keep its word? Two simulations on the real structure of the ICBHI test half.
+
+    python -m experiments.protocol_simulation [--repetitions 1000] [--output benchmarks/results]
+
+1. Coverage: how often a 95 % interval holds the true figure, resampling patients or cycles.
+2. Selection: what choosing the epoch and the threshold on the test half adds to the Score of
+   predictions that know nothing of the labels, and what the honest rules give.
+
+The structure (each patient's cycles per class, both halves of the official split) stands in
+`patient_cycles.csv`, counted from the annotations of ICBHI 2017 (Rocha et al. 2019); where all
+annotations are present (ICBHI_ROOT/annotations), the counts are compared with them first.
+Writes protocol_simulation.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import time
+from datetime import date
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from data.task import CLASSES, Task
+from utils.common.files import write_text
+from utils.metrics.bootstrap import cycle_bootstrap, patient_bootstrap
+from utils.metrics.score import choose_thresholds, sp_se_score
+
+log = logging.getLogger(__name__)
+
+STRUCTURE = Path(__file__).parent / "patient_cycles.csv"
+TASK = Task(2)
+CORRELATIONS = (0.1, 0.3)
+SPECIFICITY, SENSITIVITY = 0.78, 0.66  # of the simulated model, near the published two-class rows
+FIGURES = ("sp", "se", "score")
+
+
+@lru_cache
+def read_structure(part: str) -> np.ndarray:
+    """Cycles of each patient [P, 2]: normal, abnormal; part is "train" or "test"."""
+    table = pd.read_csv(STRUCTURE)
+    table = table[table["part"] == part]
+    return np.stack([table["normal"], table[list(CLASSES[1:])].sum(axis=1)], axis=1)
+
+
+def count_structure(data_folder: str | Path) -> pd.DataFrame:
+    """The table of `patient_cycles.csv`, counted from a folder with all annotations."""
+    from data.corpora.icbhi import read_cycles
+
+    cycles = read_cycles(data_folder, require_audio=False)
+    number = cycles["Crackles"] + 2 * cycles["Wheezes"]
+    counts = pd.crosstab([cycles["Split"], cycles["PID"]], number)
+    counts.columns = list(CLASSES)
+    counts.index.names = ["part", "patient"]
+    return counts.reset_index()
+
+
+def check_structure(data_folder: str | Path) -> bool:
+    """True if the committed counts equal those of the annotations in `data_folder`."""
+    return pd.read_csv(STRUCTURE).equals(count_structure(data_folder))
+
+
+# --- coverage -----------------------------------------------------------------------------------
+
+
+def draw_tables(structure: np.ndarray, correlation: float, rng: np.random.Generator) -> np.ndarray:
+    """Confusion matrices [P, 2, 2] of a model whose rates vary between patients.
+
+    A patient's Sp and Se are beta variables with the means above and a + b = 1 / correlation - 1,
+    which gives two cycles of a patient the intra-class correlation `correlation`; the expected
+    figures are the means.
+    """
+    total = 1 / correlation - 1
+    rates = np.stack(
+        [rng.beta(m * total, (1 - m) * total, len(structure)) for m in (SPECIFICITY, SENSITIVITY)],
+        axis=1,
+    )
+    right = rng.binomial(structure, rates)
+    wrong = structure - right
+    return np.stack(
+        [
+            np.stack([right[:, 0], wrong[:, 0]], axis=1),
+            np.stack([wrong[:, 1], right[:, 1]], axis=1),
+        ],
+        axis=1,
+    )
+
+
+def coverage(correlation: float, *, repetitions: int, resamples: int, seed: int = 0) -> dict:
+    """Share of intervals that hold the truth, and their mean width, for both bootstraps."""
+    structure = read_structure("test")
+    truth = {"sp": 100 * SPECIFICITY, "se": 100 * SENSITIVITY}
+    truth["score"] = (truth["sp"] + truth["se"]) / 2
+    rng = np.random.default_rng(seed)
+    held = {kind: dict.fromkeys(FIGURES, 0) for kind in ("patient", "cycle")}
+    width = {kind: dict.fromkeys(FIGURES, 0.0) for kind in held}
+    for repetition in range(repetitions):
+        tables = draw_tables(structure, correlation, rng)
+        options = {"resamples": resamples, "seed": repetition}
+        intervals = {
+            "patient": patient_bootstrap(tables, **options),
+            "cycle": cycle_bootstrap(tables.sum(axis=0), **options),
+        }
+        for kind, figures in intervals.items():
+            for name in FIGURES:
+                interval = figures[name]
+                held[kind][name] += interval.low <= truth[name] <= interval.high
+                width[kind][name] += (interval.high - interval.low) / repetitions
+    return {
+        kind: {n: {"coverage": held[kind][n] / repetitions, "width": width[kind][n]}
+               for n in FIGURES}
+        for kind in held
+    }  # fmt: skip
+
+
+# --- selection ----------------------------------------------------------------------------------
+
+
+class Predictions:
+    """Probabilities that know the patient but not the labels, epoch after epoch.
+
+    latent = sqrt(r) * patient + sqrt(1 - r) * cycle, both standard normal and, over epochs, AR(1)
+    with coefficient `memory`; the probability is its normal distribution function, hence uniform.
+    """
+
+    def __init__(self, structure, correlation: float, memory: float, rng: np.random.Generator):
+        self.patient = np.repeat(np.arange(len(structure)), structure.sum(axis=1))
+        self.label = np.concatenate([np.repeat([0.0, 1.0], row) for row in structure])[:, None]
+        self.weights = np.sqrt(correlation), np.sqrt(1 - correlation)
+        self.memory, self.rng = memory, rng
+        self.state = [rng.standard_normal(len(structure)), rng.standard_normal(len(self.patient))]
+
+    def next_epoch(self) -> np.ndarray:
+        """[N, 1] probabilities of the next epoch."""
+        for k, state in enumerate(self.state):
+            fresh = self.rng.standard_normal(len(state))
+            self.state[k] = self.memory * state + np.sqrt(1 - self.memory**2) * fresh
+        latent = self.weights[0] * self.state[0][self.patient] + self.weights[1] * self.state[1]
+        # logistic function of 1.702 x: within .01 of the normal distribution function
+        return TASK.probabilities(1.702 * latent)[:, None]
+
+    def score(self, probability: np.ndarray, thresholds: tuple[float, ...]) -> float:
+        """Two-class Score in percent."""
+        pred = TASK.predicted_classes(probability, thresholds)
+        return sp_se_score(self.label[:, 0], pred).score
+
+
+def one_run(correlation: float, memory: float, epochs: int, rng: np.random.Generator) -> dict:
+    """Test Score of one label-independent run under each selection rule."""
+    test = Predictions(read_structure("test"), correlation, memory, rng)
+    train = read_structure("train")
+    held_out = rng.choice(len(train), len(train) // 5, replace=False)
+    val = Predictions(train[held_out], correlation, memory, rng)
+    at_half, on_test, on_val, honest = [], [], [], []
+    for _ in range(epochs):
+        p_test, p_val = test.next_epoch(), val.next_epoch()
+        at_half.append(test.score(p_test, (0.5,)))
+        on_test.append(test.score(p_test, choose_thresholds(TASK, p_test, test.label)))
+        chosen = choose_thresholds(TASK, p_val, val.label)
+        on_val.append(val.score(p_val, chosen))
+        honest.append(test.score(p_test, chosen))
+    return {
+        "fixed": at_half[-1],
+        "validation": honest[int(np.argmax(on_val))],
+        "test, threshold only": on_test[-1],
+        "test, epoch only": max(at_half),
+        "test": max(on_test),
+    }
+
+
+def selection(
+    correlation: float, memory: float, *, repetitions: int, epochs: int = 100, seed: int = 0
+) -> dict:
+    """Mean, sd and standard error of the test Score (percent) under each selection rule."""
+    rng = np.random.default_rng(seed)
+    runs = [one_run(correlation, memory, epochs, rng) for _ in range(repetitions)]
+    out = {}
+    for rule in runs[0]:
+        scores = np.array([run[rule] for run in runs])
+        out[rule] = {"mean": scores.mean(), "sd": scores.std(ddof=1)}
+        out[rule]["standard_error"] = out[rule]["sd"] / np.sqrt(repetitions)
+    return out
+
+
+# --- report -------------------------------------------------------------------------------------
+
+
+def to_markdown(result: dict) -> str:
+    """The tables of protocol_simulation.md."""
+    lines = [
+        "# Protocol simulation",
+        "",
+        f"`{result['command']}`, {result['date']}, {result['seconds']:.0f} s. "
+        f"{result['repetitions']} repetitions per row; counts compared with the annotations: "
+        f"{result['checked']}.",
+        "",
+        "Structure: the 49 test patients (2,756 cycles) and 79 training patients (4,142 cycles) of "
+        "the official split with their real cycles per class. Simulated are the predictions, so "
+        "these are no results of any model.",
+        "",
+        "## Coverage of the 95 % interval",
+        "",
+        f"A two-class model with Sp {100 * SPECIFICITY:g} and Se {100 * SENSITIVITY:g} whose rates "
+        "vary between patients; width in points.",
+        "",
+        "| within-patient correlation | bootstrap over | Sp | Se | Score | width of Score |",
+        "|---|---|---|---|---|---|",
+    ]
+    for correlation, kinds in result["coverage"].items():
+        for kind, row in kinds.items():
+            cells = " | ".join(f"{100 * row[n]['coverage']:.1f} %" for n in FIGURES)
+            lines.append(f"| {correlation} | {kind}s | {cells} | {row['score']['width']:.1f} |")
+    lines += [
+        "",
+        "## Score of predictions that know nothing of the labels",
+        "",
+        "Two classes, 100 epochs; mean (sd) over runs. `fixed`: last epoch, threshold .5. "
+        "`validation`: epoch and threshold chosen on a random fifth of the training patients. "
+        "`test`: both chosen on the test half. Memory is the correlation of consecutive epochs.",
+        "",
+        "| within-patient correlation | memory | fixed | validation | test, threshold only "
+        "| test, epoch only | test | inflation by `test` |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["selection"]:
+        scores = row["scores"]
+        cells = " | ".join(f"{s['mean']:.2f} ({s['sd']:.2f})" for s in scores.values())
+        lines.append(
+            f"| {row['correlation']} | {row['memory']} | {cells} "
+            f"| **+{scores['test']['mean'] - 50:.1f} points** |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run both simulations and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repetitions", type=int, default=1000)
+    parser.add_argument("--resamples", type=int, default=1000)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    start, checked = time.time(), "annotations not present"
+    folder = Path(os.environ.get("ICBHI_ROOT", "../shared/icbhi")) / "annotations"
+    if folder.is_dir():
+        checked = "equal" if check_structure(folder) else "DIFFERENT"
+    result = {
+        "command": f"python -m experiments.protocol_simulation --repetitions {args.repetitions} "
+        f"--resamples {args.resamples}",
+        "date": date.today().isoformat(),
+        "repetitions": args.repetitions,
+        "checked": checked,
+        "coverage": {},
+        "selection": [],
+    }
+    for correlation in CORRELATIONS:
+        log.info("coverage, correlation %s", correlation)
+        result["coverage"][str(correlation)] = coverage(
+            correlation, repetitions=args.repetitions, resamples=args.resamples
+        )
+        for memory in (0.0, 0.9):
+            log.info("selection, correlation %s, memory %s", correlation, memory)
+            scores = selection(correlation, memory, repetitions=args.repetitions)
+            row = {"correlation": correlation, "memory": memory, "scores": scores}
+            result["selection"].append(row)
+    result["seconds"] = time.time() - start
+    write_text(args.output / "protocol_simulation.json", json.dumps(result, indent=1) + "\n")
+    write_text(args.output / "protocol_simulation.md", to_markdown(result))
+    log.info("%s", to_markdown(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""SoftFiLM-AST: FiLM factorised over metadata factors that share the features by soft masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from data.batch import Metadata
+from models.conditioner import ConditionState, Modulation, ParameterGroup, Variant
+from models.conditioners.film import FiLMConfig, film_arguments
+from models.encoders import FactorEncoder, MetadataEmbeddings, build_embeddings
+from models.masks import SoftMasks, mask_controls
+from models.modulation import Generators, ModulatingConditioner
+from utils.common.errors import UserError
+
+
+@dataclass
+class SoftFiLMConfig(FiLMConfig):
+    """Keys of `models.ast_softfilm`."""
+
+    mask_init_scale: float = 2.0  # mask logits: + on a factor's own third of D, - elsewhere
+    mask_overlap_lambda: float = 0.01  # weight of the mean pairwise overlap in the loss
+    mask_coverage_lambda: float = 0.0  # weight of mean(1 - max_k w_k); the authors' code: .005
+    per_layer_masks: bool = False  # masks of their own for every conditioned block
+    mask_mode: str = "sigmoid"  # sigmoid (factors independent) | softmax (over factors)
+    mask_temperature: float = 1.0  # tau, at least .1
+    mask_annealing: bool = False  # tau: constant for five epochs, then along a cosine to .2
+    mask_annealing_epochs: int = 100  # epoch count of that schedule; set it to training.epochs
+    mask_lr_multiplier: float = 10.0  # on training.lr; masks have no weight decay
+
+
+class SoftFiLM(ModulatingConditioner):
+    """gamma_l = 1 + sum_k w_k * dg_{k,l}, beta_l = sum_k w_k * b_{k,l}; k in device, site, rest.
+
+    [dg_{k,l}; b_{k,l}] = G_{k,l} h_k, h_k = act(W2 Drop(act(W1 LN(e_k)))), without that LN for the
+    three raw z-scored scalars (it would erase their scale). w_k: `SoftMasks`. Generators start
+    Xavier-uniform with gain .1: at zero the masks would get no gradient. Loss = task +
+    mask_overlap_lambda * mean of the pairwise mean(w_i w_j)
+    + mask_coverage_lambda * mean(1 - max_k w_k).
+    """
+
+    GENERATOR_GAIN = 0.1
+
+    def __init__(
+        self,
+        embeddings: MetadataEmbeddings,
+        masks: SoftMasks,
+        *,
+        embed_dim: int,
+        depth: int,
+        layers,
+        hidden_dim: int = 64,
+        dropout: float = 0.4,
+        act: str = "relu",
+        mask_lr_multiplier: float = 10.0,
+    ):
+        super().__init__(embeddings, layers=layers, depth=depth)
+        self.masks = masks
+        self.mask_lr_multiplier = mask_lr_multiplier
+        self.encoders = nn.ModuleDict(
+            {
+                name: FactorEncoder(
+                    width, hidden_dim, dropout=dropout, act=act, norm=name != "rest"
+                )
+                for name, width in embeddings.widths.items()
+            }
+        )
+        self.generators = nn.ModuleDict(
+            {
+                name: Generators(len(layers), hidden_dim, embed_dim, gain=self.GENERATOR_GAIN)
+                for name in embeddings.widths
+            }
+        )
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """Enabled factors, in the order of the masks."""
+        return self.masks.factors
+
+    def contributions(self, metadata: Metadata) -> Tensor:
+        """w_k * [dg_{k,l}; b_{k,l}]: [K, B, L, 2, D]."""
+        parts, weights = self.embeddings(metadata), self.masks()
+        return torch.stack(
+            [
+                weights[k].unsqueeze(1) * self.generators[name](self.encoders[name](parts[name]))
+                for k, name in enumerate(self.factors)
+            ]
+        )
+
+    def encode(self, metadata: Metadata) -> ConditionState:
+        out = self.contributions(metadata).sum(dim=0)  # [B, L, 2, D]
+        scale, shift = out.unsqueeze(3).unbind(2)  # [B, L, 1, D] each
+        return self.state(map(Modulation, scale.unbind(1), shift.unbind(1)))
+
+    def regularisation(self) -> Tensor:
+        return self.masks.regularisation()
+
+    def on_epoch(self, epoch: int) -> None:
+        self.masks.set_epoch(epoch)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        rest = [p for name, p in self.named_parameters() if name != "masks.logits"]
+        return [
+            ParameterGroup("conditioner", rest),
+            ParameterGroup("masks", [self.masks.logits], self.mask_lr_multiplier, 0.0),
+        ]
+
+    def diagnostics(self) -> dict[str, float]:
+        return {**super().diagnostics(), **self.masks.diagnostics()}
+
+    def controls(
+        self, *, lr: float, steps: int, steps_per_epoch: int, schedule: Callable[[int], float]
+    ) -> dict[str, float]:
+        """The overlaps that small trained ones must be compared with: `mask_controls`."""
+        found = mask_controls(
+            self.masks,
+            lr=lr * self.mask_lr_multiplier,
+            steps=steps,
+            steps_per_epoch=steps_per_epoch,
+            schedule=schedule,
+        )
+        return {f"masks/{name}": value for name, value in found.items()}
+
+    @torch.no_grad()
+    def factor_effects(
+        self, metadata: Metadata, part: str = "both", centred: bool = False
+    ) -> Tensor:
+        """Size of each factor's effect in each conditioned block: [K, L].
+
+        Mean over cycles of || w_k * [dg_{k,l}; b_{k,l}] || (2-norm over D, without dropout).
+
+        Args:
+            part: "scale" (dg only), "shift" (b only) or "both".
+            centred: subtract the mean over the cycles first, so that only what differs between
+                cycles counts, not a constant that every cycle receives.
+        """
+        mode = self.training
+        self.eval()
+        try:
+            out = self.contributions(metadata)  # [K, B, L, 2, D]
+        finally:
+            self.train(mode)
+        out = {"scale": out[..., :1, :], "shift": out[..., 1:, :], "both": out}[part]
+        if centred:
+            out = out - out.mean(dim=1, keepdim=True)
+        return out.flatten(3).norm(dim=-1).mean(dim=1)
+
+
+def _build(config: SoftFiLMConfig, *, embed_dim, depth, device_counts, site_counts) -> SoftFiLM:
+    if config.mask_mode not in ("sigmoid", "softmax"):
+        raise UserError(
+            f"models.ast_softfilm.mask_mode: {config.mask_mode!r} is not known; "
+            "use sigmoid or softmax"
+        )
+    embeddings = build_embeddings(config, device_counts=device_counts, site_counts=site_counts)
+    if config.mask_mode == "softmax" and len(embeddings.widths) == 1:
+        raise UserError(
+            "models.ast_softfilm.mask_mode: softmax over one factor is 1 whatever its mask, which "
+            "then never trains; use sigmoid, or metadata_fields of more than one factor (device, "
+            "site, and age, BMI and duration together)"
+        )
+    arguments = film_arguments(config, "ast_softfilm", embed_dim=embed_dim, depth=depth)
+    masks = SoftMasks(
+        tuple(embeddings.widths),
+        embed_dim,
+        n_sets=len(arguments["layers"]) if config.per_layer_masks else 1,
+        init_scale=config.mask_init_scale,
+        mode=config.mask_mode,
+        temperature=config.mask_temperature,
+        annealing_epochs=config.mask_annealing_epochs if config.mask_annealing else 0,
+        overlap_lambda=config.mask_overlap_lambda,
+        coverage_lambda=config.mask_coverage_lambda,
+    )
+    return SoftFiLM(embeddings, masks, mask_lr_multiplier=config.mask_lr_multiplier, **arguments)
+
+
+VARIANT = Variant("ast_softfilm", "softfilm", "SoftFiLM-AST", SoftFiLMConfig, _build, order=4)

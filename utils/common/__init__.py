@@ -1,0 +1,1 @@
+"""Errors, files, locks and the command line: what everything else may use."""

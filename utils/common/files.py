@@ -1,0 +1,80 @@
+"""Files that are whole or not there: write beside, flush, rename."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from utils.common.errors import UserError
+
+TEMPORARY = ".*.tmp"  # glob pattern of the files that a killed process may leave
+
+
+@contextmanager
+def atomic_write(path: str | Path, *, needed_bytes: int | None = None) -> Iterator[BinaryIO]:
+    """Binary file object whose content replaces `path` when the block ends without an error.
+
+    Args:
+        path: the final file; its folder is made when it is missing.
+        needed_bytes: size to name in the message when the disk is full.
+
+    Raises:
+        UserError: the disk is full or the folder can not be written; `path` is as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            error = error.__context__  # torch.save hides the reason behind one of its own
+        if isinstance(error, OSError):
+            raise write_error(path, error, needed_bytes) from error
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`atomic_write` of UTF-8 text."""
+    content = text.encode()
+    with atomic_write(path, needed_bytes=len(content)) as file:
+        file.write(content)
+
+
+def write_error(path: Path, error: OSError, needed_bytes: int | None = None) -> UserError:
+    """The sentence for a file that could not be written: path, space needed, remedy."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        need = f"about {_size(needed_bytes)} are" if needed_bytes else "more space is"
+        folder = next((p for p in (path.parent, *path.parents) if p.is_dir()), Path("/"))
+        free = shutil.disk_usage(folder).free
+        return UserError(
+            f"the disk is full: {path} can not be written; {need} needed, "
+            f"{_size(free)} are free; make room or choose another folder"
+        )
+    return UserError(f"{path} can not be written ({error.strerror or error}); check the folder")
+
+
+def _size(n: int) -> str:
+    return f"{n / 1e6:,.1f} MB" if n >= 100_000 else f"{n / 1e3:,.1f} kB"
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut, where the system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,138 @@
+"""Reading and merging of YAML files and `key=value` words, with complaints that name the key.
+
+OmegaConf does the merging and the strictness; here its errors become sentences, and the later word
+wins between a wildcard and a variant's name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from utils.common.errors import UserError
+
+ANY_VARIANT = "*"  # `models."*".key` in a preset means: of whichever variant is configured
+OVERRIDE_KEY = re.compile(r"[^\s.=\[\]-][^\s.=\[\]]*(\.[^\s.=\[\]]+)*")
+#: What a value must be, by the type of its default.
+EXPECTED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    ListConfig: "a list",
+}
+
+
+def read_yaml(file: str | Path) -> DictConfig:
+    """One configuration file.
+
+    Raises:
+        UserError: it is not there, not YAML, or holds no sections.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"no configuration file {path}; the shipped ones are in configs/")
+    try:
+        content = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError, OmegaConfBaseException) as e:
+        raise UserError(f"{path} is not readable YAML: {e}") from None
+    models = content.get("models") or {} if isinstance(content, DictConfig) else None
+    if not isinstance(models, DictConfig | dict):
+        raise UserError(f"{path} must hold sections such as dataset: and training:")
+    return content
+
+
+def parse_override(override: str) -> DictConfig:
+    """`key=value` of the command line as a nested configuration of one leaf.
+
+    Raises:
+        UserError: it has another form.
+    """
+    key, separator, _ = override.partition("=")
+    if not separator or not OVERRIDE_KEY.fullmatch(key) or key == "models":
+        raise UserError(
+            f"{override!r} is not an override; write key=value, such as training.epochs=20"
+        )
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise UserError(
+            f"the value of {override!r} can not be read ({first_line(error)}); it is YAML: put "
+            "quotes around what holds special characters"
+        ) from None
+
+
+def without_overruled(base: DictConfig, new: DictConfig) -> DictConfig:
+    """`base` without the wildcard keys that `new` sets by a variant's name: the later word wins."""
+    wildcard = OmegaConf.select(base, f"models.{ANY_VARIANT}")
+    for name, section in (new.get("models") or {}).items():
+        if name != ANY_VARIANT and wildcard and isinstance(section, DictConfig):
+            for key in section:
+                wildcard.pop(key, None)
+    return base
+
+
+def merge(base: DictConfig, new: Any, where: str, prefix: str = "") -> DictConfig:
+    """OmegaConf.merge whose complaints are sentences about a key.
+
+    Args:
+        where: where `new` comes from, for messages: "in FILE"; may be empty.
+        prefix: dotted key of `base`, for messages.
+
+    Raises:
+        UserError: an unknown key, a wrong type.
+    """
+    try:
+        return OmegaConf.merge(base, new)
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a section meets a list
+        inner = getattr(error, "full_key", "") or _culprit(base, new)
+        key = ".".join(part for part in (prefix, inner) if part)
+        if type(error).__name__ in ("ConfigKeyError", "ConfigAttributeError"):
+            parent = OmegaConf.select(base, inner.rpartition(".")[0]) or base
+            raise UserError(unknown_key(key, list(parent))) from None
+        given, default = OmegaConf.select(new, inner), OmegaConf.select(base, inner)
+        if given is None:
+            raise UserError(
+                f"{key} has no value; give one, or leave the key out for its default"
+            ) from None
+        problem = first_line(error)
+        if expected := EXPECTED.get(type(default)):
+            example = "" if isinstance(default, bool) else f", such as {default}"
+            problem = f"{expected} is expected{example}"
+        raise UserError(f"{key}={given} can not be{where and f' {where}'}: {problem}") from None
+
+
+def _culprit(base: Any, new: Any) -> str:
+    """Dotted key of the first leaf of `new` that does not merge into `base`."""
+    for key in new:
+        try:
+            OmegaConf.merge(base, {key: new[key]})
+        except TypeError:
+            inside = isinstance(base[key], DictConfig) and isinstance(new[key], DictConfig)
+            return f"{key}.{_culprit(base[key], new[key])}" if inside else str(key)
+    return ""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the lines that show where."""
+    return str(error).strip().splitlines()[0]
+
+
+def unknown_key(key: str, known: Sequence[str]) -> str:
+    """The sentence about a key that does not exist, with the nearest one that does."""
+    parent, _, leaf = key.rpartition(".")
+    near = difflib.get_close_matches(leaf, [str(k) for k in known], n=1)
+    prefix = f"{parent}." if parent else ""
+    hint = (
+        f"did you mean {prefix}{near[0]}?"
+        if near
+        else f"known here: {', '.join(sorted(map(str, known)))}"
+    )
+    return f"unknown configuration key {key}; {hint}"

@@ -1,0 +1,218 @@
+"""What can be scored without listening: the class-prior model and two metadata-only models.
+
+All are fitted on the run's training rows and decide by the run's own rule, so they stand on the
+same split as the model above them. The metadata-only models see what a conditioner sees, device,
+site and the z-scored age, BMI and duration, and weigh positives as the training loss does. There
+are two because neither is always the stronger floor: logistic regression carries over to new
+patients better (two classes), boosted trees find the combinations that make a device or a site
+telling (four classes). Both have scikit-learn's defaults: nothing is tuned, so nothing is selected.
+
+    python -m utils.evaluation.baselines --data-folder DIR [--selection validation]
+
+needs annotations and tables only, no audio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sklearn.base import ClassifierMixin
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
+
+from data.batch import DEVICES, SITES, Metadata
+from data.corpora.icbhi import completeness, read_cycles
+from data.splits import STRATEGIES, Split, split_cycles
+from data.statistics import MetadataStatistics
+from data.synthetic.corpus import is_synthetic
+from data.task import Task
+from utils.common.cli import command
+from utils.evaluation.render import markdown_table, number, with_interval
+from utils.evaluation.report import evaluate_predictions
+from utils.metrics.calibration import log_odds
+from utils.metrics.predictions import make_predictions
+from utils.metrics.protocol import MARKS, caption
+from utils.metrics.score import choose_thresholds, output_targets
+
+PRIOR = "class prior"
+KEPT = ("thresholds", "metrics", "counts", "patients", "patient_tables")
+MODELS: dict[str, Callable[[], ClassifierMixin]] = {
+    "metadata only, linear": lambda: LogisticRegression(max_iter=2000),
+    "metadata only, trees": lambda: HistGradientBoostingClassifier(random_state=0),
+}
+
+
+def design_matrix(metadata: Metadata) -> np.ndarray:
+    """Metadata of N cycles -> [N, 5 + 8 + 3]: one-hot device and site (unknown last), scalars."""
+    device = np.eye(len(DEVICES) + 1)[metadata.device.numpy()]
+    site = np.eye(len(SITES) + 1)[metadata.site.numpy()]
+    return np.concatenate([device, site, metadata.rest.numpy().astype(np.float64)], axis=1)
+
+
+def prior_logits(task: Task, label: np.ndarray, n: int) -> np.ndarray:
+    """[n, K]: every cycle gets the training part's class frequencies.
+
+    A constant prediction scores 50 where it says normal or, with two classes, abnormal; with four
+    classes it scores less when it names one abnormal class.
+
+    Args:
+        label: [N, C] of the training part.
+    """
+    share = output_targets(task, label).mean(axis=0)
+    logits = np.log(np.clip(share, 1e-12, None)) if task.exclusive else log_odds(share)
+    return np.tile(logits, (n, 1))
+
+
+def metadata_logits(
+    task: Task,
+    model: Callable[[], ClassifierMixin],
+    train: tuple[np.ndarray, np.ndarray],
+    features: np.ndarray,
+    pos_weight: Sequence[float] | None,
+) -> np.ndarray:
+    """Fit `model` on the training cycles, one classifier per output (one for all when the classes
+    exclude each other), and return logits [M, K].
+
+    Args:
+        train: features [N, P] and label [N, C].
+        features: [M, P] of the cycles to predict.
+        pos_weight: [K] weights of positives, None for none.
+    """
+    x, label = train
+    if task.exclusive:
+        fitted = model().fit(x, task.true_classes(label))
+        logits = np.full((len(features), len(task.classes)), np.log(1e-12))
+        logits[:, fitted.classes_] = np.log(np.clip(fitted.predict_proba(features), 1e-12, None))
+        return logits
+    columns = []
+    for k in range(len(task.outputs)):
+        target = label[:, k].astype(int)
+        if target.min() == target.max():  # nothing to learn: say so with certainty
+            columns.append(np.full(len(features), log_odds(target[0])))
+            continue
+        weight = np.where(target > 0, 1.0 if pos_weight is None else pos_weight[k], 1.0)
+        fitted = model().fit(x, target, sample_weight=weight)
+        columns.append(log_odds(fitted.predict_proba(features)[:, 1]))
+    return np.stack(columns, axis=1)
+
+
+def floor_predictions(
+    task: Task,
+    table: pd.DataFrame,
+    split: Split,
+    *,
+    selection: str,
+    pos_weight: Sequence[float] | None = None,
+    min_sensitivity: float = 0.0,
+) -> dict[str, tuple[pd.DataFrame, tuple[float, ...]]]:
+    """Predictions table of the test part and thresholds of each floor.
+
+    Args:
+        table: cycle table; split: its training, validation and test rows.
+        selection: `validation`: thresholds from the validation rows; `fixed`: the default;
+            `test`: from the test rows, like the model's.
+        pos_weight: [K] of the training loss.
+    """
+    label = task.labels(table["Crackles"].to_numpy(), table["Wheezes"].to_numpy())
+    statistics = MetadataStatistics.fit(table.iloc[split.train])
+    features = design_matrix(statistics.transform(table))
+    train = features[split.train], label[split.train]
+    logits = {PRIOR: prior_logits(task, label[split.train], len(table))}
+    for name, model in MODELS.items():
+        logits[name] = metadata_logits(task, model, train, features, pos_weight)
+    rows = {"validation": split.val, "test": split.test}.get(selection)
+    out = {}
+    for name, values in logits.items():
+        thresholds = task.default_thresholds
+        if rows is not None:
+            thresholds = choose_thresholds(
+                task, task.probabilities(values[rows]), label[rows], min_sensitivity
+            )
+        frame = make_predictions(task, table, split.test, values[split.test], thresholds)
+        out[name] = frame, thresholds
+    return out
+
+
+def floor_reports(
+    task: Task,
+    table: pd.DataFrame,
+    split: Split,
+    *,
+    selection: str,
+    pos_weight: Sequence[float] | None = None,
+    min_sensitivity: float = 0.0,
+    bootstrap: int = 2000,
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """Floor -> `thresholds`, `metrics`, `counts`, `patients` and `patient_tables` (at the chosen
+    thresholds), as `evaluate_predictions` gives them."""
+    made = floor_predictions(
+        task, table, split,
+        selection=selection, pos_weight=pos_weight, min_sensitivity=min_sensitivity,
+    )  # fmt: skip
+    reports = {}
+    for name, (frame, thresholds) in made.items():
+        report = evaluate_predictions(
+            frame, task, thresholds, selection=selection, bootstrap=bootstrap, seed=seed
+        )
+        reports[name] = {key: report[key] for key in KEPT}
+    return reports
+
+
+def balancing_weight(task: Task, label: np.ndarray, sensitivity_bias: float = 1.5) -> np.ndarray:
+    """[K] sensitivity_bias * negatives / positives of the training part, as the loss has it.
+
+    Args:
+        label: [N, C] of the training part.
+    """
+    positive = np.clip(output_targets(task, label).mean(axis=0), 1e-6, None)
+    return sensitivity_bias * (1 - positive) / positive
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the floors of both tasks."""
+    parser = argparse.ArgumentParser(
+        prog="python -m utils.evaluation.baselines",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--data-folder", metavar="DIR", required=True, help="annotations and tables, no audio"
+    )
+    parser.add_argument(
+        "--split-strategy", choices=STRATEGIES, default="official", help="default: official"
+    )
+    parser.add_argument(
+        "--selection", choices=MARKS, default="validation", help="default: validation"
+    )
+    options = parser.parse_args(arguments)
+    table = read_cycles(options.data_folder, require_audio=False)
+    split = split_cycles(table, strategy=options.split_strategy, selection=options.selection)
+    rows = []
+    for task in (Task(4), Task(2)):
+        train = table.iloc[split.train]
+        label = task.labels(train["Crackles"].to_numpy(), train["Wheezes"].to_numpy())
+        weight = balancing_weight(task, label)
+        reports = floor_reports(task, table, split, selection=options.selection, pos_weight=weight)
+        for name, report in reports.items():
+            for rule, figures in report["metrics"].items():
+                shown = [with_interval(figures[key], 1) for key in ("sp", "se", "score")]
+                collapsed = figures.get("collapsed_score", {"value": None})["value"]
+                cells = [f"{task.n_cls}-class", name, rule, *shown, number(collapsed, 1)]
+                rows.append(cells)
+    head = ["task", "floor", "thresholds", "Sp", "Se", "Score", "collapsed Score"]
+    partial = completeness(table)
+    text = f"Floors on {options.split_strategy} test part, 95 % intervals over patients"
+    marks = options.selection, partial.partial, is_synthetic(options.data_folder)
+    lines = [caption(text, *marks), ""]
+    print("\n".join([*lines, *markdown_table(head, rows)]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Score, intervals, calibration, subgroups, predictions: leaf mathematics."""

@@ -1,0 +1,303 @@
+"""Uncertainty: bootstrap over patients, paired comparisons, several seeds.
+
+Cycles of one patient resemble each other, so the patient is the unit that is resampled. Every
+figure here is a function of a confusion matrix; a patient's confusion matrix is therefore all the
+bootstrap needs, and 10,000 resamples are one matrix product.
+
+P patients, C classes, R runs (seeds), B resamples. Rates are in percent where
+`utils.metrics.score` has them in percent.
+
+Percentile bootstrap: B. Efron and R. Tibshirani, "An Introduction to the Bootstrap" (1993), ch. 13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from data.task import Task
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its two-sided bootstrap interval; NaN where it is undefined."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference(Interval):
+    """A difference between two models on the same patients; p is two-sided."""
+
+    p: float
+
+
+@dataclass(frozen=True)
+class SeedSummary:
+    """Mean and sample standard deviation (n - 1) over runs; sd is NaN for a single run."""
+
+    mean: float
+    sd: float
+    n: int
+
+
+def patient_tables(true, pred, patient, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Confusion matrix of each patient.
+
+    Args:
+        true, pred: [N] classes; patient: [N] any label of the patient.
+
+    Returns:
+        Patients [P] in sorted order, cycle counts [P, C, C] (truth, prediction).
+    """
+    patients, index = np.unique(np.asarray(patient), return_inverse=True)
+    cell = (index * n_classes + np.asarray(true)) * n_classes + np.asarray(pred)
+    counts = np.bincount(cell.astype(np.int64), minlength=len(patients) * n_classes**2)
+    return patients, counts.reshape(len(patients), n_classes, n_classes)
+
+
+def figures(tables: np.ndarray) -> dict[str, np.ndarray]:
+    """Confusion matrices [..., C, C] -> figures [...], by the names of `metrics.summarise`."""
+    tables = np.asarray(tables, np.float64)
+    diagonal = np.diagonal(tables, axis1=-2, axis2=-1)
+    truth, predicted, total = tables.sum(-1), tables.sum(-2), tables.sum((-2, -1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        abnormal = truth[..., 1:].sum(-1)
+        sp = 100 * diagonal[..., 0] / truth[..., 0]
+        se = 100 * diagonal[..., 1:].sum(-1) / abnormal
+        out = {"sp": sp, "se": se, "score": (sp + se) / 2}
+        if tables.shape[-1] > 2:
+            caught = 100 * tables[..., 1:, 1:].sum((-2, -1)) / abnormal
+            out |= {"collapsed_sp": sp, "collapsed_se": caught}
+            out["collapsed_score"] = (sp + caught) / 2
+        out["accuracy"] = diagonal.sum(-1) / total
+        f1 = 2 * diagonal / (truth + predicted)
+        present = ~np.isnan(f1)
+        out["macro_f1"] = np.where(present, f1, 0).sum(-1) / present.sum(-1)
+        per_class = {"precision": diagonal / predicted, "recall": diagonal / truth, "f1": f1}
+    for k, cls in enumerate(Task(tables.shape[-1]).classes):
+        out |= {f"{name}_{cls}": values[..., k] for name, values in per_class.items()}
+    return out
+
+
+def patient_weights(n_patients: int, resamples: int, seed: int) -> np.ndarray:
+    """[B, P]: how often each patient occurs in each resample of P patients."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(n_patients, np.full(n_patients, 1 / n_patients), size=resamples)
+
+
+def _resampled(tables: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Figures [B, R] of each run in each resample; tables [R, P, C, C]."""
+    runs, patients, classes, _ = tables.shape
+    flat = tables.transpose(1, 0, 2, 3).reshape(patients, -1).astype(np.float64)
+    summed = (weights @ flat).reshape(len(weights), runs, classes, classes)
+    return figures(summed)
+
+
+def _over_runs(tables: np.ndarray) -> np.ndarray:
+    tables = np.asarray(tables)
+    return tables[None] if tables.ndim == 3 else tables
+
+
+def percentiles(samples: np.ndarray, level: float) -> tuple[float, float]:
+    """Two-sided percentile interval; resamples in which the figure is undefined are left out."""
+    samples = samples[~np.isnan(samples)]
+    if not len(samples):
+        return float("nan"), float("nan")
+    tail = 50 * (1 - level)
+    low, high = np.percentile(samples, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def patient_bootstrap(
+    tables: np.ndarray, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> dict[str, Interval]:
+    """Percentile intervals over resampled patients.
+
+    Args:
+        tables: [P, C, C] of one run, or [R, P, C, C] of several runs on the same patients; then
+            the interval is that of the runs' mean.
+    """
+    tables = _over_runs(tables)
+    point = {name: values.mean() for name, values in figures(tables.sum(axis=1)).items()}
+    samples = _resampled(tables, patient_weights(tables.shape[1], resamples, seed))
+    return {
+        n: Interval(float(v), *percentiles(samples[n].mean(axis=1), level))
+        for n, v in point.items()
+    }
+
+
+def cycle_bootstrap(
+    table: np.ndarray, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> dict[str, Interval]:
+    """Percentile intervals over resampled cycles: too narrow, kept to show by how much.
+
+    Args:
+        table: [C, C] confusion matrix of all cycles, whose cells are all that resampling changes.
+    """
+    table = np.asarray(table)
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(table.sum(), (table / table.sum()).ravel(), size=resamples)
+    samples = figures(draws.reshape(resamples, *table.shape))
+    point = figures(table)
+    return {n: Interval(float(v), *percentiles(samples[n], level)) for n, v in point.items()}
+
+
+def paired_bootstrap(
+    tables_a: np.ndarray,
+    tables_b: np.ndarray,
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
+    training_seeds: int = 0,
+) -> dict[str, Difference]:
+    """B minus A with interval and p; both models see the same resampled patients.
+
+    p = 2 min(#{d <= 0} + 1, #{d >= 0} + 1) / (B + 1), at most 1: the smallest level at which the
+    percentile interval excludes zero. With several runs per model their means are compared.
+
+    Args:
+        tables_a, tables_b: [P, C, C] or [R, P, C, C], the same patients in the same order with
+            the same true classes.
+        training_seeds: number S of seeds that A and B were both trained with, their runs in S
+            equal parts in the same order. Seeds are then resampled as well, so that trainings that
+            differ widen the interval (by too little where S is small: it can not leave their
+            range); 0: it holds the trained models fixed.
+
+    Raises:
+        ValueError: the two do not describe the same cycles.
+    """
+    a, b = _over_runs(tables_a), _over_runs(tables_b)
+    if a.shape[1:] != b.shape[1:] or (a[:1].sum(-1) != b.sum(-1)).any():
+        raise ValueError("a paired comparison needs the same cycles of the same patients")
+    weights = patient_weights(a.shape[1], resamples, seed)
+    samples_a, samples_b = _resampled(a, weights), _resampled(b, weights)
+    point_a, point_b = figures(a.sum(axis=1)), figures(b.sum(axis=1))
+    out = {}
+    for name in point_a:
+        value = float(point_b[name].mean() - point_a[name].mean())
+        # rounding of equal rates must not decide on which side of zero a tie lies
+        d = _mean_difference(samples_a[name], samples_b[name], training_seeds, seed).round(9)
+        d = d[~np.isnan(d)]
+        p = min(1.0, 2 * (min((d <= 0).sum(), (d >= 0).sum()) + 1) / (len(d) + 1))
+        out[name] = Difference(value, *percentiles(d, level), p if len(d) else float("nan"))
+    return out
+
+
+def _mean_difference(a: np.ndarray, b: np.ndarray, seeds: int, seed: int) -> np.ndarray:
+    """Mean of b [B, R] minus mean of a [B, R'] in each resample, [B]; runs in `seeds` equal parts
+    are resampled by part."""
+    if not seeds:
+        return b.mean(axis=1) - a.mean(axis=1)
+    own = [x.reshape(len(x), seeds, -1).mean(axis=2) for x in (a, b)]  # [B, S]
+    drawn = patient_weights(seeds, len(a), seed + 1)  # apart from the patients' own draws
+    return (drawn * (own[1] - own[0])).sum(axis=1) / seeds
+
+
+def aligned_tables(
+    first: pd.DataFrame, others: Sequence[pd.DataFrame], classes: Sequence[str]
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Patient tables of several predictions tables over the same cycles.
+
+    Returns:
+        Patients [P]; for each table, `first` included, counts [P, C, C].
+
+    Raises:
+        ValueError: the tables do not hold the same cycles with the same true classes.
+    """
+    order = {name: index for index, name in enumerate(classes)}
+    key = ["recording", "cycle_index"]
+    reference = first.sort_values(key)
+    patients, tables = None, []
+    for frame in (first, *others):
+        frame = frame.sort_values(key)
+        same = len(frame) == len(reference) and all(
+            (frame[c].to_numpy() == reference[c].to_numpy()).all() for c in (*key, "true_class")
+        )
+        if not same:
+            raise ValueError("a paired comparison needs the same cycles of the same patients")
+        true, pred = (frame[c].map(order).to_numpy() for c in ("true_class", "pred_class"))
+        patients, counts = patient_tables(true, pred, frame["patient"].to_numpy(), len(classes))
+        tables.append(counts)
+    return patients, tables
+
+
+def auroc_bootstrap(
+    target, value, patient, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """AUROC (0..1) with a patient bootstrap interval.
+
+    AUROC is the share of (positive, negative) pairs in the right order, ties counting half; in a
+    resample each pair counts as often as its two patients were drawn, so that W' M W, with the
+    pairs summed per couple of patients in M [P, P], gives all resamples without sorting again.
+
+    Args:
+        target: [N] 0/1; value: [N]; patient: [N].
+    """
+    target, value = np.asarray(target).astype(bool), np.asarray(value, np.float64)
+    patients, index = np.unique(np.asarray(patient), return_inverse=True)
+    positives = np.bincount(index[target], minlength=len(patients))
+    negatives = np.bincount(index[~target], minlength=len(patients))
+    if not positives.sum() or not negatives.sum():
+        return Interval(float("nan"), float("nan"), float("nan"))
+    won = np.zeros((len(patients), len(patients)))  # rows: the positive's patient
+    for j in range(len(patients)):
+        rivals = np.sort(value[~target & (index == j)])
+        below = np.searchsorted(rivals, value[target], "left")
+        upto = np.searchsorted(rivals, value[target], "right")
+        won[:, j] = np.bincount(index[target], (below + upto) / 2, minlength=len(patients))
+    weights = patient_weights(len(patients), resamples, seed).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        samples = ((weights @ won) * weights).sum(1) / (
+            (weights @ positives) * (weights @ negatives)
+        )
+    point = won.sum() / (positives.sum() * negatives.sum())
+    return Interval(float(point), *percentiles(samples, level))
+
+
+def average_precision_bootstrap(
+    target, value, patient, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Average precision (0..1) with a patient bootstrap interval.
+
+    AP = sum over thresholds of (recall step) * precision, equal values counting as one threshold,
+    as in scikit-learn. In a resample a cycle counts as often as its patient was drawn, so that the
+    cycles are sorted once for all resamples.
+
+    Args:
+        target: [N] 0/1; value: [N]; patient: [N].
+    """
+    target, value = np.asarray(target).astype(bool), np.asarray(value, np.float64)
+    patients, index = np.unique(np.asarray(patient), return_inverse=True)
+    if target.all() or not target.any():
+        return Interval(float("nan"), float("nan"), float("nan"))
+    order = np.argsort(-value, kind="stable")
+    target, index, value = target[order], index[order], value[order]
+    last = np.append(np.flatnonzero(np.diff(value)), len(value) - 1)  # of each run of equal values
+
+    def precision_mean(counts: np.ndarray) -> np.ndarray:  # [b, P] -> [b]
+        cycles = counts[:, index]
+        found = (cycles * target).cumsum(axis=1)[:, last]
+        called = cycles.cumsum(axis=1)[:, last]
+        step = np.diff(found, axis=1, prepend=0)
+        with np.errstate(invalid="ignore"):
+            return (step * found / np.maximum(called, 1)).sum(axis=1) / found[:, -1]
+
+    weights = patient_weights(len(patients), resamples, seed)
+    chunks = np.array_split(weights, -(-resamples // 200))  # bounds the memory: [200, N] at a time
+    samples = np.concatenate([precision_mean(chunk) for chunk in chunks])
+    point = precision_mean(np.ones((1, len(patients)), np.int64))[0]
+    return Interval(float(point), *percentiles(samples, level))
+
+
+def over_seeds(values: Sequence[float]) -> SeedSummary:
+    """Mean +- sd over runs that differ in the training seed only."""
+    values = np.asarray(values, np.float64)
+    sd = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
+    return SeedSummary(float(values.mean()) if len(values) else float("nan"), sd, len(values))

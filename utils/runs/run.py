@@ -1,0 +1,359 @@
+"""One run from its configuration to its report; the five scripts are written in these terms."""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import logging
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.corpora.icbhi import completeness, read_cycles
+from data.loader import ICBHI
+from data.synthetic.corpus import is_synthetic
+from models.build import ConditionedAST
+from models.registry import VARIANTS
+from utils.common.cli import EXIT_PREEMPTED, hand_over, kept_messages, log_to, set_up_logging
+from utils.common.errors import Preempted, UserError
+from utils.common.files import atomic_write, write_text
+from utils.config.schema import RunConfig, config_to_dict, config_to_yaml, flatten, load_config
+from utils.metrics.predictions import make_predictions, write_predictions
+from utils.metrics.protocol import SYNTHETIC_NOTE
+from utils.runs import group
+from utils.runs.end import banner, print_end, published_best, write_run_report
+from utils.runs.model_summary import parameter_table
+from utils.tracking import MAX_TAG, Journal, Tracker, run_name, run_tags, start_tracking
+from utils.training.assemble import build_data, build_inputs, build_model, count_parts
+from utils.training.checkpoint import git_revision, load_checkpoint
+from utils.training.checkpointer import Keeper
+from utils.training.device import Machine, describe
+from utils.training.runfolder import RunFolder
+from utils.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def parse_arguments(
+    variant: str, description: str, arguments: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """The command line that the five scripts share; `overrides` are the key=value words."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        usage="%(prog)s --config FILE [FILE ...] [options] [key=value ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", nargs="+", required=True, metavar="FILE", help="YAML, merged")
+    parser.add_argument(
+        "--mlflow-config", metavar="FILE", help="tracking; default: as configs/mlflow.yaml"
+    )
+    parser.add_argument("--print-config", action="store_true", help="show what would run and stop")
+    parser.add_argument(
+        "--member-of",
+        type=Path,
+        metavar="DIR",
+        help="folder of the grid this run belongs to: nested below its MLflow run, and "
+        "checkpoints/ stays as it is",
+    )
+    group.add_arguments(parser)
+    # key=value words may stand anywhere, so that argparse never takes one for an option's value
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    overrides = [w for w in given if "=" in w and not w.startswith("-") and not Path(w).is_file()]
+    options = parser.parse_args([word for word in given if word not in overrides])
+    options.overrides = overrides
+    return options
+
+
+def start(variant: str, description: str, arguments: Sequence[str] | None = None) -> Iterator[Run]:
+    """Read the command line and yield the runs it asks for, each ready to be trained.
+
+    A run that is finished already is shown and not yielded again.
+    """
+    options = parse_arguments(variant, description, arguments)
+    config = load_config(
+        options.config, options.overrides, mlflow_file=options.mlflow_config, variant=variant
+    )
+    if options.print_config:
+        print(config_to_yaml(config), end="")
+        return
+    configs = group.expand(config, options.seeds, options.folds)
+    machine = Machine(config.training.device, config.training.precision, config.training.compile)
+    set_up_logging(quiet=not machine.is_main)
+    if len(configs) == 1:
+        grid = options.member_of
+        parent = Journal(grid).run_id if grid else None
+        yield from _unfinished(Run(configs[0], machine, parent, is_member=grid is not None))
+        return
+    if options.member_of:
+        raise UserError("--member-of is for one run; leave --seeds and --folds out")
+    family = group.Group(configs)
+    if machine.is_main:
+        family.start()
+    for number, member in enumerate(configs, start=1):
+        logger.info("run %d of %d", number, len(configs))
+        yield from _unfinished(Run(member, machine, family.tracker.run_id, is_member=True))
+    if machine.is_main:
+        family.finish()
+    machine.barrier()
+
+
+def _unfinished(run: Run) -> Iterator[Run]:
+    if not run.already_finished():
+        yield run
+
+
+@contextmanager
+def _sigterm_ends_here() -> Iterator[None]:
+    """Exit with the status of a preempted run at once, where the loop is not there to save first:
+    before the training nothing is lost, after it the state is on the disk."""
+
+    def stop(*_) -> None:
+        logger.warning("stopped by SIGTERM; the same command goes on from the last checkpoint")
+        raise SystemExit(EXIT_PREEMPTED)  # no `except Exception` on the way out may hold it
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+class Run:
+    """A run in progress: `data`, `model`, `fit`, `test`, in this order, inside `with`.
+
+    Args:
+        config: what is run.
+        machine: where.
+        parent_run_id: MLflow run of the group (seeds, folds, a grid) this run belongs to.
+        is_member: it belongs to a group, so it does not replace checkpoints/<variant>_best.pt.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        machine: Machine,
+        parent_run_id: str | None = None,
+        *,
+        is_member: bool = False,
+    ):
+        self.config, self.machine = config, machine
+        self.variant = VARIANTS[config.variant]
+        self.folder = RunFolder.of(config)
+        self.parent_run_id, self.is_member = parent_run_id, is_member
+        self.tracker = Tracker()
+        self._stack = ExitStack()
+
+    def already_finished(self) -> bool:
+        """Show the result of an equal run that has been finished, if it may be taken as it is."""
+        if self.config.training.resume != "auto" or not self.folder.finished:
+            return False
+        if self.machine.is_main:
+            self._check_unchanged()
+            # a kill or a full disk may have come just before these two
+            if not self._is_published():
+                self._publish()
+            Keeper(self.folder, self.machine, {}).clean()
+            logger.info("finished already; training.resume=never would start anew")
+            copy = published_best(self.config)
+            own = not self.is_member and filecmp.cmp(copy, self.folder.best, shallow=False)
+            print_end(self.folder, self.config, published=own)
+        return True
+
+    def _check_unchanged(self) -> None:
+        """Refuse to show a finished run as the result of data that have changed since."""
+        try:
+            table = read_cycles(self.config.dataset.data_folder)
+        except UserError as error:
+            logger.warning("the data of this finished run can not be read now: %s", error)
+            return
+        counts = completeness(table).counts
+        if counts != load_checkpoint(self.folder.best).counts.get("data"):
+            raise UserError(
+                f"{self.folder.path} was finished on other data than "
+                f"{self.config.dataset.data_folder} holds now ({counts['all_recordings']} "
+                f"recordings, {counts['all_cycles']} cycles); training.resume=never starts anew"
+            )
+
+    def __enter__(self) -> Run:
+        self._stack.enter_context(_sigterm_ends_here())
+        self._kept = self._stack.enter_context(kept_messages())  # warnings of the data, banners
+        logger.info("%s: %s", self.variant.title, self.folder.path)
+        if self.config.training.selection == "test":
+            logger.warning("%s", banner("SELECTED ON TEST: these figures will be optimistic"))
+        return self
+
+    def _open_folder(self) -> None:
+        """Create the run's folder, once all that the user could have got wrong has been read."""
+        if self.machine.is_main:
+            self.folder.prepare(self.config, fresh=self.config.training.resume == "never")
+            hand_over(self._kept, self._stack.enter_context(log_to(self.folder.log)))
+        self.machine.barrier()
+        logger.info("%s on %s", self.variant.title, describe(self.machine))
+
+    def __exit__(self, kind, *_) -> None:
+        stopped = kind in (Preempted, SystemExit)
+        status = "FINISHED" if kind is None else "KILLED" if stopped else "FAILED"
+        message = self.tracker.finish(status)
+        if message:
+            logger.warning("%s", message)
+        self._stack.close()
+        if kind is None and self.machine.is_main:
+            print_end(self.folder, self.config, published=not self.is_member)
+
+    # ---------------------------------------------------------------- the parts, in order
+
+    def data(self) -> ICBHI:
+        """Cycle table, split, metadata and waveforms."""
+        data = build_data(self.config)
+        if data.completeness.partial:
+            logger.warning("%s", banner(data.completeness.message))
+        if self.synthetic:
+            logger.warning("%s", banner(SYNTHETIC_NOTE))
+        counts = count_parts(data)
+        logger.info(
+            "cycles (patients): %s",
+            ", ".join(f"{k} {v['cycles']} ({v['patients']})" for k, v in counts.items()),
+        )
+        return data
+
+    def model(self, data: ICBHI) -> ConditionedAST:
+        """The variant, built from the run's seed alone."""
+        torch.manual_seed(self.config.training.seed)
+        model = build_model(self.config, data.statistics)
+        logger.info("%s", parameter_table(model))
+        return model
+
+    def fit(self, model: ConditionedAST, data: ICBHI) -> Trainer:
+        """Train, or go on training; the model then has the weights of the chosen epoch."""
+        self._open_folder()
+        keeper = Keeper(self.folder, self.machine, self._describe(data))
+        trainer = Trainer(
+            self.config,
+            data,
+            model,
+            build_inputs(self.config, data, model, self.machine),
+            self.machine,
+            keeper,
+            self.tracker,
+        )
+        if self.machine.is_main:
+            self.tracker = trainer.tracker = self._start_tracking(data)
+        trainer.fit()
+        return trainer
+
+    def test(self, trainer: Trainer) -> dict[str, Any]:
+        """Open the test half, once; write predictions, report and checkpoint."""
+        data, task = trainer.data, trainer.data.task
+        checkpoint = trainer.keeper.finish(trainer)
+        frames = {}
+        for part, rows in (("val", data.split.val), ("test", data.split.test)):
+            if len(rows):
+                logits = trainer.predict(rows)
+                frames[part] = make_predictions(
+                    task, data.table, rows, logits, checkpoint.thresholds
+                )
+        report: dict[str, Any] = {}
+        if self.machine.is_main:
+            for part, frame in frames.items():
+                path = self.folder.predictions / f"{part}.csv"
+                write_predictions(frame, path)
+                self.tracker.artifact(path, "predictions")
+            report = write_run_report(
+                self.folder, checkpoint, data, frames, self.tracker, trainer.controls()
+            )
+            self._track_files()
+            self._publish()
+            trainer.keeper.clean()
+        self.machine.barrier()
+        return report
+
+    # ---------------------------------------------------------------- details
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the recordings are those of `data.synthetic.corpus`."""
+        return is_synthetic(self.config.dataset.data_folder)
+
+    def _describe(self, data: ICBHI) -> dict[str, Any]:
+        """What a checkpoint says of the run, whatever the epoch."""
+        return {
+            "config": config_to_dict(self.config),
+            "statistics": data.statistics.to_dict(),
+            "selection": self.config.training.selection,
+            "counts": count_parts(data) | {"data": data.completeness.counts},
+            "partial": data.completeness.message if data.completeness.partial else "",
+            "synthetic": self.synthetic,
+            "run": self.folder.path.name,
+        }
+
+    def _start_tracking(self, data: ICBHI) -> Tracker:
+        config = self.config
+        counts = {f"data.{k}": v for k, v in flatten(count_parts(data)).items()}
+        tags = run_tags(
+            variant=config.variant,
+            n_cls=config.dataset.n_cls,
+            selection=config.training.selection,
+            seed=config.training.seed,
+            partial_data=data.completeness.partial,
+            git_revision=git_revision(),
+            run_folder=self.folder.path,
+        )
+        name = run_name(
+            self.variant.title,
+            config.dataset.n_cls,
+            config.training.selection,
+            config.training.seed,
+        )
+        tracker = start_tracking(
+            enabled=config.mlflow.enabled,
+            tracking_uri=config.mlflow.tracking_uri,
+            experiment_name=config.mlflow.experiment_name,
+            folder=self.folder.path,
+            run_name=config.mlflow.run_name or name,
+            tags=tags | {"synthetic": str(self.synthetic).lower()} | config.mlflow.tags,
+            params=flatten(config_to_dict(config)) | counts,
+            parent_run_id=self.parent_run_id,
+        )
+        tracker.artifact(self.folder.config)
+        return tracker
+
+    def _track_files(self) -> None:
+        """Pictures, report, model card and (by key) the checkpoint; the report is the overview."""
+        overview = (self.folder.path / "report.md").read_text(encoding="utf-8")
+        if len(overview) > MAX_TAG:
+            overview = overview[:MAX_TAG].rpartition("\n")[0]  # whole lines
+        self.tracker.tags({"mlflow.note.content": overview})
+        for path in sorted(self.folder.figures.glob("*.png")):
+            self.tracker.artifact(path, "figures")
+        for path in sorted(self.folder.path.glob("*.md")):
+            self.tracker.artifact(path)
+        self.tracker.artifact(self.folder.report)
+        if self.config.mlflow.log_checkpoint:
+            self.tracker.artifact(self.folder.best, "checkpoints")
+
+    def _is_published(self) -> bool:
+        """Whether checkpoints/ holds this run's best, or that of a run which finished later."""
+        copy = published_best(self.config)
+        return copy.is_file() and copy.stat().st_mtime >= self.folder.report.stat().st_mtime
+
+    def _publish(self) -> None:
+        """checkpoints/<variant>_best.pt: a copy of the latest finished plain run's best, and its
+        model card beside it. The copy comes last: where it is, the card is its own."""
+        if self.is_member:
+            return
+        target = published_best(self.config)
+        card = (self.folder.path / "model_card.md").read_text(encoding="utf-8")
+        write_text(target.with_suffix(".md"), card)
+        size = self.folder.best.stat().st_size
+        with self.folder.best.open("rb") as source, atomic_write(target, needed_bytes=size) as file:
+            shutil.copyfileobj(source, file)

@@ -1,0 +1,402 @@
+"""The one loop: train, choose, resume. It knows no variant by name.
+
+B batch, C labels, K logits, N cycles. `Trainer.fit` trains and leaves the best weights in the
+model; `Trainer.predict` computes logits for any rows. What is written when is described in
+`utils.training.runfolder`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm import tqdm
+
+from data.batch import Batch
+from data.loader import ICBHI, MicroBatch, derived_seed, epoch_order, epoch_plan
+from data.task import EVENTS
+from utils.common.errors import Preempted, UserError
+from utils.config.schema import RunConfig
+from utils.metrics.score import choose_thresholds, sp_se_score, summarise
+from utils.training.checkpointer import Keeper
+from utils.training.device import Machine
+from utils.training.inputs import Inputs
+from utils.training.losses import build_loss, positive_weights
+from utils.training.optim import build_optimizer, build_schedule
+from utils.training.predict import Predictor, gather_rows
+from utils.training.signals import Flags, Signals
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """Where a run stands, apart from its tensors.
+
+    Attributes:
+        epoch: epochs finished.
+        step: optimiser steps finished in the current epoch.
+        best_epoch: epoch (from 0) of the best weights, -1 before the first.
+        best_score: ICBHI Score (percent) on the selection part at that epoch.
+        thresholds: decision thresholds chosen at that epoch.
+        stale: epochs since then.
+        history: one row of figures per finished epoch.
+        seconds: time spent training in the current epoch so far, s.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    best_epoch: int = -1
+    best_score: float = float("nan")
+    thresholds: tuple[float, ...] = ()
+    stale: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Trainer:
+    """Trains one model on one split.
+
+    Args:
+        config: the run's configuration.
+        data: its cycles.
+        model: a `models.build.ConditionedAST`; moved to the device and trained in place.
+        inputs: what turns a batch into model input, on the device.
+        machine: device, precision, processes.
+        keeper: writes and reads checkpoints.
+        tracker: receives one dictionary of metrics per epoch (`utils.tracking.Tracker`).
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: ICBHI,
+        model: torch.nn.Module,
+        inputs: Inputs,
+        machine: Machine,
+        keeper: Keeper,
+        tracker: Any,
+    ):
+        self.config, self.data, self.machine = config, data, machine
+        self.keeper, self.tracker, self.inputs = keeper, tracker, inputs
+        self.settings = config.training
+        self.model = model
+        self.wrapped = machine.prepare(model)
+        self.predictor = Predictor(data, model, inputs, machine, config.dataset.batch_size)
+        self.rows = data.split.train
+        self.classes = data.classes(self.rows)
+        self.selection_rows = {
+            "validation": data.split.val,
+            "fixed": np.empty(0, np.int64),
+            "test": data.split.test,
+        }[self.settings.selection]
+        labels = data.label[self.rows]
+        _need_every_label(labels)
+        _need_both_sides(data.classes(self.selection_rows), self.settings.selection)
+        self.pos_weight = positive_weights(labels, self.settings.sensitivity_bias)
+        self.loss = build_loss(
+            self.settings.loss,
+            pos_weight=self.pos_weight.to(machine.device),
+            focal_gamma=self.settings.focal_gamma,
+            asymmetric_gamma_pos=self.settings.asymmetric_gamma_pos,
+            asymmetric_gamma_neg=self.settings.asymmetric_gamma_neg,
+            asymmetric_clip=self.settings.asymmetric_clip,
+            label_smoothing=self.settings.label_smoothing,
+        )
+        groups = model.parameter_groups()
+        self.parameters = [p for group in groups for p in group.parameters]
+        self.optimizer = build_optimizer(
+            groups, lr=self.settings.lr, weight_decay=self.settings.weight_decay
+        )
+        self.steps_per_epoch = -(-len(self.rows) // config.dataset.batch_size)
+        self.schedule = build_schedule(
+            self.optimizer,
+            warmup_epochs=self.settings.warmup_epochs,
+            epochs=self.settings.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+        )
+        self.progress = Progress()
+        self.seen: list[tuple[Tensor, Tensor]] = []  # rows [B], (loss, logits) [B, 1 + K]
+
+    # ---------------------------------------------------------------- the whole training
+
+    def fit(self) -> Progress:
+        """Train to the end (or to early stopping) and put the best weights into the model."""
+        # every process its own dropout masks; a resumed run then takes up the saved generators
+        torch.manual_seed(derived_seed(self.settings.seed, self.machine.rank))
+        self.keeper.resume(self)
+        self.inputs.prepare(self.rows)
+        progress, interval_s = self.progress, 60 * self.settings.checkpoint_minutes
+        with Signals(self.machine.device, self.machine.world, interval_s) as self.signals:
+            while not self._is_over():
+                self.model.conditioner.on_epoch(progress.epoch)
+                self._train_epoch()
+                self._report(self._close_epoch())
+                flags = self.signals.now()
+                # what was trained is kept whatever happens to the test and the report
+                self._heed(flags._replace(save=flags.save or self._is_over()))
+        self.keeper.restore_best(self)
+        return progress
+
+    def _is_over(self) -> bool:
+        """Whether every epoch is done, or early stopping has lost its patience."""
+        patience = self.settings.early_stopping_patience
+        stale = patience > 0 and self.progress.stale >= patience
+        return stale or self.progress.epoch >= self.settings.epochs
+
+    def controls(self) -> dict[str, float]:
+        """What the best weights' diagnostics must be judged against; see `Conditioner.controls`."""
+        return self.model.conditioner.controls(
+            lr=self.settings.lr,
+            steps=(self.progress.best_epoch + 1) * self.steps_per_epoch,
+            steps_per_epoch=self.steps_per_epoch,
+            schedule=self.schedule.lr_lambdas[0],
+        )
+
+    # ---------------------------------------------------------------- one epoch
+
+    def _train_epoch(self) -> None:
+        progress, settings = self.progress, self.settings
+        order = epoch_order(
+            self.rows,
+            self.classes,
+            epoch=progress.epoch,
+            seed=settings.seed,
+            sampler=settings.sampler,
+        )
+        plan = epoch_plan(
+            order,
+            batch_size=self.config.dataset.batch_size,
+            accumulation_steps=settings.accumulation_steps,
+            rank=self.machine.rank,
+            world=self.machine.world,
+            epoch=progress.epoch,
+            seed=settings.seed,
+        )[progress.step :]
+        batches = self.data.batches(
+            (part.rows for step in plan for part in step),
+            collect=self._collect,
+            pin_memory=self.machine.device.type == "cuda",
+        )
+        self.wrapped.train()
+        bar = tqdm(
+            plan,
+            desc=f"epoch {progress.epoch + 1}/{settings.epochs}",
+            total=self.steps_per_epoch,
+            initial=progress.step,
+            disable=None if self.machine.is_main else True,  # None: quiet when not a terminal
+            leave=False,
+            ncols=100,
+        )
+        started = time.monotonic() - progress.seconds
+        for parts in bar:
+            nonfinite = self._step(parts, batches)
+            progress.step += 1
+            progress.seconds = time.monotonic() - started
+            rows = torch.from_numpy(np.concatenate([part.rows for part in parts]))
+            self._heed(self.signals.post(nonfinite, rows))
+        self._heed(self.signals.drain(), save=False)  # if one is due, better behind the evaluation
+
+    def _collect(self, rows: np.ndarray) -> Batch:
+        return self.inputs.collect(self.data, rows)
+
+    def _step(self, parts: list[MicroBatch], batches) -> Tensor:
+        """One optimiser step; returns a scalar on the device, 1 if the gradient was not finite."""
+        total = torch.zeros((), device=self.machine.device)
+        for number, part in enumerate(parts):
+            batch = next(batches).to(self.machine.device, non_blocking=True)
+            last = number == len(parts) - 1
+            wait = nullcontext() if last or self.machine.world == 1 else self.wrapped.no_sync()
+            with wait:
+                with self.machine.autocast():
+                    output = self.wrapped(
+                        self.inputs(batch, part.seed), batch.metadata, self.inputs.from_prefix
+                    )
+                losses = self.loss(output.logits, batch.label)  # [B]
+                share = part.weight * len(batch)
+                loss = losses.sum() * part.weight + output.regularisation * share
+                # Data parallelism averages gradients; the weights already make them a mean.
+                self.machine.scaler.scale(loss * self.machine.world).backward()
+            total += loss.detach()
+            if part.weight:
+                record = torch.cat([losses.detach()[:, None], output.logits.detach()], dim=1)
+                self.seen.append((batch.cycle, record))
+        return self._update(total)
+
+    def _update(self, loss: Tensor) -> Tensor:
+        scaler = self.machine.scaler
+        scaler.unscale_(self.optimizer)
+        limit = self.settings.grad_clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        if scaler.is_enabled():
+            # fp16: the scaler skips overflowing updates by itself; only a bad loss is an error.
+            nonfinite = (~torch.isfinite(loss)).float()
+            scaler.step(self.optimizer)
+            scaler.update()
+        else:
+            nonfinite = (~torch.isfinite(norm)).float()
+            self.optimizer.found_inf = nonfinite  # the fused kernel skips the update by it
+            self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return nonfinite
+
+    def _heed(self, flags: Flags | None, save: bool = True) -> None:
+        """Act on the flags of the step before."""
+        if flags is None:
+            return
+        self._refuse_nonfinite(flags)
+        if not flags.stop and not (flags.save and save):
+            return
+        # The step whose flags are under way is in the weights already; it must not be saved as
+        # done before it is known to have been sound.
+        later = self.signals.drain()
+        if later is not None:
+            self._refuse_nonfinite(later)
+        self.keeper.save(self)
+        self.signals.saved()
+        if flags.stop or (later is not None and later.stop):
+            raise Preempted
+
+    def _refuse_nonfinite(self, flags: Flags) -> None:
+        if not flags.nonfinite:
+            return
+        rows = dict.fromkeys(row for own in gather_object([flags.rows.tolist()]) for row in own)
+        table = self.data.table
+        names = [f"{table['Filename'][row]}#{table['CycleIndex'][row]}" for row in rows]
+        raise UserError(
+            f"the gradient of epoch {self.progress.epoch + 1} was not finite and the update was "
+            f"skipped; the step's cycles were {', '.join(names)}. Lower training.lr, set "
+            "training.precision=fp32 or look at these cycles"
+        )
+
+    # ---------------------------------------------------------------- the end of an epoch
+
+    def _close_epoch(self) -> dict[str, float]:
+        """Evaluate, choose, and advance `progress`; returns the epoch's row of figures."""
+        progress, task = self.progress, self.data.task
+        rows, record = self.gather(self.seen)
+        self.seen = []
+        probability = task.probabilities(record[:, 1:])
+        train = sp_se_score(
+            self.data.classes(rows), task.predicted_classes(probability, task.default_thresholds)
+        )
+        row = {
+            "epoch": progress.epoch,
+            "lr": self.schedule.get_last_lr()[0],
+            "train_loss": _mean(record[:, 0]),
+            **{f"train_{key}": value for key, value in train._asdict().items()},
+            "train_clips_per_s": len(rows) / max(progress.seconds, 1e-9),
+        }
+        self.model.conditioner.finalise()
+        score, thresholds = float("nan"), task.default_thresholds
+        if len(self.selection_rows):
+            name = "val" if self.settings.selection == "validation" else "test_selection"
+            logits, loss = self.predict(self.selection_rows, with_loss=True)
+            probability = task.probabilities(logits)
+            label = self.data.label[self.selection_rows].numpy()
+            thresholds = choose_thresholds(
+                task, probability, label, min_sensitivity=self.settings.min_sensitivity
+            )
+            figures = summarise(task, probability, label, thresholds)
+            score = figures["score"]
+            row[f"{name}_loss"] = loss
+            row |= {f"{name}_{key}": value for key, value in figures.items()}
+        row |= {
+            f"model_{key}": value for key, value in self.model.conditioner.diagnostics().items()
+        }
+        row = {key: float(value) for key, value in row.items()}
+        progress.history.append(row)
+        if self.settings.selection == "fixed":
+            better = progress.epoch == self.settings.epochs - 1
+        else:
+            better = progress.best_epoch < 0 or score > progress.best_score
+        progress.stale += 1
+        if better:
+            progress.best_epoch, progress.best_score = progress.epoch, score
+            progress.thresholds, progress.stale = tuple(thresholds), 0
+            self.keeper.remember_best(self)
+        progress.epoch, progress.step, progress.seconds = progress.epoch + 1, 0, 0.0
+        return row
+
+    def _report(self, row: dict[str, float]) -> None:
+        if not self.machine.is_main:
+            return
+        self.keeper.folder.write_metrics(self.progress.history)
+        metrics = {key.replace("_", "/", 1): value for key, value in row.items() if key != "epoch"}
+        self.tracker.metrics(metrics, step=int(row["epoch"]) + 1)
+        logger.info(epoch_line(row, self.settings.epochs, self.progress.stale == 0))
+
+    # ---------------------------------------------------------------- evaluation
+
+    def predict(
+        self, rows: np.ndarray, *, with_loss: bool = False
+    ) -> np.ndarray | tuple[np.ndarray, float]:
+        """Logits [n, K] float32 of the given rows, in their order, on every process.
+
+        Args:
+            rows: row numbers [n].
+            with_loss: also return the mean task loss.
+        """
+        logits = self.predictor(rows)
+        if not with_loss:
+            return logits
+        losses = self.loss(torch.from_numpy(logits).to(self.machine.device),
+                           self.data.label[rows].to(self.machine.device))  # fmt: skip
+        return logits, _mean(losses.cpu().numpy())
+
+    def gather(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
+        """(rows [n], (loss, logits) [n, 1 + K]) of all processes, without padding."""
+        return gather_rows(self.machine, parts, 1 + len(self.data.task.outputs))
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean that does not depend on the order, which resuming several processes may change."""
+    return math.fsum(values.tolist()) / len(values)
+
+
+def epoch_line(row: dict[str, float], epochs: int, best: bool) -> str:
+    """One line per epoch, at most 100 columns; * marks the best epoch so far."""
+    part = next((p for p in ("val", "test_selection") if f"{p}_score" in row), "train")
+    loss = _loss(row[f"{part}_loss"])
+    chosen_by = {"val": f"val {loss}", "test_selection": "TEST-SELECTED", "train": "train"}[part]
+    return (
+        f"epoch {int(row['epoch']) + 1:3d}/{epochs}  loss {_loss(row['train_loss'])}  "
+        f"{chosen_by}  Sp {row[f'{part}_sp']:5.1f}  "
+        f"Se {row[f'{part}_se']:5.1f}  Score {row[f'{part}_score']:5.1f}{'*' if best else ' '} "
+        f"lr {row['lr']:.1e}  {row['train_clips_per_s']:.0f} clips/s"
+    )
+
+
+def _loss(value: float) -> str:
+    """Six columns: four decimals, fewer from 10 on."""
+    return f"{value:<6.4f}" if value < 10 else f"{value:<#6.5g}"
+
+
+def _need_both_sides(classes: np.ndarray, selection: str) -> None:
+    """Refuse a selection part [n] on which the Score is not defined (none at all is fine)."""
+    if len(classes) and (classes > 0).mean() in (0.0, 1.0):
+        raise UserError(
+            f"the {len(classes)} cycles that training.selection={selection} chooses by are all "
+            f"{'abnormal' if classes[0] else 'normal'}, so they have no ICBHI Score; add "
+            "recordings, try another dataset.val_seed, or set training.selection=fixed"
+        )
+
+
+def _need_every_label(labels: Tensor) -> None:
+    """Refuse training cycles [N, C] among which a label is always or never given."""
+    names = EVENTS if labels.shape[1] == len(EVENTS) else ("abnormal",)
+    for name, positives in zip(names, labels.sum(dim=0).tolist(), strict=True):
+        if positives in (0, len(labels)):
+            raise UserError(
+                f"all {len(labels)} training cycles have the same {name!r} label; "
+                "add recordings or choose another split (dataset.split_strategy)"
+            )
