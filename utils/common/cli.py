@@ -1,7 +1,8 @@
 """What every command shares: messages that fit the terminal, and exit statuses that mean something.
 
-0 done; 2 something the user can mend; 75 preempted by SIGTERM with the state saved (start the same
-command again to go on); 130 interrupted; 141 nobody reads the output any more, and there was more.
+0 done; 2 something the user can fix; 73 another process is at work on the same run, store or grid;
+75 preempted by SIGTERM with the state saved (the same command resumes); 130 interrupted; 141 the
+output pipe was closed before the end.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from functools import wraps
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
-from utils.common.errors import Preempted, UserError
+from utils.common.errors import Busy, Preempted, UserError
 from utils.common.files import write_error
 
 WIDTH = 100
-EXIT_USER, EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_NO_READER = 2, 75, 130, 141
+EXIT_USER, EXIT_BUSY, EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_NO_READER = 2, 73, 75, 130, 141
 _HANDLER = "metadata-conditioned-ast"
 
 
@@ -164,7 +165,7 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
                 return EXIT_NO_READER
         except UserError as error:
             logging.getLogger(__name__).error("%s", error)
-            return EXIT_USER
+            return EXIT_BUSY if isinstance(error, Busy) else EXIT_USER
         except Preempted:
             logging.getLogger(__name__).warning(
                 "stopped by SIGTERM; the state is saved: the same command goes on from here"

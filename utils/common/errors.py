@@ -1,4 +1,4 @@
-"""Exceptions that end a command in words: what the user can mend, and being preempted."""
+"""Exceptions that end a command in words: what the user can fix, and being preempted."""
 
 
 class UserError(Exception):
@@ -6,6 +6,10 @@ class UserError(Exception):
 
     Commands print the message without a traceback and exit with status 2.
     """
+
+
+class Busy(UserError):
+    """Somebody else is at work on a run folder, a store or a grid's cell. Exit status 73."""
 
 
 class Preempted(Exception):
