@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.loop_overhead import corpus
 from benchmarks.timing import interleave, print_result
-from data.loader import ICBHI
+from data.loader import Cycles
 from utils.config.schema import RunConfig, load_config
 from utils.tracking import Tracker
 from utils.training.assemble import build_inputs, build_model
@@ -56,7 +56,7 @@ FROZEN = (
 
 def frozen_trainer(
     config: RunConfig,
-    data: ICBHI,
+    data: Cycles,
     folder: Path,
     rows: np.ndarray,
     machine: Machine | None = None,
@@ -77,7 +77,7 @@ def frozen_trainer(
 def measure(
     name: str,
     folder: Path,
-    data: ICBHI,
+    data: Cycles,
     clips: int,
     rounds: int,
     machine: Machine | None = None,

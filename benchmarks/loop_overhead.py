@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import interleave, print_result
 from data.batch import Metadata
-from data.loader import ICBHI
+from data.loader import Cycles
 from data.synthetic.corpus import write_corpus
 from models.conditioner import Conditioner, ModelOutput, ParameterGroup
 from utils.config.schema import RunConfig, load_config
@@ -57,7 +57,7 @@ class Stub(nn.Module):
         return ModelOutput(self.bias.expand(len(inputs), 2), self.conditioner.regularisation())
 
 
-def corpus(folder: Path, *overrides: str) -> tuple[RunConfig, ICBHI]:
+def corpus(folder: Path, *overrides: str) -> tuple[RunConfig, Cycles]:
     """A small synthetic corpus at the paper's settings, its store built."""
     write_corpus(folder / "corpus", patients=10, seed=0)
     config = load_config(
@@ -76,7 +76,7 @@ def corpus(folder: Path, *overrides: str) -> tuple[RunConfig, ICBHI]:
 
 
 def stub_trainer(
-    config: RunConfig, data: ICBHI, folder: Path, machine: Machine | None = None
+    config: RunConfig, data: Cycles, folder: Path, machine: Machine | None = None
 ) -> Trainer:
     """The real loop around the stub, with epochs of `STEPS` batches."""
     machine = machine or Machine("cpu", "fp32", "false")

@@ -1,7 +1,7 @@
 """From row numbers to batches: what training, evaluation and prediction all read from.
 
-`ICBHI` holds everything about the cycles of a run; `epoch_plan` says which rows make which step;
-`ICBHI.batches` copies them out of the waveform store ahead of the device.
+`Cycles` holds everything about the cycles of a run; `epoch_plan` says which rows make which step;
+`Cycles.batches` copies them out of the waveform store ahead of the device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PREFETCH = 2  # batches prepared ahead; one is enough to hide the copy, two abso
 
 
 @dataclass
-class ICBHI:
+class Cycles:
     """The cycles of a run.
 
     Attributes:

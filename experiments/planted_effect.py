@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch
-from data.loader import ICBHI
+from data.loader import Cycles
 from data.synthetic.corpus import CorpusReport, write_corpus
 from data.synthetic.planted import SECOND_GROUP
 from experiments.planted_effect_report import OFF, remarks_of, to_markdown
@@ -119,7 +119,7 @@ class Remembered(Inputs):
         super().__init__(*arguments)
         self.known = known
 
-    def collect(self, data: ICBHI, rows: np.ndarray) -> Batch:
+    def collect(self, data: Cycles, rows: np.ndarray) -> Batch:
         return data.batch(rows, waveforms=not self._has(rows.tolist()))
 
     def __call__(self, batch: Batch, seed: int | None) -> Tensor:
@@ -146,7 +146,7 @@ class Benchmark:
     ):
         self.work, self.patients = work, patients
         self.overrides = overrides or {}
-        self._data: dict[str, ICBHI] = {}  # read once: what differs between runs is not in it
+        self._data: dict[str, Cycles] = {}  # read once: what differs between runs is not in it
         self._known: dict[str, dict[int, Tensor]] = {}  # spectrograms
 
     def corpus(self, name: str) -> CorpusReport:
@@ -229,7 +229,7 @@ class Benchmark:
         shutil.rmtree(trainer.keeper.folder.path)  # its training state; the record is all we keep
         return record
 
-    def _trainer(self, config: RunConfig, data: ICBHI, corpus: str) -> Trainer:
+    def _trainer(self, config: RunConfig, data: Cycles, corpus: str) -> Trainer:
         """A run as `utils.runs.run.Run` puts it together, with remembered spectrograms."""
         machine = Machine(
             config.training.device, config.training.precision, config.training.compile

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.loader import ICBHI
+from data.loader import Cycles
 from data.synthetic.planted import PLANTED_MIX, RULE, group_of, reachable_scores
 from experiments import planted_effect as benchmark
 from experiments.planted_effect_report import REMARKS, remarks_of, to_markdown
@@ -50,7 +50,7 @@ def groups(table) -> np.ndarray:
 
 
 @cache
-def corpus(planted: bool) -> ICBHI:
+def corpus(planted: bool) -> Cycles:
     """The same sounds, annotated as heard or by the planted rule."""
     table = tiny.cycle_table(CYCLES, seed=1).assign(Crackles=HEARD & 1, Wheezes=HEARD >> 1)
     data = tiny.tiny_data(configure("ast"), table)

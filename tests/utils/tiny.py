@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from data.corpora.icbhi import completeness
-from data.loader import ICBHI
+from data.loader import Cycles
 from data.splits import Split
 from data.statistics import MetadataStatistics
 from utils.config.schema import RunConfig, config_from_dict, config_to_dict
@@ -136,7 +136,7 @@ class MemoryStore:
             row[: len(clip)] = clip
 
 
-def tiny_data(config: RunConfig, table: pd.DataFrame | None = None, seed: int = 0) -> ICBHI:
+def tiny_data(config: RunConfig, table: pd.DataFrame | None = None, seed: int = 0) -> Cycles:
     """Cycles of a table: crackles are clicks, wheezes a tone, in noise. The last fifth of the
     training patients is the validation part where the selection has one."""
     table = cycle_table() if table is None else table
@@ -155,7 +155,7 @@ def tiny_data(config: RunConfig, table: pd.DataFrame | None = None, seed: int = 
         held = 4 * (len(train) // 20)  # whole patients
         train, val = train[:-held], train[-held:]
     statistics = MetadataStatistics.fit(table.iloc[train])
-    return ICBHI(
+    return Cycles(
         table=table,
         split=Split(train, val, test),
         statistics=statistics,
@@ -168,7 +168,7 @@ def tiny_data(config: RunConfig, table: pd.DataFrame | None = None, seed: int = 
 
 
 def tiny_trainer(
-    config: RunConfig, folder: Path, data: ICBHI | None = None, tracker: Tracker | None = None
+    config: RunConfig, folder: Path, data: Cycles | None = None, tracker: Tracker | None = None
 ) -> Trainer:
     """Model, inputs, keeper and loop of a run that keeps its files in `folder`."""
     data = data or tiny_data(config)

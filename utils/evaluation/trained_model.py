@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from data.loader import ICBHI
+from data.loader import Cycles
 from data.synthetic.corpus import is_synthetic
 from models.build import ConditionedAST
 from models.conditioner import Conditioner
@@ -82,7 +82,7 @@ class Evaluator:
         return named if there and filecmp.cmp(named.best, self.path, shallow=False) else None
 
     @cached_property
-    def data(self) -> ICBHI:
+    def data(self) -> Cycles:
         """The cycles, encoded with the checkpoint's statistics."""
         return build_data(self.config, self.checkpoint.metadata_statistics())
 

@@ -17,7 +17,7 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import pairwise_distances, silhouette_score
 
 from data.frontend import AudioFrontend
-from data.loader import ICBHI
+from data.loader import Cycles
 from models.build import ConditionedAST
 from utils.common.errors import UserError
 from utils.figures import style
@@ -47,7 +47,7 @@ class Measured:
 @torch.no_grad()
 def embed_cycles(
     model: ConditionedAST,
-    data: ICBHI,
+    data: Cycles,
     frontend: AudioFrontend,
     machine: Machine,
     rows: np.ndarray,

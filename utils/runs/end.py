@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from data.loader import ICBHI
+from data.loader import Cycles
 from models.registry import VARIANTS
 from utils.common.files import write_text
 from utils.config.schema import RunConfig
@@ -33,7 +33,7 @@ def banner(message: str) -> str:
 def write_run_report(
     folder: RunFolder,
     checkpoint: Checkpoint,
-    data: ICBHI,
+    data: Cycles,
     frames: dict[str, pd.DataFrame],
     tracker: Tracker,
     controls: dict[str, float],
@@ -104,7 +104,7 @@ def defined(figures: dict[str, Any], prefix: str) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def draw_figures(folder: RunFolder, report: dict[str, Any], data: ICBHI) -> None:
+def draw_figures(folder: RunFolder, report: dict[str, Any], data: Cycles) -> None:
     """The run's figures, as PNG in its `figures` folder."""
     from utils.figures.runs import run_figures  # matplotlib: only where something is drawn
     from utils.figures.sources import Evaluation

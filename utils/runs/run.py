@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from data.corpora.icbhi import completeness, read_cycles
-from data.loader import ICBHI
+from data.loader import Cycles
 from data.synthetic.corpus import is_synthetic
 from models.build import ConditionedAST
 from models.registry import VARIANTS
@@ -212,7 +212,7 @@ class Run:
 
     # ---------------------------------------------------------------- the parts, in order
 
-    def data(self) -> ICBHI:
+    def data(self) -> Cycles:
         """Cycle table, split, metadata and waveforms."""
         data = build_data(self.config)
         if data.completeness.partial:
@@ -226,14 +226,14 @@ class Run:
         )
         return data
 
-    def model(self, data: ICBHI) -> ConditionedAST:
+    def model(self, data: Cycles) -> ConditionedAST:
         """The variant, built from the run's seed alone."""
         torch.manual_seed(self.config.training.seed)
         model = build_model(self.config, data.statistics)
         logger.info("%s", parameter_table(model))
         return model
 
-    def fit(self, model: ConditionedAST, data: ICBHI) -> Trainer:
+    def fit(self, model: ConditionedAST, data: Cycles) -> Trainer:
         """Train, or go on training; the model then has the weights of the chosen epoch."""
         self._open_folder()
         keeper = Keeper(self.folder, self.machine, self._describe(data))
@@ -284,7 +284,7 @@ class Run:
         """Whether the recordings are those of `data.synthetic.corpus`."""
         return is_synthetic(self.config.dataset.data_folder)
 
-    def _describe(self, data: ICBHI) -> dict[str, Any]:
+    def _describe(self, data: Cycles) -> dict[str, Any]:
         """What a checkpoint says of the run, whatever the epoch."""
         return {
             "config": config_to_dict(self.config),
@@ -296,7 +296,7 @@ class Run:
             "run": self.folder.path.name,
         }
 
-    def _start_tracking(self, data: ICBHI) -> Tracker:
+    def _start_tracking(self, data: Cycles) -> Tracker:
         config = self.config
         counts = {f"data.{k}": v for k, v in flatten(count_parts(data)).items()}
         tags = run_tags(

@@ -13,7 +13,7 @@ import numpy as np
 from data.augment import Augmentation
 from data.corpora.icbhi import completeness
 from data.frontend import AudioFrontend
-from data.loader import ICBHI
+from data.loader import Cycles
 from data.metadata import read_cycles_and_metadata
 from data.splits import Split, split_cycles
 from data.statistics import MetadataStatistics
@@ -27,7 +27,7 @@ from utils.training.inputs import FrozenInputs, Inputs
 logger = logging.getLogger(__name__)
 
 
-def build_data(config: RunConfig, statistics: MetadataStatistics | None = None) -> ICBHI:
+def build_data(config: RunConfig, statistics: MetadataStatistics | None = None) -> Cycles:
     """Cycle table, split, metadata and waveforms of a run.
 
     Args:
@@ -62,7 +62,7 @@ def build_data(config: RunConfig, statistics: MetadataStatistics | None = None) 
     split = Split(*(rows[~np.asarray(store.bad)[rows]] for rows in parts))
     if statistics is None:
         statistics = MetadataStatistics.fit(table.iloc[split.train])
-    return ICBHI(
+    return Cycles(
         table=table,
         split=split,
         statistics=statistics,
@@ -124,7 +124,9 @@ def build_model(
     )
 
 
-def build_inputs(config: RunConfig, data: ICBHI, model: ConditionedAST, machine: Machine) -> Inputs:
+def build_inputs(
+    config: RunConfig, data: Cycles, model: ConditionedAST, machine: Machine
+) -> Inputs:
     """Log-mels per batch; or stored features where a frozen backbone allows them."""
     frontend = build_frontend(config)
     wanted = config.training.frozen_cache and not config.augment.enabled
@@ -142,7 +144,7 @@ def build_inputs(config: RunConfig, data: ICBHI, model: ConditionedAST, machine:
     )
 
 
-def count_parts(data: ICBHI) -> dict[str, Any]:
+def count_parts(data: Cycles) -> dict[str, Any]:
     """Cycles, recordings, patients and classes of each part, for checkpoints and reports."""
     counts = {}
     for part in ("train", "val", "test"):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data.batch import Batch
 from data.frontend import AudioFrontend
-from data.loader import ICBHI
+from data.loader import Cycles
 from models.build import ConditionedAST
 from utils.common.files import atomic_write, write_error
 from utils.training.device import Machine
@@ -35,7 +35,7 @@ class Inputs:
     def prepare(self, rows: np.ndarray) -> None:
         """Called with the rows [n] that will be asked for; nothing to do here."""
 
-    def collect(self, data: ICBHI, rows: np.ndarray) -> Batch:
+    def collect(self, data: Cycles, rows: np.ndarray) -> Batch:
         """The given rows [B] as a `Batch` on the CPU; runs in the loader's thread."""
         return data.batch(rows)
 
@@ -65,7 +65,7 @@ class FrozenInputs(Inputs):
         frontend: AudioFrontend,
         machine: Machine,
         model: ConditionedAST,
-        data: ICBHI,
+        data: Cycles,
         cache_dir: str | Path,
         *,
         settings: str,
@@ -164,7 +164,7 @@ class FrozenInputs(Inputs):
         self.model.train(mode)
         return prefix.to(self.DTYPE)
 
-    def collect(self, data: ICBHI, rows: np.ndarray) -> Batch:
+    def collect(self, data: Cycles, rows: np.ndarray) -> Batch:
         """A `Batch` that carries the stored tokens [B, N, D] in place of the waveform."""
         stored = torch.from_numpy(self.features[rows]).view(self.DTYPE)
         return replace(data.batch(rows, waveforms=False), waveform=stored.view(-1, *self.shape))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch, Metadata
-from data.loader import ICBHI
+from data.loader import Cycles
 from models.build import ConditionedAST
 from utils.training.device import Machine
 from utils.training.inputs import Inputs
@@ -31,7 +31,7 @@ class Predictor:
 
     def __init__(
         self,
-        data: ICBHI,
+        data: Cycles,
         model: ConditionedAST,
         inputs: Inputs,
         machine: Machine,

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batch import Batch
-from data.loader import ICBHI, MicroBatch, derived_seed, epoch_order, epoch_plan
+from data.loader import Cycles, MicroBatch, derived_seed, epoch_order, epoch_plan
 from data.task import EVENTS
 from utils.common.errors import Preempted, UserError
 from utils.config.schema import RunConfig
@@ -78,7 +78,7 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        data: ICBHI,
+        data: Cycles,
         model: torch.nn.Module,
         inputs: Inputs,
         machine: Machine,
