@@ -25,7 +25,7 @@ from typing import Any
 import pandas as pd
 
 from utils.common.cli import command
-from utils.common.files import write_text
+from utils.common.files import write_json, write_text
 from utils.evaluation.compare import SHOWN, compare, default_folder, write_comparison
 from utils.evaluation.render import number, to_markdown, with_interval
 from utils.evaluation.trained_model import SPLITS, Evaluator
@@ -33,7 +33,6 @@ from utils.metrics.predictions import write_predictions
 from utils.metrics.protocol import MARKS, metric_group
 from utils.runs.end import banner, defined, figure_row
 from utils.tracking import continue_tracking
-from utils.training.runfolder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +109,7 @@ def write_evaluation(
     name = Path(report["run"])  # what a figure names as its source
     one = Evaluation(name, report["part"], {"title": report["title"]}, report, report["synthetic"])
     evaluation_figures(one, folder / "figures")
-    RunFolder(folder).write_report(report)
+    write_json(folder / "report.json", report)
 
 
 def track(model: Evaluator, folder: Path, split: str, report: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@
     python visualize.py --confusion --operating-curve --reliability --subgroups \\
         --learning-curves --run runs/RUN
     python visualize.py --log-mel --data-folder DIR
-    python visualize.py --sota --architecture
+    python visualize.py --sota
 
 Several figures may be asked for at once; --all asks for every one. A checkpoint holds its own
 configuration and statistics; beside it only the data is needed. PNG and PDF go to --output-dir.

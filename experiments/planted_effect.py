@@ -44,7 +44,8 @@ from utils.common.errors import Preempted, UserError
 from utils.common.files import write_text
 from utils.config.schema import RunConfig, config_from_dict, config_hash, config_to_dict
 from utils.evaluation.metadata_test import conditions
-from utils.metrics.bootstrap import figures, patient_tables
+from utils.metrics.bootstrap import patient_tables
+from utils.metrics.score import metrics_of
 from utils.tracking import Tracker
 from utils.training.assemble import build_data, build_frontend, build_model, count_parts
 from utils.training.checkpointer import Keeper
@@ -276,7 +277,7 @@ def _tables(trainer: Trainer, rows: np.ndarray, told: bool = False) -> dict[str,
 
 def score(tables: Sequence) -> float:
     """ICBHI Score of patient tables [P, C, C], or the mean of several [R, P, C, C]."""
-    return float(figures(np.asarray(tables).sum(axis=-3))["score"].mean())
+    return float(metrics_of(np.asarray(tables).sum(axis=-3))["score"].mean())
 
 
 def records(benchmark: Benchmark, wanted: Sequence[Job]) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from models.registry import VARIANTS
-from utils.metrics.bootstrap import Difference, figures, over_seeds, paired_bootstrap
+from utils.metrics.bootstrap import Difference, over_seeds, paired_bootstrap
+from utils.metrics.score import metrics_of
 
 OFF = "off"
 PLAIN, SOFT = "ast", "ast_softfilm"
@@ -29,7 +30,7 @@ def tables(records: Sequence[Record], condition: str = "real") -> np.ndarray:
 
 def scores(records: Sequence[Record], condition: str = "real", figure: str = "score") -> list:
     """A figure (percent) of each run; shufflings are averaged."""
-    return [float(figures(tables([r], condition).sum(axis=1))[figure].mean()) for r in records]
+    return [float(metrics_of(tables([r], condition).sum(axis=1))[figure].mean()) for r in records]
 
 
 def difference(
@@ -157,7 +158,7 @@ def _variants(records: Sequence[Record], reachable: float | None) -> list[str]:
         "|---|---:|---:|---:|---:|---:|---:|" + ("---:|" if reachable else ""),
     ]
     for name, runs in by_variant.items():
-        trained = [float(figures(np.asarray(r["train"][0]).sum(axis=0))["score"]) for r in runs]
+        trained = [float(metrics_of(np.asarray(r["train"][0]).sum(axis=0))["score"]) for r in runs]
         cells = [VARIANTS[name].title, str(len(runs))]
         cells += [_mean(scores(runs, figure=figure)) for figure in ("score", "sp", "se")]
         cells.append(_mean(trained))

@@ -28,8 +28,8 @@ import pandas as pd
 
 from data.task import CLASSES, Task
 from utils.common.files import write_text
-from utils.metrics.bootstrap import cycle_bootstrap, patient_bootstrap
-from utils.metrics.score import choose_thresholds, sp_se_score
+from utils.metrics.bootstrap import Interval, patient_bootstrap, percentiles
+from utils.metrics.score import choose_thresholds, metrics_of, sp_se_score
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,23 @@ def draw_tables(structure: np.ndarray, correlation: float, rng: np.random.Genera
         ],
         axis=1,
     )
+
+
+def cycle_bootstrap(
+    table: np.ndarray, *, resamples: int = 2000, seed: int = 0
+) -> dict[str, Interval]:
+    """95 % percentile intervals over resampled cycles: too narrow, here to show by how much.
+
+    Args:
+        table: [C, C] confusion matrix of all cycles, whose cells are all that resampling changes.
+    """
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(table.sum(), (table / table.sum()).ravel(), size=resamples)
+    samples = metrics_of(draws.reshape(resamples, *table.shape))
+    return {
+        name: Interval(float(value), *percentiles(samples[name], 0.95))
+        for name, value in metrics_of(table).items()
+    }
 
 
 def coverage(correlation: float, *, repetitions: int, resamples: int, seed: int = 0) -> dict:

@@ -13,10 +13,11 @@ import yaml
 from data.task import Task
 from tests.utils.evaluation_tables import cycle_table, predictions
 from utils.common.errors import UserError
+from utils.common.files import plain
 from utils.evaluation import paper
 from utils.evaluation.finished_runs import folders_from_mlflow, read_runs
 from utils.evaluation.render import model_card, number, to_markdown
-from utils.evaluation.report import compare_predictions, evaluate_predictions, plain
+from utils.evaluation.report import compare_predictions, evaluate_predictions
 from utils.evaluation.result_tables import build_tables, main
 from utils.figures.published import read_published
 from utils.metrics.predictions import (

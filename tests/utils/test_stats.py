@@ -15,6 +15,7 @@ from experiments.protocol_simulation import (
     SPECIFICITY,
     check_structure,
     coverage,
+    cycle_bootstrap,
     draw_tables,
     read_structure,
     selection,
@@ -23,15 +24,13 @@ from utils.metrics.bootstrap import (
     aligned_tables,
     auroc_bootstrap,
     average_precision_bootstrap,
-    cycle_bootstrap,
-    figures,
     over_seeds,
     paired_bootstrap,
     patient_bootstrap,
     patient_tables,
     patient_weights,
 )
-from utils.metrics.score import summarise
+from utils.metrics.score import metrics_of, summarise
 
 
 def random_study(n=300, patients=12, classes=4, seed=0, accuracy=0.6):
@@ -64,7 +63,7 @@ def test_figures_agree_with_the_metrics(task):
     pred = task.predicted_classes(probability, task.default_thresholds)
     _, tables = patient_tables(true, pred, np.zeros(200), len(task.classes))
     expected = summarise(task, probability, label, task.default_thresholds)
-    for name, value in figures(tables[0]).items():
+    for name, value in metrics_of(tables[0]).items():
         assert value == pytest.approx(expected[name]), name
 
 

@@ -1,14 +1,16 @@
-"""Files that are whole or not there: write beside, flush, rename."""
+"""Atomic writes: a file is complete or absent. Write a temporary file, flush, rename."""
 
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from utils.common.errors import UserError
 
@@ -51,6 +53,24 @@ def write_text(path: str | Path, text: str) -> None:
     content = text.encode()
     with atomic_write(path, needed_bytes=len(content)) as file:
         file.write(content)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """`atomic_write` of `plain(value)` as indented JSON."""
+    write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """The same data in the types of JSON: no numpy, no tuples; NaN and infinities become None."""
+    if hasattr(value, "tolist"):  # numpy arrays and scalars
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def write_error(path: Path, error: OSError, needed_bytes: int | None = None) -> UserError:

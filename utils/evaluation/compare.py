@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from utils.common.errors import UserError
-from utils.common.files import write_text
+from utils.common.files import write_json, write_text
 from utils.evaluation.render import NOTHING, markdown_table, number, with_interval
 from utils.evaluation.report import compare_predictions
 from utils.evaluation.trained_model import Evaluator
@@ -25,7 +25,6 @@ from utils.metrics.protocol import (
     SYNTHETIC_MARK,
     SYNTHETIC_NOTE,
 )
-from utils.training.runfolder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +203,7 @@ def comparison_markdown(result: Mapping[str, Any]) -> str:
 
 def write_comparison(result: Mapping[str, Any], folder: Path) -> Path:
     """comparison.json and comparison.md; returns the latter."""
-    RunFolder(folder).write_report(dict(result), name="comparison.json")
+    write_json(folder / "comparison.json", result)
     path = folder / "comparison.md"
     write_text(path, comparison_markdown(result))
     return path

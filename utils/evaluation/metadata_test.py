@@ -15,8 +15,9 @@ import pandas as pd
 
 from data.batch import FIELDS, Metadata
 from data.task import Task
-from utils.evaluation.report import plain
-from utils.metrics.bootstrap import figures, paired_bootstrap, patient_tables
+from utils.common.files import plain
+from utils.metrics.bootstrap import paired_bootstrap, patient_tables
+from utils.metrics.score import metrics_of
 
 #: Columns that a patient's donor gives; all describe the same patient, so they go together.
 DONATED = ("Device", "Age", "BMI", "CW", "CH", "BMIDerived")
@@ -116,7 +117,7 @@ def metadata_test(
     rows = []
     for name, tables in counts.items():
         stacked = np.stack(tables)
-        point = {k: float(v.mean()) for k, v in figures(stacked.sum(axis=1)).items()}
+        point = {k: float(v.mean()) for k, v in metrics_of(stacked.sum(axis=1)).items()}
         found = paired_bootstrap(np.stack(counts["real"]), stacked, resamples=bootstrap, seed=seed)
         row = {"metadata": name, "runs": len(tables)} | point
         rows.append(row | {"difference": asdict(found["score"])})

@@ -7,7 +7,6 @@ over runs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -16,9 +15,9 @@ import numpy as np
 import pandas as pd
 
 from data.task import Task
+from utils.common.files import plain
 from utils.metrics import predictions as table
 from utils.metrics.bootstrap import (
-    Interval,
     aligned_tables,
     auroc_bootstrap,
     average_precision_bootstrap,
@@ -28,7 +27,7 @@ from utils.metrics.bootstrap import (
 )
 from utils.metrics.calibration import calibration_report
 from utils.metrics.protocol import statement
-from utils.metrics.score import confusion, operating_curve, output_targets, summarise_classes
+from utils.metrics.score import confusion, operating_curve, ranked_targets
 from utils.metrics.subgroups import subgroup_table
 
 #: Points of the operating curve that a report keeps.
@@ -80,12 +79,10 @@ def evaluate_predictions(
     ranking = _ranking_intervals(task, predictions, probability, label, bootstrap, seed)
     metrics, confusions, tables = {}, {}, {}
     for name, pred in decisions.items():
-        figures = {k: Interval(v, math.nan, math.nan) for k, v in
-                   summarise_classes(task, probability, label, pred).items()}  # fmt: skip
         patients, tables[name] = patient_tables(
             true, pred, predictions["patient"], len(task.classes)
         )
-        figures |= patient_bootstrap(tables[name], resamples=bootstrap, seed=seed) | ranking
+        figures = patient_bootstrap(tables[name], resamples=bootstrap, seed=seed) | ranking
         metrics[name] = {key: asdict(interval) for key, interval in figures.items()}
         confusions[name] = confusion(task, true, pred).tolist()
     decided = predictions.assign(pred_class=np.array(task.classes)[decisions["chosen"]])
@@ -153,31 +150,12 @@ def count(predictions: pd.DataFrame, task: Task) -> dict[str, int]:
     return out | {name: int((predictions["true_class"] == name).sum()) for name in task.classes}
 
 
-def plain(value: Any) -> Any:
-    """The same data in the types of JSON; NaN and infinities become None."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, np.generic):
-        return plain(value.item())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def _ranking_intervals(task, predictions, probability, label, resamples, seed):
     """AUROC and average precision per output, and of normal against abnormal for four classes,
     with intervals."""
-    targets = output_targets(task, label)
-    ranked = {name: (targets[:, k], probability[:, k]) for k, name in enumerate(task.outputs)}
-    if task.n_cls == 4:
-        ranked["any"] = task.true_classes(label) > 0, task.abnormal_score(probability)
     patient, options = predictions["patient"], {"resamples": resamples, "seed": seed}
     out = {}
-    for name, (target, value) in ranked.items():
+    for name, (target, value) in ranked_targets(task, probability, label).items():
         out[f"auroc_{name}"] = auroc_bootstrap(target, value, patient, **options)
         out[f"ap_{name}"] = average_precision_bootstrap(target, value, patient, **options)
     return out

@@ -22,13 +22,6 @@ from utils.metrics.subgroups import age_group
 logger = logging.getLogger(__name__)
 
 
-def architecture(options: Options) -> list[Path]:
-    """The model and its variants."""
-    from utils.figures.architecture import architecture_figure
-
-    return style.save(architecture_figure(), options.output_dir, "architecture", options.formats)
-
-
 def sota(options: Options) -> list[Path]:
     """Published systems, and complete official runs of this repository beside them."""
     table = read_published()
@@ -227,7 +220,6 @@ FIGURES: dict[str, Callable[[Options], list[Path]]] = {
     "tsne": tsne,
     "film_params": film_params,
     "sota": sota,
-    "architecture": architecture,
     "confusion": runs.confusion,
     "operating_curve": runs.operating_curve,
     "reliability": runs.reliability,

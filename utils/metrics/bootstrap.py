@@ -1,7 +1,7 @@
 """Uncertainty: bootstrap over patients, paired comparisons, several seeds.
 
-Cycles of one patient resemble each other, so the patient is the unit that is resampled. Every
-figure here is a function of a confusion matrix; a patient's confusion matrix is therefore all the
+Cycles of one patient resemble each other, so the patient is the unit that is resampled. Nearly
+every metric is a function of a confusion matrix; a patient's confusion matrix is therefore all the
 bootstrap needs, and 10,000 resamples are one matrix product.
 
 P patients, C classes, R runs (seeds), B resamples. Rates are in percent where
@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from data.task import Task
+from utils.metrics.score import metrics_of
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with its two-sided bootstrap interval; NaN where it is undefined."""
+    """A metric with its two-sided bootstrap interval; NaN where it is undefined."""
 
     value: float
     low: float
@@ -61,30 +61,6 @@ def patient_tables(true, pred, patient, n_classes: int) -> tuple[np.ndarray, np.
     return patients, counts.reshape(len(patients), n_classes, n_classes)
 
 
-def figures(tables: np.ndarray) -> dict[str, np.ndarray]:
-    """Confusion matrices [..., C, C] -> figures [...], by the names of `metrics.summarise`."""
-    tables = np.asarray(tables, np.float64)
-    diagonal = np.diagonal(tables, axis1=-2, axis2=-1)
-    truth, predicted, total = tables.sum(-1), tables.sum(-2), tables.sum((-2, -1))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        abnormal = truth[..., 1:].sum(-1)
-        sp = 100 * diagonal[..., 0] / truth[..., 0]
-        se = 100 * diagonal[..., 1:].sum(-1) / abnormal
-        out = {"sp": sp, "se": se, "score": (sp + se) / 2}
-        if tables.shape[-1] > 2:
-            caught = 100 * tables[..., 1:, 1:].sum((-2, -1)) / abnormal
-            out |= {"collapsed_sp": sp, "collapsed_se": caught}
-            out["collapsed_score"] = (sp + caught) / 2
-        out["accuracy"] = diagonal.sum(-1) / total
-        f1 = 2 * diagonal / (truth + predicted)
-        present = ~np.isnan(f1)
-        out["macro_f1"] = np.where(present, f1, 0).sum(-1) / present.sum(-1)
-        per_class = {"precision": diagonal / predicted, "recall": diagonal / truth, "f1": f1}
-    for k, cls in enumerate(Task(tables.shape[-1]).classes):
-        out |= {f"{name}_{cls}": values[..., k] for name, values in per_class.items()}
-    return out
-
-
 def patient_weights(n_patients: int, resamples: int, seed: int) -> np.ndarray:
     """[B, P]: how often each patient occurs in each resample of P patients."""
     rng = np.random.default_rng(seed)
@@ -92,11 +68,11 @@ def patient_weights(n_patients: int, resamples: int, seed: int) -> np.ndarray:
 
 
 def _resampled(tables: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Figures [B, R] of each run in each resample; tables [R, P, C, C]."""
+    """Metrics [B, R] of each run in each resample; tables [R, P, C, C]."""
     runs, patients, classes, _ = tables.shape
     flat = tables.transpose(1, 0, 2, 3).reshape(patients, -1).astype(np.float64)
     summed = (weights @ flat).reshape(len(weights), runs, classes, classes)
-    return figures(summed)
+    return metrics_of(summed)
 
 
 def _over_runs(tables: np.ndarray) -> np.ndarray:
@@ -105,7 +81,7 @@ def _over_runs(tables: np.ndarray) -> np.ndarray:
 
 
 def percentiles(samples: np.ndarray, level: float) -> tuple[float, float]:
-    """Two-sided percentile interval; resamples in which the figure is undefined are left out."""
+    """Two-sided percentile interval; resamples in which the metric is undefined are left out."""
     samples = samples[~np.isnan(samples)]
     if not len(samples):
         return float("nan"), float("nan")
@@ -124,28 +100,12 @@ def patient_bootstrap(
             the interval is that of the runs' mean.
     """
     tables = _over_runs(tables)
-    point = {name: values.mean() for name, values in figures(tables.sum(axis=1)).items()}
+    point = {name: values.mean() for name, values in metrics_of(tables.sum(axis=1)).items()}
     samples = _resampled(tables, patient_weights(tables.shape[1], resamples, seed))
     return {
         n: Interval(float(v), *percentiles(samples[n].mean(axis=1), level))
         for n, v in point.items()
     }
-
-
-def cycle_bootstrap(
-    table: np.ndarray, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
-) -> dict[str, Interval]:
-    """Percentile intervals over resampled cycles: too narrow, kept to show by how much.
-
-    Args:
-        table: [C, C] confusion matrix of all cycles, whose cells are all that resampling changes.
-    """
-    table = np.asarray(table)
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(table.sum(), (table / table.sum()).ravel(), size=resamples)
-    samples = figures(draws.reshape(resamples, *table.shape))
-    point = figures(table)
-    return {n: Interval(float(v), *percentiles(samples[n], level)) for n, v in point.items()}
 
 
 def paired_bootstrap(
@@ -178,7 +138,7 @@ def paired_bootstrap(
         raise ValueError("a paired comparison needs the same cycles of the same patients")
     weights = patient_weights(a.shape[1], resamples, seed)
     samples_a, samples_b = _resampled(a, weights), _resampled(b, weights)
-    point_a, point_b = figures(a.sum(axis=1)), figures(b.sum(axis=1))
+    point_a, point_b = metrics_of(a.sum(axis=1)), metrics_of(b.sum(axis=1))
     out = {}
     for name in point_a:
         value = float(point_b[name].mean() - point_a[name].mean())

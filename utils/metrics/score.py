@@ -1,7 +1,7 @@
 """The ICBHI Score and its companions, and the choice of decision thresholds.
 
 Sp, Se and Score are percentages (0..100), as the field prints them; every other rate is in 0..1,
-as scikit-learn gives it. A figure that the data can not support (no normal cycle, one class only)
+as scikit-learn gives it. A metric that the data cannot support (no normal cycle, one class only)
 is NaN, never an exception. N cycles, K outputs, C label columns.
 
 Score: B. M. Rocha et al., "An open access database for the evaluation of respiratory sound
@@ -16,8 +16,6 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.metrics import (
     average_precision_score,
-    confusion_matrix,
-    precision_recall_fscore_support,
     roc_auc_score,
     roc_curve,
 )
@@ -65,7 +63,9 @@ def collapse(classes: np.ndarray) -> np.ndarray:
 
 def confusion(task: Task, true: np.ndarray, pred: np.ndarray) -> np.ndarray:
     """Cycle counts [classes, classes]; rows are the truth, columns the prediction."""
-    return confusion_matrix(true, pred, labels=range(len(task.classes))).astype(np.int64)
+    n = len(task.classes)
+    cell = np.asarray(true, np.int64) * n + np.asarray(pred, np.int64)
+    return np.bincount(cell, minlength=n * n).reshape(n, n)
 
 
 def _passing(probability: np.ndarray) -> np.ndarray:
@@ -110,9 +110,9 @@ def _scores_on_grid(task: Task, probability: np.ndarray, true: np.ndarray):
 def choose_thresholds(
     task: Task, probability: np.ndarray, label: np.ndarray, min_sensitivity: float = 0.0
 ) -> tuple[float, ...]:
-    """Grid search (.02 ... .98, step .01, all thresholds jointly) for the best Score.
+    """Grid search (0.02 ... 0.98, step 0.01, all thresholds jointly) for the best Score.
 
-    Ties go to the point nearest .5 (largest deviation first, then their sum, then the smaller
+    Ties go to the point nearest 0.5 (largest deviation first, then their sum, then the smaller
     thresholds). If no point reaches `min_sensitivity`, the most sensitive one with the best Score
     is taken, with a warning.
 
@@ -124,7 +124,7 @@ def choose_thresholds(
     probability = np.asarray(probability, np.float64)
     true = task.true_classes(label)
     if not (true == 0).any() or not (true > 0).any():
-        log.warning("thresholds stay at .5: this part lacks normal or abnormal cycles")
+        log.warning("thresholds stay at 0.5: this part lacks normal or abnormal cycles")
         return task.default_thresholds
     sp, se = (np.asarray(rates).ravel() for rates in _scores_on_grid(task, probability, true))
     allowed = se >= 100 * min_sensitivity - TIE
@@ -159,59 +159,65 @@ def _ranking(target: np.ndarray, value: np.ndarray) -> tuple[float, float]:
     return float(roc_auc_score(target, value)), float(average_precision_score(target, value))
 
 
+def metrics_of(tables: np.ndarray) -> dict[str, np.ndarray]:
+    """Confusion matrices [..., C, C] -> metric name -> values [...], NaN where undefined.
+
+    `sp`, `se`, `score` and, for four classes, `collapsed_*` (the same predictions read as normal
+    against abnormal) in percent; `accuracy`, `macro_f1`, `precision_<class>`, `recall_<class>`,
+    `f1_<class>` in 0..1.
+    """
+    tables = np.asarray(tables, np.float64)
+    diagonal = np.diagonal(tables, axis1=-2, axis2=-1)
+    truth, predicted, total = tables.sum(-1), tables.sum(-2), tables.sum((-2, -1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        abnormal = truth[..., 1:].sum(-1)
+        sp = 100 * diagonal[..., 0] / truth[..., 0]
+        se = 100 * diagonal[..., 1:].sum(-1) / abnormal
+        out = {"sp": sp, "se": se, "score": (sp + se) / 2}
+        if tables.shape[-1] > 2:
+            caught = 100 * tables[..., 1:, 1:].sum((-2, -1)) / abnormal
+            out |= {"collapsed_sp": sp, "collapsed_se": caught}
+            out["collapsed_score"] = (sp + caught) / 2
+        out["accuracy"] = diagonal.sum(-1) / total
+        f1 = 2 * diagonal / (truth + predicted)
+        present = ~np.isnan(f1)
+        out["macro_f1"] = np.where(present, f1, 0).sum(-1) / present.sum(-1)
+        per_class = {"precision": diagonal / predicted, "recall": diagonal / truth, "f1": f1}
+    for k, cls in enumerate(Task(tables.shape[-1]).classes):
+        out |= {f"{name}_{cls}": values[..., k] for name, values in per_class.items()}
+    return out
+
+
 def summarise(
     task: Task, probability: np.ndarray, label: np.ndarray, thresholds: tuple[float, ...]
 ) -> dict[str, float]:
-    """All figures of one part under flat names, ready for a tracker.
-
-    `sp`, `se`, `score` (and, for four classes, `collapsed_*`: the same predictions read as normal
-    against abnormal) in percent; `accuracy`, `macro_f1`, `precision_<class>`, `recall_<class>`,
-    `f1_<class>`, `auroc_<output>`, `ap_<output>` and `auroc_any`, `ap_any` (normal against
-    abnormal, four-class tasks) in 0..1.
+    """`metrics_of` one part, and `auroc_<output>`, `ap_<output>` and, for four classes,
+    `auroc_any`, `ap_any` (normal against abnormal) in 0..1.
 
     Args:
         probability: [N, K]; label: [N, C]; thresholds: as `Task.predicted_classes` takes them.
     """
     probability = np.asarray(probability, np.float64)
     pred = task.predicted_classes(probability, thresholds)
-    return summarise_classes(task, probability, label, pred)
+    table = confusion(task, task.true_classes(label), pred)
+    out = {name: float(value) for name, value in metrics_of(table).items()}
+    for name, (target, value) in ranked_targets(task, probability, label).items():
+        out[f"auroc_{name}"], out[f"ap_{name}"] = _ranking(target, value)
+    return out
 
 
-def summarise_classes(
-    task: Task, probability: np.ndarray, label: np.ndarray, pred: np.ndarray
-) -> dict[str, float]:
-    """`summarise` where the classes pred [N] are already decided, say with several thresholds."""
-    true = task.true_classes(label)
-    figures = dict(sp_se_score(true, pred)._asdict())
-    if task.n_cls == 4:
-        collapsed = sp_se_score(collapse(true), collapse(pred))
-        figures |= {f"collapsed_{name}": value for name, value in collapsed._asdict().items()}
-    figures["accuracy"] = float((true == pred).mean()) if len(true) else float("nan")
+def ranked_targets(
+    task: Task, probability: np.ndarray, label: np.ndarray
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What AUROC and average precision judge: name -> target [N] 0/1, value [N].
 
-    precision, recall, f1 = _per_class(task, true, pred)
-    present = f1[~np.isnan(f1)]
-    figures["macro_f1"] = float(present.mean()) if len(present) else float("nan")
-    for name, p, r, f in zip(task.classes, precision, recall, f1, strict=True):
-        figures |= {f"precision_{name}": float(p), f"recall_{name}": float(r)}
-        figures[f"f1_{name}"] = float(f)
-
+    Each output by itself and, for four classes, `any`: normal against abnormal.
+    """
     targets = output_targets(task, label)
-    for k, name in enumerate(task.outputs):
-        auroc, ap = _ranking(targets[:, k], probability[:, k])
-        figures |= {f"auroc_{name}": auroc, f"ap_{name}": ap}
+    out = {name: (targets[:, k], probability[:, k]) for k, name in enumerate(task.outputs)}
     if task.n_cls == 4:
-        auroc, ap = _ranking(collapse(true), task.abnormal_score(probability))
-        figures |= {"auroc_any": auroc, "ap_any": ap}
-    return figures
-
-
-def _per_class(task: Task, true: np.ndarray, pred: np.ndarray):
-    """Precision, recall, F1, each [classes]; NaN where the quotient is 0 / 0."""
-    if not len(true):
-        return (np.full(len(task.classes), np.nan),) * 3
-    return precision_recall_fscore_support(
-        true, pred, labels=range(len(task.classes)), zero_division=np.nan
-    )[:3]
+        out["any"] = collapse(task.true_classes(label)), task.abnormal_score(probability)
+    return out
 
 
 def operating_curve(task: Task, probability: np.ndarray, label: np.ndarray) -> np.ndarray:

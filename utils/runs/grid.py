@@ -40,7 +40,7 @@ import yaml
 from models.registry import VARIANTS
 from utils.common.cli import EXIT_INTERRUPTED, EXIT_PREEMPTED, command
 from utils.common.errors import Preempted, UserError
-from utils.common.files import write_text
+from utils.common.files import write_json, write_text
 from utils.config.schema import RunConfig, load_config
 from utils.evaluation.finished_runs import read_runs
 from utils.evaluation.render import number
@@ -314,7 +314,7 @@ def run_tracked(grid: Grid, start: Callable[[Cell, Path], int] = start_process) 
         for cell, line in zip(grid.cells, grid.commands(), strict=True)
     ]
     content = {"name": grid.name, "table": grid.table, "cells": cells}
-    RunFolder(grid.folder).write_report(content, name="grid.json")
+    write_json(grid.folder / "grid.json", content)
     tracker = open_tracking(grid)
     status = "FAILED"
     try:

@@ -28,10 +28,10 @@ import pandas as pd
 from data.splits import N_FOLDS
 from models.registry import VARIANTS
 from utils.common.errors import UserError
-from utils.common.files import write_text
+from utils.common.files import plain, write_json, write_text
 from utils.config.schema import RunConfig, config_hash
 from utils.evaluation.render import number, to_markdown
-from utils.evaluation.report import evaluate_predictions, plain
+from utils.evaluation.report import evaluate_predictions
 from utils.metrics.bootstrap import over_seeds, patient_bootstrap
 from utils.metrics.predictions import read_predictions, write_predictions
 from utils.metrics.protocol import MARKS, PARTIAL_MARK, SYNTHETIC_MARK, metric_group
@@ -179,8 +179,7 @@ class Group:
             "summary": summary,
             "test": {str(seed): test for seed, test in tests.items()},
         }
-        folder = RunFolder(self.path)
-        folder.write_report(result, name="group.json")
+        write_json(self.path / "group.json", result)
         self.tracker.tags(
             {
                 "partial_data": str(first["partial"]).lower(),

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.common.errors import UserError
-from utils.common.files import TEMPORARY, write_text
+from utils.common.files import TEMPORARY, write_json, write_text
 from utils.config.schema import RunConfig, config_hash, config_to_yaml
 
 logger = logging.getLogger(__name__)
@@ -104,10 +104,9 @@ class RunFolder:
             writer.writerow({k: "" if _is_nan(v) else v for k, v in row.items()})
         write_text(self.metrics, text.getvalue())
 
-    def write_report(self, report: dict[str, Any], name: str = "report.json") -> None:
+    def write_report(self, report: dict[str, Any]) -> None:
         """report.json; NaN becomes null, so that any JSON reader takes it."""
-        text = json.dumps(_plain(report), indent=2, ensure_ascii=False)
-        write_text(self.path / name, text + "\n")
+        write_json(self.report, report)
 
     def read_report(self) -> dict[str, Any]:
         """The finished run's report."""
@@ -116,16 +115,3 @@ class RunFolder:
 
 def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
-
-
-def _plain(value: Any) -> Any:
-    """numpy scalars and arrays, tuples and NaN -> what JSON knows."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
