@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.timing import interleave, print_result
 from data.batch import Metadata
 from data.loader import Cycles
 from data.synthetic.corpus import write_corpus
-from models.conditioner import Conditioner, ModelOutput, ParameterGroup
+from models.conditioner import Conditioner, Features, ModelOutput, ParameterGroup
 from utils.config.schema import RunConfig, load_config
 from utils.tracking import Tracker
 from utils.training.assemble import build_data
@@ -53,8 +53,9 @@ class Stub(nn.Module):
     def parameter_groups(self) -> list[ParameterGroup]:
         return [ParameterGroup("stub", [self.bias])]
 
-    def forward(self, inputs: Tensor, metadata: Metadata, from_prefix: bool) -> ModelOutput:
-        return ModelOutput(self.bias.expand(len(inputs), 2), self.conditioner.regularisation())
+    def forward(self, features: Features, metadata: Metadata) -> ModelOutput:
+        batch = len(features.values)
+        return ModelOutput(self.bias.expand(batch, 2), self.conditioner.regularisation())
 
 
 def corpus(folder: Path, *overrides: str) -> tuple[RunConfig, Cycles]:
@@ -80,7 +81,7 @@ def stub_trainer(
 ) -> Trainer:
     """The real loop around the stub, with epochs of `STEPS` batches."""
     machine = machine or Machine("cpu", "fp32", "false")
-    inputs = Inputs(nn.Identity(), machine)
+    inputs = Inputs(nn.Identity(), machine, data)
     inputs.frontend = lambda waveform, length, seed: length
     keeper = Keeper(RunFolder(folder), machine, {})
     trainer = Trainer(config, data, Stub(), inputs, machine, keeper, Tracker())
@@ -109,7 +110,7 @@ def measure(trainer: Trainer, rounds: int) -> dict[str, float]:
 
     def bare() -> None:
         for _ in range(STEPS):
-            output = stub(batch.length, batch.metadata, False)
+            output = stub(Features(batch.length), batch.metadata)
             trainer.loss(output.logits, batch.label).mean().backward()
             nn.utils.clip_grad_norm_([stub.bias], 1.0)
             optimizer.step()

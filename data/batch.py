@@ -24,10 +24,11 @@ FIELDS: tuple[str, ...] = ("device", "site", *SCALARS)
 
 
 class _Movable:
-    """Dataclass of tensors (or of further `_Movable`s) that can be moved and indexed as one."""
+    """Dataclass of tensors (or of further `_Movable`s, or None) moved and indexed as one."""
 
     def _map(self, function):
-        return type(self)(**{f.name: function(getattr(self, f.name)) for f in fields(self)})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return type(self)(**{k: None if v is None else function(v) for k, v in values.items()})
 
     def to(self, device: torch.device | str, non_blocking: bool = False):
         """Copy of this object with every tensor on `device`."""
@@ -44,7 +45,7 @@ class _Movable:
 
 @dataclass
 class Metadata(_Movable):
-    """What is known about a batch of cycles besides the sound.
+    """What is known about a batch of cycles apart from the sound.
 
     Attributes:
         device: [B] int64, index into `DEVICES`, or `UNKNOWN_DEVICE`.
@@ -52,7 +53,7 @@ class Metadata(_Movable):
         rest: [B, 3] float32, `SCALARS` z-scored with the training cycles' statistics;
             0 where the value is unknown.
         known: [B, 5] bool, columns `FIELDS`. A conditioner must treat a field whose flag is
-            False as unknown whatever value stands beside it.
+            False as unknown, whatever its value.
     """
 
     device: Tensor
@@ -82,11 +83,14 @@ class Batch(_Movable):
 
     Attributes:
         waveform: [B, S] float32, 16 kHz, the cycle's own samples, zero behind `length`;
-            S is the longest length in the batch (at most 10 s).
+            S is the longest length in the batch (at most 10 s), 0 where `features` are given.
         length: [B] int64, samples of each cycle.
         metadata: `Metadata` of the same B cycles.
         label: [B, C] float32. C = 2: (crackle, wheeze). C = 1: abnormal.
         cycle: [B] int64, row number of the cycle in the run's cycle table.
+        patient: [B] int64, number of the patient in the run's cycle table.
+        features: what was computed before and replaces the waveform, or None: the tokens
+            [B, N, D] of a frozen backbone.
     """
 
     waveform: Tensor
@@ -94,6 +98,12 @@ class Batch(_Movable):
     metadata: Metadata
     label: Tensor
     cycle: Tensor
+    patient: Tensor
+    features: Tensor | None = None
 
     def __len__(self) -> int:
         return self.length.shape[0]
+
+
+for _record in (Metadata, Batch):  # pytrees: torch.export takes them as a model's inputs
+    torch.export.register_dataclass(_record)

@@ -1,7 +1,7 @@
 """From row numbers to batches: what training, evaluation and prediction all read from.
 
-`Cycles` holds everything about the cycles of a run; `epoch_plan` says which rows make which step;
-`Cycles.batches` copies them out of the waveform store ahead of the device.
+`Cycles` holds everything about the cycles of a run and gives any rows of them as a `Batch`;
+`epoch_plan` says which rows make which step; `read_ahead` prepares batches before they are needed.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Cycles:
     def __post_init__(self):
         events = (self.table["Crackles"].to_numpy(), self.table["Wheezes"].to_numpy())
         self.label = torch.from_numpy(self.task.labels(*events))  # [N, C]
+        self.patient = torch.from_numpy(pd.factorize(self.table["PID"])[0].astype(np.int64))  # [N]
 
     def classes(self, rows: np.ndarray) -> np.ndarray:
         """Class of each given row, [n] int64."""
@@ -72,34 +73,19 @@ class Cycles:
             metadata=self.metadata[index],
             label=self.label[index],
             cycle=index,
+            patient=self.patient[index],
         )
 
-    def batches(
-        self,
-        parts: Iterable[np.ndarray],
-        *,
-        collect: Callable[[np.ndarray], Batch] | None = None,
-        pin_memory: bool = False,
-    ) -> Iterator[Batch]:
-        """One `Batch` per array of row numbers, in order, prepared in a thread ahead of use.
 
-        Args:
-            collect: rows [n] -> `Batch` on the CPU; default: `batch`.
-            pin_memory: give page-locked memory, for copies that overlap with the device's work.
-        """
-        collect = collect or self.batch
-
-        def prepare(rows: np.ndarray) -> Batch:
-            batch = collect(rows)
-            return batch.pin_memory() if pin_memory else batch
-
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            parts = iter(parts)
-            waiting = deque(pool.submit(prepare, rows) for rows in islice(parts, PREFETCH))
-            while waiting:
-                batch = waiting.popleft().result()
-                waiting.extend(pool.submit(prepare, rows) for rows in islice(parts, 1))
-                yield batch
+def read_ahead(read: Callable[[np.ndarray], Batch], parts: Iterable[np.ndarray]) -> Iterator[Batch]:
+    """`read` of each array of row numbers, in order, in a thread `PREFETCH` batches ahead."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        parts = iter(parts)
+        waiting = deque(pool.submit(read, rows) for rows in islice(parts, PREFETCH))
+        while waiting:
+            batch = waiting.popleft().result()
+            waiting.extend(pool.submit(read, rows) for rows in islice(parts, 1))
+            yield batch
 
 
 class MicroBatch(NamedTuple):

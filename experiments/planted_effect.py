@@ -37,6 +37,7 @@ from data.loader import Cycles
 from data.synthetic.corpus import CorpusReport, write_corpus
 from data.synthetic.planted import SECOND_GROUP
 from experiments.planted_effect_report import OFF, remarks_of, to_markdown
+from models.conditioner import Features
 from models.conditioners.softfilm import SoftFiLM
 from models.registry import VARIANTS
 from utils.common.cli import EXIT_PREEMPTED
@@ -120,14 +121,14 @@ class Remembered(Inputs):
         super().__init__(*arguments)
         self.known = known
 
-    def collect(self, data: Cycles, rows: np.ndarray) -> Batch:
-        return data.batch(rows, waveforms=not self._has(rows.tolist()))
+    def read(self, rows: np.ndarray) -> Batch:
+        return self.data.batch(rows, waveforms=not self._has(rows.tolist()))
 
-    def __call__(self, batch: Batch, seed: int | None) -> Tensor:
+    def __call__(self, batch: Batch, seed: int | None) -> Features:
         cycles = batch.cycle.tolist()
         if not self._has(cycles):
-            self.known |= dict(zip(cycles, super().__call__(batch, None), strict=True))
-        return torch.stack([self.known[cycle] for cycle in cycles])
+            self.known |= dict(zip(cycles, super().__call__(batch, None).values, strict=True))
+        return Features(torch.stack([self.known[cycle] for cycle in cycles]))
 
     def _has(self, cycles: Sequence[int]) -> bool:
         return all(cycle in self.known for cycle in cycles)
@@ -248,7 +249,7 @@ class Benchmark:
             "run": folder.path.name,
         }
         known = self._known.setdefault(corpus, {})
-        inputs = Remembered(build_frontend(config), machine, known=known)
+        inputs = Remembered(build_frontend(config), machine, data, known=known)
         keeper = Keeper(folder, machine, describe)
         return Trainer(config, data, model, inputs, machine, keeper, Tracker())
 

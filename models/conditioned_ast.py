@@ -15,6 +15,7 @@ from models.ast import AST, Cut
 from models.conditioner import (
     Conditioner,
     ConditionState,
+    Features,
     ModelOutput,
     ParameterGroup,
 )
@@ -52,7 +53,7 @@ class ConditionedAST(nn.Module):
     With a frozen backbone (`trainable_blocks` n < depth) everything before `cut` is frozen and does
     not depend on the metadata: the embedding and the blocks below the first that trains or is
     conditioned; and, when that block is frozen too, its attention. `frozen_prefix` gives it,
-    `forward_from_prefix` continues from it, and `forward` is exactly the two in turn.
+    and `forward` continues from it as it would have from the spectrogram.
     """
 
     def __init__(
@@ -69,34 +70,30 @@ class ConditionedAST(nn.Module):
 
     # ------------------------------------------------------------------ forward
 
-    def forward(
-        self, spectrogram: Tensor, metadata: Metadata, from_prefix: bool = False
-    ) -> ModelOutput:
-        """spectrogram [B, 1, F, T] (or, with `from_prefix`, what `frozen_prefix` gave) -> logits
-        [B, K] float32 and the regularisation term."""
-        with full_precision(spectrogram):
-            state = self.conditioner.encode(metadata)
-        pooled = self._pool(spectrogram, state, from_prefix)
-        with full_precision(pooled):
-            logits = self.head(self.conditioner.fuse(pooled.float(), state))
-            return ModelOutput(logits, self.conditioner.regularisation())
+    def forward(self, features: Features | Tensor, metadata: Metadata) -> ModelOutput:
+        """Spectrograms [B, 1, F, T] or `Features` -> logits [B, K] float32 and the regularisation
+        term."""
+        _, fused = self.embed(features, metadata)
+        with full_precision(fused):
+            return ModelOutput(self.head(fused), self.conditioner.regularisation())
 
-    def _pool(self, inputs: Tensor, state: ConditionState, from_prefix: bool = False) -> Tensor:
-        if self.cut is None:
-            return self.backbone(inputs, state.modulation)
-        if from_prefix:  # stored in half precision perhaps; the residual stream is not
-            x = inputs.to(self.backbone.norm.weight.dtype)
-        else:
-            x = self.frozen_prefix(inputs)
-        return self.backbone.resume(x, state.modulation, self.cut)
-
-    def embed(self, spectrogram: Tensor, metadata: Metadata) -> tuple[Tensor, Tensor]:
-        """Representations [B, D] before and after `Conditioner.fuse`, for analysis."""
-        with full_precision(spectrogram):
+    def embed(self, features: Features | Tensor, metadata: Metadata) -> tuple[Tensor, Tensor]:
+        """Representations [B, D] float32 before and after `Conditioner.fuse`."""
+        values, from_prefix = features if isinstance(features, Features) else Features(features)
+        with full_precision(values):
             state = self.conditioner.encode(metadata)
-        pooled = self._pool(spectrogram, state).float()
+        pooled = self._pool(values, from_prefix, state).float()
         with full_precision(pooled):
             return pooled, self.conditioner.fuse(pooled, state)
+
+    def _pool(self, values: Tensor, from_prefix: bool, state: ConditionState) -> Tensor:
+        if self.cut is None:
+            return self.backbone(values, state.modulation)
+        if from_prefix:  # stored in half precision perhaps; the residual stream is not
+            x = values.to(self.backbone.norm.weight.dtype)
+        else:
+            x = self.frozen_prefix(values)
+        return self.backbone.resume(x, state.modulation, self.cut)
 
     # ------------------------------------------------------------------ frozen prefix
 
@@ -113,10 +110,6 @@ class ConditionedAST(nn.Module):
             raise ValueError("nothing is frozen, so there is no frozen prefix")
         with torch.no_grad():
             return self.backbone.prefix(spectrogram, self.cut)
-
-    def forward_from_prefix(self, prefix: Tensor, metadata: Metadata) -> ModelOutput:
-        """`forward` from what `frozen_prefix` gave, in any floating-point type."""
-        return self.forward(prefix, metadata, from_prefix=True)
 
     def prefix_fingerprint(self) -> str:
         """Hash of everything in the model that `frozen_prefix` depends on, to name a cache by."""

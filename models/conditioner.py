@@ -17,6 +17,18 @@ from torch import Tensor, nn
 from data.batch import Metadata
 
 
+class Features(NamedTuple):
+    """What the model computes from, apart from the metadata.
+
+    Attributes:
+        values: spectrograms [B, 1, F, T], or tokens [B, N, D] from `ConditionedAST.frozen_prefix`.
+        from_prefix: whether they are the latter.
+    """
+
+    values: Tensor
+    from_prefix: bool = False
+
+
 class Modulation(NamedTuple):
     """u <- (1 + scale) * u + shift, applied to the tokens of one block after LN2.
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.loader import PREFETCH, derived_seed, epoch_order, epoch_plan
+from data.loader import PREFETCH, derived_seed, epoch_order, epoch_plan, read_ahead
 from tests.utils.tiny import tiny_config, tiny_data
 
 
@@ -124,6 +124,8 @@ def test_batch_holds_the_stores_samples_and_nothing_behind_them(data):
         assert np.array_equal(batch.waveform[i, : len(expected)].numpy(), expected)
         assert not batch.waveform[i, len(expected) :].any()
     assert batch.cycle.tolist() == rows.tolist()
+    patients = data.table["PID"].to_numpy()
+    assert np.array_equal(patients[rows], patients[::4][batch.patient])  # four cycles of each
     assert torch.equal(batch.metadata.rest, data.metadata.rest[rows])
     assert torch.equal(batch.metadata.site, data.metadata.site[rows])
     events = data.table[["Crackles", "Wheezes"]].to_numpy()[rows]
@@ -142,26 +144,26 @@ def test_without_waveforms_nothing_is_read(data):
 def test_batches_come_in_order_and_only_just_ahead(data):
     asked = []
 
-    def collect(rows):
+    def read(rows):
         asked.append((rows[0], threading.current_thread() is threading.main_thread()))
         return data.batch(rows)
 
     parts = [np.array([i, i + 1]) for i in range(0, 20, 2)]
     found = []
-    for number, batch in enumerate(data.batches(iter(parts), collect=collect)):
+    for number, batch in enumerate(read_ahead(read, iter(parts))):
         assert len(asked) <= number + 1 + PREFETCH
         found.append(batch.cycle.tolist())
     assert found == [part.tolist() for part in parts]
     assert not any(main for _, main in asked)
 
 
-def test_an_error_while_collecting_reaches_the_loop(data):
-    def collect(rows):
+def test_an_error_while_reading_reaches_the_loop(data):
+    def read(rows):
         if rows[0] == 2:
             raise OSError("gone")
         return data.batch(rows)
 
-    batches = data.batches([np.array([i]) for i in range(4)], collect=collect)
+    batches = read_ahead(read, [np.array([i]) for i in range(4)])
     assert [next(batches).cycle.item() for _ in range(2)] == [0, 1]
     with pytest.raises(OSError, match="gone"):
         next(batches)

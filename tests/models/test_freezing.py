@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.ast import Cut
-from models.conditioner import Modulation
+from models.conditioner import Features, Modulation
 
 VARIANTS = ("ast", "ast_grf", "ast_film", "ast_tafilm", "ast_softfilm")
 
@@ -82,7 +82,7 @@ def test_the_prefix_ends_where_something_trains_or_is_conditioned(
             prefix = model.frozen_prefix(x.clone().requires_grad_())
             assert prefix.shape == (4, tokens, 48)
             assert not prefix.requires_grad
-            out = model.forward_from_prefix(prefix, metadata)
+            out = model(Features(prefix, from_prefix=True), metadata)
         else:
             out = model(x, metadata)
         (out.logits.square().sum() + out.regularisation).backward()
@@ -104,9 +104,10 @@ def test_a_prefix_in_half_precision_is_accepted(
     model = make_model(variant, trainable_blocks=n).eval()
     x, metadata = make_spectrogram(4), make_metadata(4)
     half = model.frozen_prefix(x).bfloat16()
-    out = model.forward_from_prefix(half, metadata)
+    out = model(Features(half, from_prefix=True), metadata)
     assert out.logits.dtype == torch.float32
-    assert torch.equal(out.logits, model.forward_from_prefix(half.float(), metadata).logits)
+    full = model(Features(half.float(), from_prefix=True), metadata)
+    assert torch.equal(out.logits, full.logits)
     assert torch.allclose(out.logits, model(x, metadata).logits, atol=0.02)
 
 

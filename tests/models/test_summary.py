@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.ast import AST
+from models.conditioner import Features
 from utils.config.schema import load_config
 from utils.runs.model_summary import (
     backbone_flops,
@@ -52,10 +53,10 @@ def test_formula_agrees_with_the_counter(
     x, metadata = make_spectrogram(1), make_metadata(1)
     for cached in (False, True) if model.cacheable else (False,):
         expected = backbone_flops(model.backbone, model.cut, cached=cached) + small
-        inputs = model.frozen_prefix(x) if cached else x
+        inputs = Features(model.frozen_prefix(x) if cached else x, from_prefix=cached)
         with sdpa_kernel(SDPBackend.MATH):
             with FlopCounterMode(display=False) as counter:
-                out = model(inputs, metadata, from_prefix=cached)
+                out = model(inputs, metadata)
                 forward = counter.get_total_flops()
                 (out.logits.sum() + out.regularisation).backward()
             training = counter.get_total_flops()

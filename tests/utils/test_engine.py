@@ -114,7 +114,6 @@ def test_a_step_never_waits_for_the_device(variant, tmp_path):
     batch = trainer.data.batch(trainer.rows[:8])
     spectrogram = trainer.inputs(batch, 1)
     trainer.inputs = lambda *_: spectrogram
-    trainer.inputs.from_prefix = False
     trainer.model.train()
     signals = Signals(trainer.machine.device, 1, 1e9)
     with Questions() as questions:
@@ -156,7 +155,7 @@ def test_one_step_is_adamw_on_the_mean_loss(tmp_path):
     optimizer.step()
 
     trainer.model.train()
-    flag = trainer._step([MicroBatch(rows, 1 / 8, 0)], trainer.data.batches([rows]))
+    flag = trainer._step([MicroBatch(rows, 1 / 8, 0)], trainer.inputs.batches([rows]))
     assert not flag
     for name, value in model.state_dict().items():
         found = trainer.model.state_dict()[name]
@@ -275,13 +274,13 @@ def test_pos_weight_comes_from_the_training_part(tmp_path):
 
 def test_fixed_takes_the_last_epoch_and_never_looks(tmp_path):
     trainer = tiny_trainer(tiny_config(**{"training.selection": "fixed"}), tmp_path)
-    asked, collect = set(), trainer.inputs.collect
+    asked, read = set(), trainer.inputs.read
 
-    def recorded(data, rows):
+    def recorded(rows):
         asked.update(rows.tolist())
-        return collect(data, rows)
+        return read(rows)
 
-    trainer.inputs.collect = recorded
+    trainer.inputs.read = recorded
     progress = trainer.fit()
     assert asked == set(trainer.data.split.train.tolist())
     assert progress.best_epoch == 2

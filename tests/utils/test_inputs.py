@@ -209,10 +209,9 @@ def test_the_front_end_gets_the_batch_and_its_seed():
             return "spectrogram"
 
     frontend = Frontend()
-    inputs = Inputs(frontend, Machine("cpu"))
-    data = tiny_data(tiny_config())
-    batch = inputs.collect(data, np.array([3, 1]))
-    assert inputs(batch, 17) == "spectrogram"
+    inputs = Inputs(frontend, Machine("cpu"), tiny_data(tiny_config()))
+    (batch,) = inputs.batches([np.array([3, 1])])
+    assert inputs(batch, 17) == ("spectrogram", False)
     waveform, length, seed = frontend.arguments
     assert waveform is batch.waveform
     assert length is batch.length

@@ -22,6 +22,7 @@ from models.build import ConditionedAST
 from utils.common.errors import UserError
 from utils.figures import style
 from utils.training.device import Machine
+from utils.training.inputs import Inputs
 
 NEIGHBOURS = 10
 SEED = 0
@@ -60,11 +61,10 @@ def embed_cycles(
     model.eval()
     parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     out = []
-    for batch in data.batches(parts):
-        batch = batch.to(machine.device)
+    inputs = Inputs(frontend, machine, data)
+    for batch in inputs.batches(parts):
         with machine.autocast():
-            spectrogram = frontend(batch.waveform, batch.length, None)
-            _, fused = model.embed(spectrogram, batch.metadata)
+            _, fused = model.embed(inputs(batch, None), batch.metadata)
         out.append(fused.float().cpu().numpy())
     return np.concatenate(out)
 

@@ -131,7 +131,7 @@ def build_inputs(
     frontend = build_frontend(config)
     wanted = config.training.frozen_cache and not config.augment.enabled
     if not (wanted and model.cacheable):
-        return Inputs(frontend, machine)
+        return Inputs(frontend, machine, data)
     settings = asdict(config.audio) | {"h": config.dataset.h, "w": config.dataset.w}
     return FrozenInputs(
         frontend,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from tqdm import tqdm
 
 from data.batch import Batch
 from data.frontend import AudioFrontend
-from data.loader import Cycles
+from data.loader import Cycles, read_ahead
 from models.build import ConditionedAST
+from models.conditioner import Features
 from utils.common.files import atomic_write, write_error
 from utils.training.device import Machine
 
@@ -25,37 +27,45 @@ logger = logging.getLogger(__name__)
 
 
 class Inputs:
-    """Batch -> spectrogram [B, 1, F, T], computed on the device for every batch."""
+    """Rows -> batches -> spectrograms [B, 1, F, T], computed on the device for every batch."""
 
-    from_prefix = False
-
-    def __init__(self, frontend: AudioFrontend, machine: Machine):
-        self.frontend = frontend.to(machine.device)
+    def __init__(self, frontend: AudioFrontend, machine: Machine, data: Cycles):
+        self.frontend, self.machine, self.data = frontend.to(machine.device), machine, data
 
     def prepare(self, rows: np.ndarray) -> None:
         """Called with the rows [n] that will be asked for; nothing to do here."""
 
-    def collect(self, data: Cycles, rows: np.ndarray) -> Batch:
-        """The given rows [B] as a `Batch` on the CPU; runs in the loader's thread."""
-        return data.batch(rows)
+    def batches(self, parts: Iterable[np.ndarray]) -> Iterator[Batch]:
+        """One batch per array of row numbers, on the device, in order, read ahead of use."""
+        device = self.machine.device
 
-    def __call__(self, batch: Batch, seed: int | None) -> Tensor:
-        """A collected batch, on the device -> model input.
+        def read(rows: np.ndarray) -> Batch:
+            batch = self.read(rows)
+            return batch.pin_memory() if device.type == "cuda" else batch
+
+        for batch in read_ahead(read, parts):
+            yield batch.to(device, non_blocking=True)
+
+    def read(self, rows: np.ndarray) -> Batch:
+        """The given rows [B] as a batch on the CPU; called in a thread of its own."""
+        return self.data.batch(rows)
+
+    def __call__(self, batch: Batch, seed: int | None) -> Features:
+        """A batch on the device -> what the model takes.
 
         seed: of the augmentation; None: none.
         """
-        return self.frontend(batch.waveform, batch.length, seed)
+        return Features(self.frontend(batch.waveform, batch.length, seed))
 
 
 class FrozenInputs(Inputs):
-    """Batch -> the frozen prefix's tokens [B, N, D], computed once per clip and stored on disk.
+    """Rows -> the frozen prefix's tokens [B, N, D], computed once per clip and stored on disk.
 
     The store is one file per (waveforms, front end, frozen weights, precision) and a table of the
     rows that are in it. Rows are computed when they are first asked for, so that the test half is
     not read before its time. Two runs may fill the same store: they write the same values.
     """
 
-    from_prefix = True
     DTYPE = torch.bfloat16  # half the disk and reading time; the residual stream goes on in fp32
     PART = 256  # clips between two entries in the table
     VERSION = 1  # part of every name; raise it when front end or backbone compute something else
@@ -72,8 +82,8 @@ class FrozenInputs(Inputs):
         batch_size: int,
     ):
         """settings: everything the front end depends on, as text."""
-        super().__init__(frontend, machine)
-        self.machine, self.model, self.data, self.batch_size = machine, model, data, batch_size
+        super().__init__(frontend, machine, data)
+        self.model, self.batch_size = model, batch_size
         self.shape = tuple(self._prefix(data.split.train[:1]).shape[1:])
         self.clip_bytes = int(np.prod(self.shape)) * self.DTYPE.itemsize
         text = (
@@ -160,14 +170,15 @@ class FrozenInputs(Inputs):
         mode = self.model.training
         self.model.eval()
         with self.machine.autocast():
-            prefix = self.model.frozen_prefix(super().__call__(batch, None))
+            prefix = self.model.frozen_prefix(super().__call__(batch, None).values)
         self.model.train(mode)
         return prefix.to(self.DTYPE)
 
-    def collect(self, data: Cycles, rows: np.ndarray) -> Batch:
-        """A `Batch` that carries the stored tokens [B, N, D] in place of the waveform."""
+    def read(self, rows: np.ndarray) -> Batch:
+        """The given rows [B] with their stored tokens [B, N, D] in place of the waveform."""
         stored = torch.from_numpy(self.features[rows]).view(self.DTYPE)
-        return replace(data.batch(rows, waveforms=False), waveform=stored.view(-1, *self.shape))
+        batch = self.data.batch(rows, waveforms=False)
+        return replace(batch, features=stored.view(-1, *self.shape))
 
-    def __call__(self, batch: Batch, seed: int | None) -> Tensor:
-        return batch.waveform
+    def __call__(self, batch: Batch, seed: int | None) -> Features:
+        return Features(batch.features, from_prefix=True)

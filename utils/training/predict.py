@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Metadata
+from data.batch import Metadata
 from data.loader import Cycles
 from models.build import ConditionedAST
 from utils.training.device import Machine
@@ -24,7 +24,7 @@ class Predictor:
     Args:
         data: the cycles.
         model: on the machine's device.
-        inputs: what turns a batch into model input.
+        inputs: gives batches, and what the model takes of them.
         machine: device, precision; several processes share the rows.
         batch_size: cycles per forward pass. Rounding depends on it, the meaning does not.
     """
@@ -60,33 +60,25 @@ class Predictor:
         """[n, M, K]; M is 1 for the cycles' own metadata (None)."""
         self.inputs.prepare(rows)
         self.model.eval()
+        device = self.machine.device
         places = np.arange(len(rows))[self.machine.rank :: self.machine.world]
         parts = [places[i : i + self.batch_size] for i in range(0, len(places), self.batch_size)]
         shape = (1 if metadata is None else len(metadata), len(self.data.task.outputs))
         results = []
-        batches = self.data.batches(
-            (rows[part] for part in parts),
-            collect=self._collect,
-            pin_memory=self.machine.device.type == "cuda",
-        )
+        batches = self.inputs.batches(rows[part] for part in parts)
         for part, batch in zip(parts, batches, strict=True):
-            batch = batch.to(self.machine.device, non_blocking=True)
             place = torch.from_numpy(part)
-            told = [batch.metadata] if metadata is None else [m[place] for m in metadata]
+            given = (
+                [batch.metadata] if metadata is None else [m[place].to(device) for m in metadata]
+            )
             with self.machine.autocast():
-                sound = self.inputs(batch, None)
-                logits = [
-                    self.model(sound, m.to(self.machine.device), self.inputs.from_prefix).logits
-                    for m in told
-                ]
-            results.append((place.to(self.machine.device), torch.cat(logits, dim=1)))
+                features = self.inputs(batch, None)
+                logits = [self.model(features, m).logits for m in given]
+            results.append((place.to(device), torch.cat(logits, dim=1)))
         found, record = gather_rows(self.machine, results, shape[0] * shape[1])
         logits = np.empty((len(rows), *shape), np.float32)
         logits[found] = record.reshape(-1, *shape)
         return logits
-
-    def _collect(self, rows: np.ndarray) -> Batch:
-        return self.inputs.collect(self.data, rows)
 
 
 def gather_rows(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,7 +70,7 @@ class Trainer:
         config: the run's configuration.
         data: its cycles.
         model: a `models.build.ConditionedAST`; moved to the device and trained in place.
-        inputs: what turns a batch into model input, on the device.
+        inputs: gives batches on the device, and what the model takes of them.
         machine: device, precision, processes.
         keeper: writes and reads checkpoints.
         tracker: receives one dictionary of metrics per epoch (`utils.tracking.Tracker`).
@@ -181,11 +182,7 @@ class Trainer:
             epoch=progress.epoch,
             seed=settings.seed,
         )[progress.step :]
-        batches = self.data.batches(
-            (part.rows for step in plan for part in step),
-            collect=self._collect,
-            pin_memory=self.machine.device.type == "cuda",
-        )
+        batches = self.inputs.batches(part.rows for step in plan for part in step)
         self.wrapped.train()
         bar = tqdm(
             plan,
@@ -205,21 +202,16 @@ class Trainer:
             self._heed(self.signals.post(nonfinite, rows))
         self._heed(self.signals.drain(), save=False)  # if one is due, better behind the evaluation
 
-    def _collect(self, rows: np.ndarray) -> Batch:
-        return self.inputs.collect(self.data, rows)
-
-    def _step(self, parts: list[MicroBatch], batches) -> Tensor:
+    def _step(self, parts: list[MicroBatch], batches: Iterator[Batch]) -> Tensor:
         """One optimiser step; returns a scalar on the device, 1 if the gradient was not finite."""
         total = torch.zeros((), device=self.machine.device)
         for number, part in enumerate(parts):
-            batch = next(batches).to(self.machine.device, non_blocking=True)
+            batch = next(batches)
             last = number == len(parts) - 1
             wait = nullcontext() if last or self.machine.world == 1 else self.wrapped.no_sync()
             with wait:
                 with self.machine.autocast():
-                    output = self.wrapped(
-                        self.inputs(batch, part.seed), batch.metadata, self.inputs.from_prefix
-                    )
+                    output = self.wrapped(self.inputs(batch, part.seed), batch.metadata)
                 losses = self.loss(output.logits, batch.label)  # [B]
                 share = part.weight * len(batch)
                 loss = losses.sum() * part.weight + output.regularisation * share
