@@ -30,7 +30,7 @@ from utils.evaluation.compare import SHOWN, compare, default_folder, write_compa
 from utils.evaluation.render import number, to_markdown, with_interval
 from utils.evaluation.trained_model import SPLITS, Evaluator
 from utils.metrics.predictions import write_predictions
-from utils.metrics.protocol import MARKS, metric_group
+from utils.metrics.protocol import Selection, metric_group
 from utils.runs.end import banner, defined, figure_row
 from utils.tracking import continue_tracking
 
@@ -130,9 +130,10 @@ def track(model: Evaluator, folder: Path, split: str, report: dict[str, Any]) ->
 
 def print_report(report: dict[str, Any]) -> None:
     """The figures that matter most, at most 100 columns."""
+    rule = Selection(report["selection"])
     print(
         f"\n{report['title']}, {report['n_cls']}-class, seed {report['seed']}, "
-        f"epoch {report['epoch'] + 1}, {report['part']} part: {MARKS[report['selection']]}"
+        f"epoch {report['epoch'] + 1}, {report['part']} part: {rule.label}"
     )
     print(f"{'percent, [95 % over patients]':32}{'Sp':>9}{'Se':>9}{'Score':>9}")
     metrics = report["metrics"]
@@ -159,7 +160,7 @@ def print_comparison(result: dict[str, Any]) -> None:
     print(f"{'percent, [95 % over patients]':44}{'Sp':>9}{'Se':>9}{'Score':>9}")
     for model in result["models"]:
         print(figure_row(f"{model['name']:43} ", model["figures"]))
-        print(f"  {MARKS[model['selection']]}; {model['run']}")
+        print(f"  {Selection(model['selection']).label}; {model['run']}")
     for name, floor in result["floors"].items():
         print(figure_row(f"{f'floor: {name}':43} ", floor["metrics"]["chosen"]))
     print("\npaired differences in points [95 %], p")

@@ -29,12 +29,11 @@ from utils.metrics.predictions import (
     write_predictions,
 )
 from utils.metrics.protocol import (
-    MARKS,
     PARTIAL_MARK,
     SYNTHETIC_MARK,
+    Selection,
     caption,
     metric_group,
-    statement,
 )
 from utils.metrics.score import sp_se_score
 from utils.metrics.subgroups import age_group, subgroup_table
@@ -143,14 +142,21 @@ def test_every_table_carries_rule_and_what_the_data_lack(selection, partial, syn
     ]
     assert len(captions) == text.count("\n|---") == 7  # one caption for each table
     for line in captions:
-        assert MARKS[selection] in line and (PARTIAL_MARK in line) == bool(partial)
+        assert Selection(selection).label in line and (PARTIAL_MARK in line) == bool(partial)
         assert (SYNTHETIC_MARK in line) == synthetic
     assert "Run `ast_film-4cls-s3`: FiLM-AST, 4-class, split `official`, seed 3, epoch 7." in text
-    assert statement(selection) in text and (partial in text)
+    assert Selection(selection).statement in text and (partial in text)
     assert "| shuffled | 50.00 | 40.00 | 45.00 | -3.00 [-5.00, -1.00] | 0.004 |" in text
     nobody = dict.fromkeys(report["counts"], 0)
     card = model_card(report, training_counts={"train": report["counts"], "val": nobody})
-    for needed in (MARKS[selection], statement(selection), "research only", "12 patients", partial):
+    rule = Selection(selection)
+    for needed in (
+        rule.label,
+        rule.statement,
+        "research only",
+        "12 patients",
+        partial,
+    ):
         assert needed in card
     assert (PARTIAL_MARK in card) == bool(partial)
     assert ("Physiol. Meas." in card) == (not synthetic) and (SYNTHETIC_MARK in card) == synthetic
@@ -167,7 +173,7 @@ def test_caption_refuses_an_unknown_rule():
 
 
 def test_test_selected_figures_have_tracker_columns_of_their_own():
-    groups = {rule: metric_group("test", rule) for rule in MARKS}
+    groups = {rule: metric_group("test", rule) for rule in Selection}
     assert groups["validation"] == groups["fixed"] == "test" != groups["test"]
 
 
@@ -307,7 +313,7 @@ def test_rules_and_partial_data_never_share_a_table(run_folder):
     ]
     tables = build_tables(read_runs(folders), ["4-class"])
     assert len(tables) == 5
-    marks = [MARKS["test"] in t.title for t in tables]
+    marks = [Selection.TEST.label in t.title for t in tables]
     assert marks == [False, False, False, False, True]  # honest rules first
     shouted = [t for t in tables if PARTIAL_MARK in t.title]
     assert len(shouted) == 1 and "50 of 920 recordings" in shouted[0].notes[0]

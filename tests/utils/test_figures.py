@@ -19,7 +19,6 @@ from utils.figures.evaluation import (
 from utils.figures.published import (
     HONEST,
     TABLE,
-    TEST_SELECTED,
     OwnResult,
     read_published,
     sota_caption,
@@ -27,6 +26,7 @@ from utils.figures.published import (
 )
 from utils.figures.training import learning_figure, measured_part, read_metrics
 from utils.metrics.calibration import calibration_report
+from utils.metrics.protocol import Selection
 
 
 def texts(figure: Figure) -> list[str]:
@@ -85,7 +85,7 @@ def test_same_figure_gives_the_same_bytes(tmp_path):
 
 def test_notice_says_what_the_figure_is_not():
     assert style.Notice(protocol="test").grave
-    assert "TEST-SELECTED" in " ".join(style.Notice(protocol="test").lines())
+    assert "SELECTED ON TEST" in " ".join(style.Notice(protocol="test").lines())
     assert "PARTIAL DATA: 50 of 920." in style.Notice(partial="50 of 920").lines()
     assert style.Notice(partial="PARTIAL DATA: 50").lines() == ["PARTIAL DATA: 50."]
     assert "SYNTHETIC" in style.Notice(synthetic=True, partial="PARTIAL DATA: 3").lines()[0]
@@ -218,7 +218,7 @@ def test_every_published_row_has_a_source_and_its_score_adds_up():
 )
 def test_faulty_published_rows_are_named(tmp_path, column, value, message):
     table = pd.read_csv(TABLE)
-    row = int(np.flatnonzero(table.selection == TEST_SELECTED)[0])
+    row = int(np.flatnonzero(table.selection == Selection.TEST)[0])
     table[column] = table[column].astype(object)
     table.loc[row, column] = value
     path = tmp_path / "published.csv"
@@ -237,16 +237,16 @@ def test_honest_and_test_selected_results_stand_in_blocks_of_their_own():
     place = {t.get_text(): t.get_position()[1] for t in axis.texts}
     heads = {
         HONEST: place["Honest: test half opened once"],
-        TEST_SELECTED: place["Chosen on the test half"],
+        Selection.TEST: place["Chosen on the test half"],
     }
     labels = {
         t.get_text(): y for t, y in zip(axis.get_yticklabels(), axis.get_yticks(), strict=True)
     }
     unknown = place["Way of choosing not known"]
-    assert heads[HONEST] < labels["Ours (ours)"] < unknown < heads[TEST_SELECTED]
-    assert labels["Ours, on test (ours)"] > heads[TEST_SELECTED]
-    for row in table[(table.task == "4-class") & (table.selection == TEST_SELECTED)].itertuples():
-        assert any(y > heads[TEST_SELECTED] for t, y in labels.items() if t.startswith(row.method))
+    assert heads[HONEST] < labels["Ours (ours)"] < unknown < heads[Selection.TEST]
+    assert labels["Ours, on test (ours)"] > heads[Selection.TEST]
+    for row in table[(table.task == "4-class") & (table.selection == Selection.TEST)].itertuples():
+        assert any(y > heads[Selection.TEST] for t, y in labels.items() if t.startswith(row.method))
     drawn = sorted(round(float(b.lines[0].get_xdata()[0]), 2) for b in axis.containers)
     expected = [*table[table.task == "4-class"].score, 55.0, 60.0]
     assert drawn == sorted(round(float(s), 2) for s in expected)

@@ -36,7 +36,7 @@ from utils.evaluation.render import markdown_table, number, with_interval
 from utils.evaluation.report import evaluate_predictions
 from utils.metrics.calibration import log_odds
 from utils.metrics.predictions import make_predictions
-from utils.metrics.protocol import MARKS, caption
+from utils.metrics.protocol import Selection, caption
 from utils.metrics.score import choose_thresholds, output_targets
 
 PRIOR = "class prior"
@@ -189,7 +189,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--split-strategy", choices=STRATEGIES, default="official", help="default: official"
     )
     parser.add_argument(
-        "--selection", choices=MARKS, default="validation", help="default: validation"
+        "--selection",
+        choices=[rule.value for rule in Selection],
+        default="validation",
+        help="default: validation",
     )
     options = parser.parse_args(arguments)
     table = read_cycles(options.data_folder, require_audio=False)

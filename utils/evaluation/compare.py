@@ -19,11 +19,10 @@ from utils.evaluation.trained_model import Evaluator
 from utils.metrics.bootstrap import patient_bootstrap, patient_tables
 from utils.metrics.predictions import class_numbers
 from utils.metrics.protocol import (
-    MARKS,
     PARTIAL_MARK,
-    STATEMENTS,
     SYNTHETIC_MARK,
     SYNTHETIC_NOTE,
+    Selection,
 )
 
 logger = logging.getLogger(__name__)
@@ -146,9 +145,9 @@ def _same_cycles(frames: Mapping[str, pd.DataFrame]) -> None:
 
 def _notes(models: Sequence[Evaluator], n: int) -> list[str]:
     rules = {model.checkpoint.selection for model in models}
-    notes = [STATEMENTS[rule] for rule in STATEMENTS if rule in rules]
+    notes = [rule.statement for rule in Selection if rule in rules]
     if len(rules) > 1:
-        marks = ", ".join(MARKS[rule] for rule in STATEMENTS if rule in rules)
+        marks = ", ".join(rule.label for rule in Selection if rule in rules)
         notes.insert(0, f"DIFFERENT SELECTION RULES ({marks}): the difference is not that of the "
                         "models alone.")  # fmt: skip
         logger.warning("%s", notes[0])
@@ -163,7 +162,7 @@ def _notes(models: Sequence[Evaluator], n: int) -> list[str]:
 def comparison_markdown(result: Mapping[str, Any]) -> str:
     """The models' figures and their differences."""
     selections = {model["selection"] for model in result["models"]}
-    marks = [MARKS[rule] for rule in MARKS if rule in selections]
+    marks = [rule.label for rule in Selection if rule in selections]
     marks += [PARTIAL_MARK] if result["partial"] else []
     marks = "; ".join(marks + ([SYNTHETIC_MARK] if result["synthetic"] else []))
     counts = result["counts"]

@@ -20,6 +20,7 @@ from models.modulation import resolve_layers
 from utils.common.errors import UserError
 from utils.config.schema import NOT_HASHED
 from utils.metrics.bootstrap import Interval, SeedSummary, over_seeds, patient_bootstrap
+from utils.metrics.protocol import Selection
 
 log = logging.getLogger(__name__)
 
@@ -233,8 +234,7 @@ def group_runs(runs: Sequence[Run]) -> list[tuple[Protocol, list[RunGroup]]]:
                 )
         ordered = tuple(by_seed[seed] for seed in sorted(by_seed))
         protocols.setdefault(protocol, []).append(RunGroup(ordered))
-    rank = {"validation": 0, "fixed": 1, "test": 2}
-    return sorted(protocols.items(), key=lambda item: (rank[item[0].selection], item[0]))
+    return sorted(protocols.items(), key=lambda item: (Selection(item[0].selection).rank, item[0]))
 
 
 def folders_from_mlflow(uri: str, experiment: str) -> list[Path]:

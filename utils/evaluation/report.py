@@ -26,7 +26,7 @@ from utils.metrics.bootstrap import (
     patient_tables,
 )
 from utils.metrics.calibration import calibration_report
-from utils.metrics.protocol import statement
+from utils.metrics.protocol import Selection
 from utils.metrics.score import confusion, operating_curve, ranked_targets
 from utils.metrics.subgroups import subgroup_table
 
@@ -94,7 +94,7 @@ def evaluate_predictions(
         {
             "task": {"n_cls": task.n_cls, "exclusive": task.exclusive}
             | {"outputs": task.outputs, "classes": task.classes},
-            "protocol": {"selection": selection, "statement": statement(selection)}
+            "protocol": {"selection": selection, "statement": Selection(selection).statement}
             | {"bootstrap": bootstrap, "bootstrap_seed": seed, "unit": "patient"},
             "partial": bool(partial_message),
             "partial_message": partial_message,

@@ -31,7 +31,7 @@ from utils.evaluation.finished_runs import (
 )
 from utils.evaluation.render import NOTHING, counts_line, number
 from utils.evaluation.tables import FORMATS, Table, render
-from utils.metrics.protocol import STATEMENTS, SYNTHETIC_NOTE, caption
+from utils.metrics.protocol import SYNTHETIC_NOTE, Selection, caption
 
 COLLAPSED = " (4-class model, collapsed)"
 FIGURES = {"sp": "Sp", "se": "Se", "score": "Score"}
@@ -63,7 +63,7 @@ def notes(protocol: Protocol, groups: Sequence[RunGroup], extra: Sequence[str]) 
     if protocol.split != POOLED:
         trained = counts_line(first["counts"]["train"])
     lines = [
-        f"Ours: {STATEMENTS[protocol.selection]}",
+        f"Ours: {Selection(protocol.selection).statement}",
         f"Split `{protocol.split}`. Training: {trained}. "
         f"Test: {counts_line(first['test']['counts'])}.",
         "Percent; mean ± sd over n training seeds; in brackets the 95 % patient bootstrap interval "

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from utils.common.errors import UserError
 from utils.figures import style
+from utils.metrics.protocol import Selection
 
 TABLE = Path(__file__).with_name("published.csv")
 COLUMNS = (
@@ -24,12 +25,12 @@ COLUMNS = (
     "score_sd", "selection", "evidence", "source", "values_from", "note",
 )  # fmt: skip
 TASKS = ("4-class", "2-class")
-TEST_SELECTED, HONEST, NOT_STATED = "test-selected", "honest", "not stated"
+HONEST, NOT_STATED = "honest", "not stated"
 
 _BLOCKS = {  # in the order they are drawn: heading, colour, marker, filled
     HONEST: ("Honest: test half opened once", style.BLUE, "o", True),
     NOT_STATED: ("Way of choosing not known", style.GREY, "D", False),
-    TEST_SELECTED: ("Chosen on the test half", style.VERMILLION, "s", False),
+    Selection.TEST.value: ("Chosen on the test half", style.VERMILLION, "s", False),
 }
 
 
@@ -67,10 +68,8 @@ def read_published(path: Path = TABLE) -> pd.DataFrame:
         where = f"{path}, line {number} ({row.method})"
         if row.task not in TASKS:
             raise UserError(f"{where}: task must be one of {', '.join(TASKS)}, not {row.task!r}")
-        if row.selection not in (TEST_SELECTED, "validation", "fixed", NOT_STATED):
-            raise UserError(
-                f"{where}: selection must be test-selected, validation, fixed or not stated"
-            )
+        if row.selection not in (*Selection, NOT_STATED):
+            raise UserError(f"{where}: selection must be validation, fixed, test or not stated")
         if row.selection != NOT_STATED and pd.isna(row.evidence):
             raise UserError(f"{where}: selection {row.selection!r} needs its evidence")
         if pd.isna(row.source) or pd.isna(row.values_from) or not 0 < row.score < 100:
@@ -131,7 +130,7 @@ def _own_rows(own: Sequence[OwnResult]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "task": r.task, "method": r.name, "sp": r.sp, "se": r.se, "score": r.score,
-            "score_sd": r.score_sd, "block": TEST_SELECTED if r.protocol == "test" else HONEST,
+            "score_sd": r.score_sd, "block": HONEST if Selection(r.protocol).honest else "test",
             "label": f"{r.name} (ours)", "own": True,
         }
         for r in own

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from data.batch import DEVICES, SITES
 from data.task import CLASSES
 from utils.common.files import atomic_write
+from utils.metrics.protocol import Selection
 
 COLUMN = 3.5  # inch, width of one column
 PAGE = 7.16  # inch, width of both
@@ -79,12 +80,6 @@ _RC = {
     "ps.fonttype": 42,
 }
 
-_PROTOCOLS = {
-    "validation": "epoch and thresholds chosen on validation patients",
-    "fixed": "fixed protocol: last epoch, threshold 0.5",
-    "test": "TEST-SELECTED: epoch and thresholds chosen on the test half, not comparable with "
-    "honest figures",
-}
 _CAPTION_SIZE = 6.5  # pt
 
 
@@ -127,7 +122,7 @@ class Notice:
             marked = text.split(":")[0].isupper()
             lines.append(text if marked else f"PARTIAL DATA: {text}")
         if self.protocol is not None:
-            lines.append(f"Protocol: {_PROTOCOLS.get(self.protocol, self.protocol)}.")
+            lines.append(f"Protocol: {Selection(self.protocol).statement}")
         if self.source:
             lines.append(f"Source: {self.source}.")
         return lines

@@ -16,7 +16,7 @@ from utils.config.schema import RunConfig
 from utils.evaluation.baselines import floor_reports
 from utils.evaluation.render import model_card, number, to_markdown
 from utils.evaluation.report import evaluate_predictions
-from utils.metrics.protocol import MARKS, SYNTHETIC_NOTE, metric_group
+from utils.metrics.protocol import SYNTHETIC_NOTE, Selection, metric_group
 from utils.tracking import Tracker
 from utils.training.checkpoint import Checkpoint
 from utils.training.runfolder import RunFolder
@@ -126,7 +126,7 @@ def print_end(folder: RunFolder, config: RunConfig, *, published: bool = True) -
         print(banner(SYNTHETIC_NOTE))
     print(
         f"\n{report['title']}, {report['n_cls']}-class, seed {report['seed']}, "
-        f"epoch {report['epoch'] + 1}: {MARKS[report['selection']]}"
+        f"epoch {report['epoch'] + 1}: {Selection(report['selection']).label}"
     )
     print(f"{'percent, [95 % over patients]':32}{'Sp':>9}{'Se':>9}{'Score':>9}")
     for part, rule, label in (

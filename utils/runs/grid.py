@@ -46,7 +46,7 @@ from utils.evaluation.finished_runs import read_runs
 from utils.evaluation.render import number
 from utils.evaluation.result_tables import TABLES, build_tables
 from utils.evaluation.tables import FORMATS, render
-from utils.metrics.protocol import MARKS, caption
+from utils.metrics.protocol import Selection, caption
 from utils.runs.group import seeds_from
 from utils.tracking import Tracker, start_tracking
 from utils.training.runfolder import RunFolder
@@ -321,7 +321,7 @@ def run_tracked(grid: Grid, start: Callable[[Cell, Path], int] = start_process) 
         failed = run_grid(grid, start)
         status = "FAILED" if failed else "FINISHED"
         text = write_tables(grid)
-        rules = {MARKS[cell.config.training.selection] for cell in grid.cells}
+        rules = {Selection(cell.config.training.selection).label for cell in grid.cells}
         print(f"\n{text}" if text else f"\nno table: too few finished cells ({'; '.join(rules)})")
         print(f"grid folder {grid.folder}")
         for path in (grid.folder / "grid.json", *sorted(grid.folder.glob("table.*"))):

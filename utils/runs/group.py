@@ -34,7 +34,7 @@ from utils.evaluation.render import number, to_markdown
 from utils.evaluation.report import evaluate_predictions
 from utils.metrics.bootstrap import over_seeds, patient_bootstrap
 from utils.metrics.predictions import read_predictions, write_predictions
-from utils.metrics.protocol import MARKS, PARTIAL_MARK, SYNTHETIC_MARK, metric_group
+from utils.metrics.protocol import PARTIAL_MARK, SYNTHETIC_MARK, Selection, metric_group
 from utils.tracking import Tracker, run_tags, start_tracking
 from utils.training.checkpoint import git_revision
 from utils.training.runfolder import RunFolder
@@ -239,7 +239,7 @@ class Group:
     def _print(self, result: dict[str, Any]) -> None:
         print(
             f"\n{result['title']}, {result['n_cls']}-class, {self.label}: "
-            f"{MARKS[result['selection']]}"
+            f"{Selection(result['selection']).label}"
             + (f", {PARTIAL_MARK}" if result["partial"] else "")
             + (f", {SYNTHETIC_MARK}" if result["synthetic"] else "")
         )
