@@ -24,8 +24,8 @@ from data.loader import Cycles
 from utils.config.schema import RunConfig, load_config
 from utils.tracking import Tracker
 from utils.training.assemble import build_inputs, build_model
-from utils.training.checkpointer import Keeper
-from utils.training.device import Machine
+from utils.training.checkpointer import Checkpointer
+from utils.training.device import Runtime
 from utils.training.inputs import FrozenInputs
 from utils.training.runfolder import RunFolder
 from utils.training.signals import Signals
@@ -59,18 +59,18 @@ def frozen_trainer(
     data: Cycles,
     folder: Path,
     rows: np.ndarray,
-    machine: Machine | None = None,
+    runtime: Runtime | None = None,
 ) -> Trainer:
-    """The loop over `rows` only; on the CPU in fp32, or on another machine."""
-    machine = machine or Machine("cpu", "fp32", "false")
+    """The loop over `rows` only; on the CPU in fp32, or on another runtime."""
+    runtime = runtime or Runtime("cpu", "fp32", "false")
     torch.manual_seed(0)
     model = build_model(config, data.statistics)
-    inputs = build_inputs(config, data, model, machine)
-    keeper = Keeper(RunFolder(folder), machine, {})
-    trainer = Trainer(config, data, model, inputs, machine, keeper, Tracker())
+    inputs = build_inputs(config, data, model, runtime)
+    checkpointer = Checkpointer(RunFolder(folder), runtime, {})
+    trainer = Trainer(config, data, model, inputs, runtime, checkpointer, Tracker())
     trainer.rows, trainer.classes = rows, data.classes(rows)
     trainer.steps_per_epoch = -(-len(rows) // config.dataset.batch_size)
-    trainer.signals = Signals(machine.device, 1, 1e9)
+    trainer.signals = Signals(runtime.device, 1, 1e9)
     return trainer
 
 
@@ -80,7 +80,7 @@ def measure(
     data: Cycles,
     clips: int,
     rounds: int,
-    machine: Machine | None = None,
+    runtime: Runtime | None = None,
     overrides: tuple[str, ...] = (),
 ) -> dict[str, float]:
     """Seconds per epoch without and with the cache, and their ratio."""
@@ -99,7 +99,7 @@ def measure(
                 *overrides,
             ],
         )
-        trainer = frozen_trainer(config, data, folder / "run", rows, machine)
+        trainer = frozen_trainer(config, data, folder / "run", rows, runtime)
         if isinstance(trainer.inputs, FrozenInputs) != (kind == "cached"):
             raise RuntimeError(f"{name}: the cache is not what was asked for")
         trainer.inputs.prepare(rows)
@@ -109,7 +109,7 @@ def measure(
             trainer._train_epoch()
 
         epochs[kind] = epoch
-    times = interleave(epochs, rounds=rounds, warmup=1, device=trainer.machine.device)
+    times = interleave(epochs, rounds=rounds, warmup=1, device=trainer.runtime.device)
     return {
         f"{name}_uncached_s": times["uncached"].median,
         f"{name}_cached_s": times["cached"].median,

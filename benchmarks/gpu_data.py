@@ -72,11 +72,11 @@ def frontend(setting: Setting) -> Parts:
 def loop(setting: Setting) -> Parts:
     """Time per batch around a model without work; then whether a step waits for the device."""
     from benchmarks.loop_overhead import corpus, measure, stub_trainer
-    from utils.training.device import Machine
+    from utils.training.device import Runtime
 
-    machine = Machine(setting.device, "fp32", "false")
+    runtime = Runtime(setting.device, "fp32", "false")
     config, data = corpus(setting.folder)
-    trainer = stub_trainer(config, data, setting.folder / "stub", machine)
+    trainer = stub_trainer(config, data, setting.folder / "stub", runtime)
     yield "stub", measure(trainer, rounds=1 if setting.quick else 10)
     if setting.device != "cuda":
         return
@@ -111,7 +111,7 @@ def _waits(trainer, warm_up: int = 3) -> dict[str, str]:
                     found.add(f"{_short(warning.filename)}:{warning.lineno}")
 
     trainer._step = watched
-    trainer.signals = Signals(trainer.machine.device, 1, 1e9)
+    trainer.signals = Signals(trainer.runtime.device, 1, 1e9)
     trainer.progress.step, trainer.seen = 0, []
     trainer._train_epoch()
     steps = trainer.progress.step - warm_up
@@ -132,15 +132,15 @@ def frozen_cache(setting: Setting) -> Parts:
     """An epoch on a frozen backbone without and with its cached features, in turn; eager."""
     from benchmarks import frozen_cache as cache
     from benchmarks.loop_overhead import corpus
-    from utils.training.device import Machine
+    from utils.training.device import Runtime
 
-    machine = Machine(setting.device, "auto", "false")
+    runtime = Runtime(setting.device, "auto", "false")
     _, data = corpus(setting.folder)
     tiny = TINY if setting.quick else ()
     clips = 16 if setting.quick else len(data.split.train)
     for name in cache.CASES:
         figures = cache.measure(
-            name, setting.folder, data, clips, 2 if setting.quick else 5, machine, tiny
+            name, setting.folder, data, clips, 2 if setting.quick else 5, runtime, tiny
         )
         del figures[f"{name}_wanted"]  # of a CPU
         yield name, {key.removeprefix(f"{name}_"): value for key, value in figures.items()}
@@ -180,7 +180,7 @@ def training(setting: Setting) -> Parts:
 
 def _train(trainer) -> dict[str, float | bool | str]:
     """Train to the end; rate over the epochs after the first."""
-    cuda, compiled = trainer.machine.device.type == "cuda", trainer.machine.compiled
+    cuda, compiled = trainer.runtime.device.type == "cuda", trainer.runtime.compiled
     if compiled:  # of a function only so many versions are kept; earlier models' do not count
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
@@ -191,7 +191,7 @@ def _train(trainer) -> dict[str, float | bool | str]:
     began = time.perf_counter()
     history = trainer.fit().history
     seconds = time.perf_counter() - began
-    shutil.rmtree(trainer.keeper.folder.path)  # weights and optimiser at full size: 1.4 GB
+    shutil.rmtree(trainer.checkpointer.folder.path)  # weights and optimiser at full size: 1.4 GB
     rates = [row["train_clips_per_s"] for row in history[1:]]
     losses = [row["train_loss"] for row in history]
     figures = {
@@ -222,8 +222,8 @@ def _trainer(setting: Setting, path: Path, data, compiled: str, *words: str):
     from utils.runs.run import Run
     from utils.tracking import Tracker
     from utils.training.assemble import build_inputs, build_model
-    from utils.training.checkpointer import Keeper
-    from utils.training.device import Machine
+    from utils.training.checkpointer import Checkpointer
+    from utils.training.device import Runtime
     from utils.training.trainer import Trainer
 
     fixed = (
@@ -243,10 +243,10 @@ def _trainer(setting: Setting, path: Path, data, compiled: str, *words: str):
     if setting.quick:
         words += TINY
     config = load_config([path], [*fixed, *words])
-    machine = Machine(setting.device, config.training.precision, compiled)
+    runtime = Runtime(setting.device, config.training.precision, compiled)
     torch.manual_seed(0)
     model = build_model(config, data.statistics)
-    inputs = build_inputs(config, data, model, machine)
-    run = Run(config, machine)
-    keeper = Keeper(run.folder, machine, run._describe(data))
-    return Trainer(config, data, model, inputs, machine, keeper, Tracker())
+    inputs = build_inputs(config, data, model, runtime)
+    run = Run(config, runtime)
+    checkpointer = Checkpointer(run.folder, runtime, run._describe(data))
+    return Trainer(config, data, model, inputs, runtime, checkpointer, Tracker())

@@ -30,8 +30,8 @@ from models.conditioner import Conditioner, Features, ModelOutput, ParameterGrou
 from utils.config.schema import RunConfig, load_config
 from utils.tracking import Tracker
 from utils.training.assemble import build_data
-from utils.training.checkpointer import Keeper
-from utils.training.device import Machine
+from utils.training.checkpointer import Checkpointer
+from utils.training.device import Runtime
 from utils.training.inputs import Inputs
 from utils.training.optim import build_optimizer
 from utils.training.runfolder import RunFolder
@@ -77,19 +77,19 @@ def corpus(folder: Path, *overrides: str) -> tuple[RunConfig, Cycles]:
 
 
 def stub_trainer(
-    config: RunConfig, data: Cycles, folder: Path, machine: Machine | None = None
+    config: RunConfig, data: Cycles, folder: Path, runtime: Runtime | None = None
 ) -> Trainer:
     """The real loop around the stub, with epochs of `STEPS` batches."""
-    machine = machine or Machine("cpu", "fp32", "false")
-    inputs = Inputs(nn.Identity(), machine, data)
+    runtime = runtime or Runtime("cpu", "fp32", "false")
+    inputs = Inputs(nn.Identity(), runtime, data)
     inputs.frontend = lambda waveform, length, seed: length
-    keeper = Keeper(RunFolder(folder), machine, {})
-    trainer = Trainer(config, data, Stub(), inputs, machine, keeper, Tracker())
+    checkpointer = Checkpointer(RunFolder(folder), runtime, {})
+    trainer = Trainer(config, data, Stub(), inputs, runtime, checkpointer, Tracker())
     size = config.dataset.batch_size * STEPS
     trainer.rows = np.resize(trainer.rows, size)
     trainer.classes = np.resize(trainer.classes, size)
     trainer.steps_per_epoch = STEPS
-    trainer.signals = Signals(machine.device, 1, 1e9)
+    trainer.signals = Signals(runtime.device, 1, 1e9)
     return trainer
 
 
@@ -103,7 +103,7 @@ def measure(trainer: Trainer, rounds: int) -> dict[str, float]:
         trainer._train_epoch()
         processor.append((time.thread_time() - own, time.process_time() - every))
 
-    device, data = trainer.machine.device, trainer.data
+    device, data = trainer.runtime.device, trainer.data
     stub = Stub().to(device)
     optimizer = build_optimizer(stub.parameter_groups(), lr=1e-3, weight_decay=0.01)
     batch = data.batch(data.split.train[: trainer.config.dataset.batch_size]).to(device)

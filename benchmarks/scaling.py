@@ -47,16 +47,16 @@ def worker(args: argparse.Namespace) -> None:
     seconds = []
     for _ in range(EPOCHS):
         trainer.progress.step, trainer.seen = 0, []
-        trainer.machine.barrier()
+        trainer.runtime.barrier()
         began = time.perf_counter()
         trainer._train_epoch()
-        trainer.machine.barrier()
+        trainer.runtime.barrier()
         seconds.append(time.perf_counter() - began)
-    if trainer.machine.is_main:
+    if trainer.runtime.is_main:
         rate = args.clips * (EPOCHS - 1) / sum(seconds[1:])
-        content = {"processes": trainer.machine.world, "clips_per_s": rate}
+        content = {"processes": trainer.runtime.world, "clips_per_s": rate}
         (args.folder / "rate.json").write_text(json.dumps(content))
-    if trainer.machine.world > 1:
+    if trainer.runtime.world > 1:
         torch.distributed.destroy_process_group()
 
 

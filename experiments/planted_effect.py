@@ -49,8 +49,8 @@ from utils.metrics.bootstrap import patient_tables
 from utils.metrics.score import metrics_of
 from utils.tracking import Tracker
 from utils.training.assemble import build_data, build_frontend, build_model, count_parts
-from utils.training.checkpointer import Keeper
-from utils.training.device import Machine
+from utils.training.checkpointer import Checkpointer
+from utils.training.device import Runtime
 from utils.training.inputs import Inputs
 from utils.training.runfolder import RunFolder
 from utils.training.trainer import Trainer
@@ -228,12 +228,14 @@ class Benchmark:
             shares = (100 * effects / effects.sum()).tolist()
             record["shares"] = dict(zip(conditioner.factors, shares, strict=True))
         write_text(self.path(job), json.dumps(record))
-        shutil.rmtree(trainer.keeper.folder.path)  # its training state; the record is all we keep
+        shutil.rmtree(
+            trainer.checkpointer.folder.path
+        )  # its training state; the record is all we keep
         return record
 
     def _trainer(self, config: RunConfig, data: Cycles, corpus: str) -> Trainer:
         """A run as `utils.runs.run.Run` puts it together, with remembered spectrograms."""
-        machine = Machine(
+        runtime = Runtime(
             config.training.device, config.training.precision, config.training.compile
         )
         torch.manual_seed(config.training.seed)
@@ -249,9 +251,9 @@ class Benchmark:
             "run": folder.path.name,
         }
         known = self._known.setdefault(corpus, {})
-        inputs = Remembered(build_frontend(config), machine, data, known=known)
-        keeper = Keeper(folder, machine, describe)
-        return Trainer(config, data, model, inputs, machine, keeper, Tracker())
+        inputs = Remembered(build_frontend(config), runtime, data, known=known)
+        checkpointer = Checkpointer(folder, runtime, describe)
+        return Trainer(config, data, model, inputs, runtime, checkpointer, Tracker())
 
 
 def _tables(trainer: Trainer, rows: np.ndarray, told: bool = False) -> dict[str, list]:

@@ -27,7 +27,7 @@ from utils.metrics.predictions import read_predictions
 from utils.runs.run import Run
 from utils.tracking import Journal
 from utils.training.checkpoint import load_checkpoint, save_checkpoint
-from utils.training.device import Machine
+from utils.training.device import Runtime
 from utils.training.runfolder import RunFolder
 
 SAME = (
@@ -52,7 +52,7 @@ def train(variant: str, corpus: Path, work: Path, **overrides) -> RunFolder:
             **overrides,
         },
     )
-    with mock.patch("utils.runs.end.draw_figures"), Run(config, Machine("cpu")) as run:
+    with mock.patch("utils.runs.end.draw_figures"), Run(config, Runtime("cpu")) as run:
         data = run.data()
         run.test(run.fit(run.model(data), data))
     return RunFolder.of(config)

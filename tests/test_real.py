@@ -19,8 +19,8 @@ from utils.config.schema import RunConfig, config_from_dict
 from utils.runs.run import Run
 from utils.tracking import Tracker
 from utils.training.assemble import build_data, build_frontend, build_model
-from utils.training.checkpointer import Keeper
-from utils.training.device import Machine
+from utils.training.checkpointer import Checkpointer
+from utils.training.device import Runtime
 from utils.training.inputs import Inputs
 from utils.training.runfolder import RunFolder
 from utils.training.trainer import Trainer
@@ -95,7 +95,7 @@ def test_it_trains_for_two_epochs_and_writes_every_artifact(
     if variant != "ast_softfilm":  # pictures cost seconds; one variant, with all of them, will do
         monkeypatch.setattr("utils.runs.end.draw_figures", lambda *_: None)
     config = configure(variant, handful, tmp_path, epochs=2)
-    with Run(config, Machine("cpu")) as run:
+    with Run(config, Runtime("cpu")) as run:
         data = run.data()
         run.test(run.fit(run.model(data), data))
     folder = RunFolder.of(config)
@@ -131,12 +131,14 @@ def test_it_learns_32_real_cycles_by_heart(variant, handful, tmp_path):
     data = build_data(config)
     chosen = np.random.default_rng(0).permutation(data.split.train)[:32]
     data.split = Split(np.sort(chosen), np.empty(0, np.int64), data.split.test)
-    machine = Machine("cpu")
+    runtime = Runtime("cpu")
     torch.manual_seed(0)
     model = build_model(config, data.statistics)
-    keeper = Keeper(RunFolder(tmp_path / "run"), machine, Run(config, machine)._describe(data))
-    inputs = Remembered(build_frontend(config), machine)
-    trainer = Trainer(config, data, model, inputs, machine, keeper, Tracker())
+    checkpointer = Checkpointer(
+        RunFolder(tmp_path / "run"), runtime, Run(config, runtime)._describe(data)
+    )
+    inputs = Remembered(build_frontend(config), runtime)
+    trainer = Trainer(config, data, model, inputs, runtime, checkpointer, Tracker())
     trainer.fit()
     task = data.task
     probability = task.probabilities(trainer.predict(chosen))

@@ -110,9 +110,9 @@ def test_models_carry_every_trained_weight(checkpoints, variant, monkeypatch, tm
     seen = {}
     original = embeddings.embed_cycles
 
-    def spy(model, data, frontend, machine, rows, batch_size):
+    def spy(model, data, frontend, runtime, rows, batch_size):
         seen.update({name: value.clone() for name, value in model.state_dict().items()})
-        return original(model, data, frontend, machine, rows, batch_size)
+        return original(model, data, frontend, runtime, rows, batch_size)
 
     monkeypatch.setattr("utils.figures.embeddings.embed_cycles", spy)
     trained = sources.open_trained(checkpoints / f"{variant}_best.pt", "", "ast")

@@ -268,7 +268,7 @@ def test_waiting_for_the_device_is_told_by_its_place(monkeypatch):
     modes: list[str] = []
 
     class Loop:
-        machine = SimpleNamespace(device=torch.device("cpu"))
+        runtime = SimpleNamespace(device=torch.device("cpu"))
         progress = SimpleNamespace(step=0)
 
         def _step(self, parts, batches):

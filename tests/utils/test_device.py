@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.utils.tiny import QUIET, step_losses, tiny_config, tiny_trainer
-from utils.training.device import Machine, describe
+from utils.training.device import Runtime, describe
 
 
 def test_without_a_compiler_a_run_goes_on_and_says_so_once(tmp_path, monkeypatch, caplog):
@@ -20,19 +20,19 @@ def test_without_a_compiler_a_run_goes_on_and_says_so_once(tmp_path, monkeypatch
         losses = step_losses(trainer)
     plain = tiny_config(**QUIET | {"training.compile": "false", "training.epochs": 1})
     assert losses == step_losses(tiny_trainer(plain, tmp_path / "plain"))
-    assert not trainer.machine.compiled
-    assert "compiled" not in describe(trainer.machine)
+    assert not trainer.runtime.compiled
+    assert "compiled" not in describe(trainer.runtime)
     (warning,) = [r.getMessage() for r in caplog.records if r.name == "utils.training.device"]
     assert "torch.compile does not work here" in warning
     assert "no-compiler" in warning
 
 
 def test_a_processor_computes_in_full_precision_and_uncompiled_by_default():
-    machine = Machine("cpu")
-    assert (machine.precision, machine.compiled, machine.world) == ("fp32", False, 1)
+    runtime = Runtime("cpu")
+    assert (runtime.precision, runtime.compiled, runtime.world) == ("fp32", False, 1)
 
 
 @pytest.mark.parametrize(("threads", "said"), [(1, "CPU, 1 thread, fp32"), (2, "CPU, 2 threads,")])
 def test_a_processor_says_its_threads(threads, said, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert describe(Machine("cpu")).startswith(said)
+    assert describe(Runtime("cpu")).startswith(said)

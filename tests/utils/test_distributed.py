@@ -95,7 +95,7 @@ def worker(folder: Path) -> None:
     found = {name: record(name, folder) for name in SCENARIOS}
     found["resume"] = resume(folder, rank)
     world = torch.distributed.get_world_size()
-    found["machine"] = {
+    found["runtime"] = {
         "world": world,
         "backend": torch.distributed.get_backend(),
         "pids": gather_object([os.getpid()]),
@@ -167,14 +167,14 @@ def expected(tmp_path_factory) -> dict:
 
 
 def test_there_were_two_processes(found):
-    machine = found["machine"]
-    assert machine["world"] == 2
-    assert machine["backend"] == "gloo"
-    assert len(set(machine["pids"])) == 2
+    runtime = found["runtime"]
+    assert runtime["world"] == 2
+    assert runtime["backend"] == "gloo"
+    assert len(set(runtime["pids"])) == 2
 
 
 def test_one_process_writes(found):
-    assert found["machine"]["writers"] == [[0], []]
+    assert found["runtime"]["writers"] == [[0], []]
 
 
 def test_both_processes_hold_the_same_weights(found):

@@ -19,7 +19,7 @@ from tests.utils.tiny import (
     weights,
 )
 from utils.common.errors import UserError
-from utils.training.device import Machine
+from utils.training.device import Runtime
 from utils.training.inputs import FrozenInputs, Inputs
 
 FROZEN = QUIET | {"backbone.depth": 3, "training.epochs": 2, "training.lr": 3e-3}
@@ -209,7 +209,7 @@ def test_the_front_end_gets_the_batch_and_its_seed():
             return "spectrogram"
 
     frontend = Frontend()
-    inputs = Inputs(frontend, Machine("cpu"), tiny_data(tiny_config()))
+    inputs = Inputs(frontend, Runtime("cpu"), tiny_data(tiny_config()))
     (batch,) = inputs.batches([np.array([3, 1])])
     assert inputs(batch, 17) == ("spectrogram", False)
     waveform, length, seed = frontend.arguments

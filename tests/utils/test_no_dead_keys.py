@@ -24,7 +24,7 @@ from utils.config.validation import CHOICES, INTERVALS, RANGES
 from utils.runs.run import Run
 from utils.training import assemble
 from utils.training.assemble import build_data
-from utils.training.device import Machine
+from utils.training.device import Runtime
 from utils.training.runfolder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,13 +92,13 @@ def built(config: RunConfig, folder: Path) -> str:
 
 def compiled(config: RunConfig, folder: Path) -> str:
     """Whether models are compiled, on a machine that could."""
-    with patch.object(Machine, "_compiler_works", return_value=True):
-        return digest(Machine("cpu", "fp32", config.training.compile).compiled)
+    with patch.object(Runtime, "_compiler_works", return_value=True):
+        return digest(Runtime("cpu", "fp32", config.training.compile).compiled)
 
 
 def tracked(config: RunConfig, folder: Path) -> str:
     """What the tracker is started with."""
-    run = Run(config, Machine("cpu", "fp32", "false"))
+    run = Run(config, Runtime("cpu", "fp32", "false"))
     with patch("utils.runs.run.start_tracking") as start:
         run._start_tracking(tiny_data(config))
     names = ("enabled", "tracking_uri", "experiment_name", "run_name", "tags")

@@ -204,8 +204,8 @@ def test_the_best_weights_on_disk_belong_to_the_state_beside_them(tmp_path):
     ]
     best = load_checkpoint(folder / f"best-{progress.best_epoch:04d}.pt")
     assert not differing(best.weights, weights(trainer))
-    trainer.keeper.finish(trainer)
-    trainer.keeper.clean()
+    trainer.checkpointer.finish(trainer)
+    trainer.checkpointer.clean()
     assert [p.name for p in folder.iterdir()] == ["best.pt"]
 
 
@@ -272,7 +272,7 @@ def test_a_state_of_other_code_is_refused(tmp_path):
 def test_sigterm_in_the_report_keeps_the_training(tmp_path, synthetic_corpus, monkeypatch):
     """No checkpoint was due before the end; the training is not done a second time."""
     from utils.runs import run as runs
-    from utils.training.device import Machine
+    from utils.training.device import Runtime
     from utils.training.trainer import Trainer
 
     monkeypatch.setattr("utils.runs.end.draw_figures", lambda *_: None)
@@ -290,7 +290,7 @@ def test_sigterm_in_the_report_keeps_the_training(tmp_path, synthetic_corpus, mo
     previous = signal.getsignal(signal.SIGTERM)
 
     def once() -> runs.Run:
-        with runs.Run(config, Machine("cpu")) as run:
+        with runs.Run(config, Runtime("cpu")) as run:
             data = run.data()
             run.test(run.fit(run.model(data), data))
         return run

@@ -14,7 +14,7 @@ from tests.utils.tiny import LIVELY, differing, tiny_config
 from utils.config.schema import RunConfig
 from utils.runs.run import Run
 from utils.training.checkpoint import load_checkpoint
-from utils.training.device import Machine
+from utils.training.device import Runtime
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ def permuted_corpus(synthetic_corpus, tmp_path_factory) -> Path:
 
 def train(config: RunConfig) -> dict:
     """The five scripts' own steps; what the run left behind."""
-    run = Run(config, Machine("cpu", "fp32", "false"))
+    run = Run(config, Runtime("cpu", "fp32", "false"))
     with run:
         data = run.data()
         run.test(run.fit(run.model(data), data))

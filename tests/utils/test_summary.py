@@ -29,7 +29,7 @@ def finish(tmp_path, variant="ast_softfilm", **overrides):
     config = tiny_config(variant, **{"training.epochs": 1, **overrides})
     trainer = tiny_trainer(config, tmp_path)
     trainer.fit()
-    checkpoint, data = trainer.keeper.finish(trainer), trainer.data
+    checkpoint, data = trainer.checkpointer.finish(trainer), trainer.data
     frames = {
         part: make_predictions(
             data.task, data.table, rows, trainer.predict(rows), checkpoint.thresholds

@@ -21,8 +21,8 @@ from data.statistics import MetadataStatistics
 from utils.config.schema import RunConfig, config_from_dict, config_to_dict
 from utils.tracking import Tracker
 from utils.training.assemble import build_inputs, build_model, count_parts
-from utils.training.checkpointer import Keeper
-from utils.training.device import Machine
+from utils.training.checkpointer import Checkpointer
+from utils.training.device import Runtime
 from utils.training.runfolder import RunFolder
 from utils.training.trainer import Trainer
 
@@ -170,9 +170,9 @@ def tiny_data(config: RunConfig, table: pd.DataFrame | None = None, seed: int = 
 def tiny_trainer(
     config: RunConfig, folder: Path, data: Cycles | None = None, tracker: Tracker | None = None
 ) -> Trainer:
-    """Model, inputs, keeper and loop of a run that keeps its files in `folder`."""
+    """Model, inputs, checkpointer and loop of a run that keeps its files in `folder`."""
     data = data or tiny_data(config)
-    machine = Machine(config.training.device, config.training.precision, config.training.compile)
+    runtime = Runtime(config.training.device, config.training.precision, config.training.compile)
     torch.manual_seed(config.training.seed)
     model = build_model(config, data.statistics)
     describe = {
@@ -187,9 +187,9 @@ def tiny_trainer(
         config,
         data,
         model,
-        build_inputs(config, data, model, machine),
-        machine,
-        Keeper(RunFolder(folder), machine, describe),
+        build_inputs(config, data, model, runtime),
+        runtime,
+        Checkpointer(RunFolder(folder), runtime, describe),
         tracker or Tracker(),
     )
 

@@ -28,7 +28,7 @@ from utils.evaluation.report import evaluate_predictions
 from utils.metrics.predictions import make_predictions, read_predictions
 from utils.training.assemble import build_data, build_inputs, count_parts
 from utils.training.checkpoint import git_revision, load_checkpoint
-from utils.training.device import Machine, describe
+from utils.training.device import Runtime, describe
 from utils.training.predict import Predictor
 from utils.training.runfolder import RunFolder
 
@@ -87,19 +87,19 @@ class Evaluator:
         return build_data(self.config, self.checkpoint.metadata_statistics())
 
     @cached_property
-    def machine(self) -> Machine:
-        machine = Machine(self.device, self.config.training.precision, "false")
-        logger.info("%s on %s", self.checkpoint.run, describe(machine))
-        return machine
+    def runtime(self) -> Runtime:
+        runtime = Runtime(self.device, self.config.training.precision, "false")
+        logger.info("%s on %s", self.checkpoint.run, describe(runtime))
+        return runtime
 
     @cached_property
     def model(self) -> ConditionedAST:
-        return self.checkpoint.build_model().to(self.machine.device)
+        return self.checkpoint.build_model().to(self.runtime.device)
 
     @cached_property
     def predictor(self) -> Predictor:
-        inputs = build_inputs(self.config, self.data, self.model, self.machine)
-        return Predictor(self.data, self.model, inputs, self.machine, self.batch_size)
+        inputs = build_inputs(self.config, self.data, self.model, self.runtime)
+        return Predictor(self.data, self.model, inputs, self.runtime, self.batch_size)
 
     # ---------------------------------------------------------------- what is evaluated
 
@@ -245,7 +245,7 @@ class Evaluator:
             "notes": self.notes(split),
             "data_folder": config.dataset.data_folder,
             "revision": checkpoint.revision,
-            "evaluated_with": {"revision": git_revision(), "machine": describe(self.machine)},
+            "evaluated_with": {"revision": git_revision(), "machine": describe(self.runtime)},
         }
 
     def _metadata_test(self, rows: np.ndarray) -> list[dict]:

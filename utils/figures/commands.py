@@ -171,15 +171,15 @@ def _embed(trained: Trained, rows: np.ndarray) -> np.ndarray:
     """[N, D]: the head's input for the given rows of the trained model's own corpus."""
     from utils.figures.embeddings import embed_cycles
     from utils.training.assemble import build_data, build_frontend
-    from utils.training.device import Machine
+    from utils.training.device import Runtime
 
     config = trained.config
-    machine = Machine(config.training.device, config.training.precision, "false")
+    runtime = Runtime(config.training.device, config.training.precision, "false")
     data = build_data(config, trained.checkpoint.metadata_statistics())
-    model = trained.checkpoint.build_model().to(machine.device)
-    logger.info("%s: %d cycles on %s", trained.title, len(rows), machine.device)
-    frontend = build_frontend(config).to(machine.device)
-    return embed_cycles(model, data, frontend, machine, rows, config.dataset.batch_size)
+    model = trained.checkpoint.build_model().to(runtime.device)
+    logger.info("%s: %d cycles on %s", trained.title, len(rows), runtime.device)
+    frontend = build_frontend(config).to(runtime.device)
+    return embed_cycles(model, data, frontend, runtime, rows, config.dataset.batch_size)
 
 
 def log_mel(options: Options) -> list[Path]:

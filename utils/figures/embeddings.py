@@ -21,7 +21,7 @@ from data.loader import Cycles
 from models.build import ConditionedAST
 from utils.common.errors import UserError
 from utils.figures import style
-from utils.training.device import Machine
+from utils.training.device import Runtime
 from utils.training.inputs import Inputs
 
 NEIGHBOURS = 10
@@ -50,20 +50,20 @@ def embed_cycles(
     model: ConditionedAST,
     data: Cycles,
     frontend: AudioFrontend,
-    machine: Machine,
+    runtime: Runtime,
     rows: np.ndarray,
     batch_size: int,
 ) -> np.ndarray:
     """[N, D] float32: what the head sees of each cycle, in the order of `rows`.
 
-    Model and front end are on `machine.device`.
+    Model and front end are on `runtime.device`.
     """
     model.eval()
     parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     out = []
-    inputs = Inputs(frontend, machine, data)
+    inputs = Inputs(frontend, runtime, data)
     for batch in inputs.batches(parts):
-        with machine.autocast():
+        with runtime.autocast():
             _, fused = model.embed(inputs(batch, None), batch.metadata)
         out.append(fused.float().cpu().numpy())
     return np.concatenate(out)

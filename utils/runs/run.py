@@ -33,8 +33,8 @@ from utils.runs.model_summary import parameter_table
 from utils.tracking import MAX_TAG, Journal, Tracker, run_name, run_tags, start_tracking
 from utils.training.assemble import build_data, build_inputs, build_model, count_parts
 from utils.training.checkpoint import git_revision, load_checkpoint
-from utils.training.checkpointer import Keeper
-from utils.training.device import Machine, describe
+from utils.training.checkpointer import Checkpointer
+from utils.training.device import Runtime, describe
 from utils.training.runfolder import RunFolder
 from utils.training.trainer import Trainer
 
@@ -84,24 +84,24 @@ def start(variant: str, description: str, arguments: Sequence[str] | None = None
         print(config_to_yaml(config), end="")
         return
     configs = group.expand(config, options.seeds, options.folds)
-    machine = Machine(config.training.device, config.training.precision, config.training.compile)
-    set_up_logging(quiet=not machine.is_main)
+    runtime = Runtime(config.training.device, config.training.precision, config.training.compile)
+    set_up_logging(quiet=not runtime.is_main)
     if len(configs) == 1:
         grid = options.member_of
         parent = Journal(grid).run_id if grid else None
-        yield from _unfinished(Run(configs[0], machine, parent, is_member=grid is not None))
+        yield from _unfinished(Run(configs[0], runtime, parent, is_member=grid is not None))
         return
     if options.member_of:
         raise UserError("--member-of is for one run; leave --seeds and --folds out")
     family = group.Group(configs)
-    if machine.is_main:
+    if runtime.is_main:
         family.start()
     for number, member in enumerate(configs, start=1):
         logger.info("run %d of %d", number, len(configs))
-        yield from _unfinished(Run(member, machine, family.tracker.run_id, is_member=True))
-    if machine.is_main:
+        yield from _unfinished(Run(member, runtime, family.tracker.run_id, is_member=True))
+    if runtime.is_main:
         family.finish()
-    machine.barrier()
+    runtime.barrier()
 
 
 def _unfinished(run: Run) -> Iterator[Run]:
@@ -133,7 +133,7 @@ class Run:
 
     Args:
         config: what is run.
-        machine: where.
+        runtime: where.
         parent_run_id: MLflow run of the group (seeds, folds, a grid) this run belongs to.
         is_member: it belongs to a group, so it does not replace checkpoints/<variant>_best.pt.
     """
@@ -141,12 +141,12 @@ class Run:
     def __init__(
         self,
         config: RunConfig,
-        machine: Machine,
+        runtime: Runtime,
         parent_run_id: str | None = None,
         *,
         is_member: bool = False,
     ):
-        self.config, self.machine = config, machine
+        self.config, self.runtime = config, runtime
         self.variant = VARIANTS[config.variant]
         self.folder = RunFolder.of(config)
         self.parent_run_id, self.is_member = parent_run_id, is_member
@@ -157,12 +157,12 @@ class Run:
         """Show the result of an equal run that has been finished, if it may be taken as it is."""
         if self.config.training.resume != "auto" or not self.folder.finished:
             return False
-        if self.machine.is_main:
+        if self.runtime.is_main:
             self._check_unchanged()
             # a kill or a full disk may have come just before these two
             if not self._is_published():
                 self._publish()
-            Keeper(self.folder, self.machine, {}).clean()
+            Checkpointer(self.folder, self.runtime, {}).clean()
             logger.info("finished already; training.resume=never would start anew")
             copy = published_best(self.config)
             own = not self.is_member and filecmp.cmp(copy, self.folder.best, shallow=False)
@@ -194,11 +194,11 @@ class Run:
 
     def _open_folder(self) -> None:
         """Create the run's folder, once all that the user could have got wrong has been read."""
-        if self.machine.is_main:
+        if self.runtime.is_main:
             self.folder.prepare(self.config, fresh=self.config.training.resume == "never")
             hand_over(self._kept, self._stack.enter_context(log_to(self.folder.log)))
-        self.machine.barrier()
-        logger.info("%s on %s", self.variant.title, describe(self.machine))
+        self.runtime.barrier()
+        logger.info("%s on %s", self.variant.title, describe(self.runtime))
 
     def __exit__(self, kind, *_) -> None:
         stopped = kind in (Preempted, SystemExit)
@@ -207,7 +207,7 @@ class Run:
         if message:
             logger.warning("%s", message)
         self._stack.close()
-        if kind is None and self.machine.is_main:
+        if kind is None and self.runtime.is_main:
             print_end(self.folder, self.config, published=not self.is_member)
 
     # ---------------------------------------------------------------- the parts, in order
@@ -236,17 +236,17 @@ class Run:
     def fit(self, model: ConditionedAST, data: Cycles) -> Trainer:
         """Train, or go on training; the model then has the weights of the chosen epoch."""
         self._open_folder()
-        keeper = Keeper(self.folder, self.machine, self._describe(data))
+        checkpointer = Checkpointer(self.folder, self.runtime, self._describe(data))
         trainer = Trainer(
             self.config,
             data,
             model,
-            build_inputs(self.config, data, model, self.machine),
-            self.machine,
-            keeper,
+            build_inputs(self.config, data, model, self.runtime),
+            self.runtime,
+            checkpointer,
             self.tracker,
         )
-        if self.machine.is_main:
+        if self.runtime.is_main:
             self.tracker = trainer.tracker = self._start_tracking(data)
         trainer.fit()
         return trainer
@@ -254,7 +254,7 @@ class Run:
     def test(self, trainer: Trainer) -> dict[str, Any]:
         """Open the test half, once; write predictions, report and checkpoint."""
         data, task = trainer.data, trainer.data.task
-        checkpoint = trainer.keeper.finish(trainer)
+        checkpoint = trainer.checkpointer.finish(trainer)
         frames = {}
         for part, rows in (("val", data.split.val), ("test", data.split.test)):
             if len(rows):
@@ -263,7 +263,7 @@ class Run:
                     task, data.table, rows, logits, checkpoint.thresholds
                 )
         report: dict[str, Any] = {}
-        if self.machine.is_main:
+        if self.runtime.is_main:
             for part, frame in frames.items():
                 path = self.folder.predictions / f"{part}.csv"
                 write_predictions(frame, path)
@@ -273,8 +273,8 @@ class Run:
             )
             self._track_files()
             self._publish()
-            trainer.keeper.clean()
-        self.machine.barrier()
+            trainer.checkpointer.clean()
+        self.runtime.barrier()
         return report
 
     # ---------------------------------------------------------------- details

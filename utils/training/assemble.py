@@ -21,7 +21,7 @@ from data.store_build import open_store
 from models.build import ConditionedAST
 from models.build import build_model as build
 from utils.config.schema import RunConfig
-from utils.training.device import Machine
+from utils.training.device import Runtime
 from utils.training.inputs import FrozenInputs, Inputs
 
 logger = logging.getLogger(__name__)
@@ -125,18 +125,18 @@ def build_model(
 
 
 def build_inputs(
-    config: RunConfig, data: Cycles, model: ConditionedAST, machine: Machine
+    config: RunConfig, data: Cycles, model: ConditionedAST, runtime: Runtime
 ) -> Inputs:
     """Log-mels per batch; or stored features where a frozen backbone allows them."""
     frontend = build_frontend(config)
     wanted = config.training.frozen_cache and not config.augment.enabled
     if not (wanted and model.cacheable):
-        return Inputs(frontend, machine, data)
+        return Inputs(frontend, runtime, data)
     settings = asdict(config.audio) | {"h": config.dataset.h, "w": config.dataset.w}
     return FrozenInputs(
         frontend,
-        machine,
-        model.to(machine.device),
+        runtime,
+        model.to(runtime.device),
         data,
         Path(config.dataset.cache_dir),
         settings=json.dumps(settings, sort_keys=True),

@@ -27,23 +27,23 @@ from utils.training.checkpoint import (
     save_checkpoint,
     save_state,
 )
-from utils.training.device import Machine
+from utils.training.device import Runtime
 from utils.training.runfolder import RunFolder
 
 logger = logging.getLogger(__name__)
 
 
-class Keeper:
+class Checkpointer:
     """Writes and reads what a run needs to go on.
 
     Args:
         folder: the run folder.
-        machine: only its main process writes.
+        runtime: only its main process writes.
         describe: fields of a `Checkpoint` that do not depend on the epoch.
     """
 
-    def __init__(self, folder: RunFolder, machine: Machine, describe: dict[str, Any]):
-        self.folder, self.machine, self.describe = folder, machine, describe
+    def __init__(self, folder: RunFolder, runtime: Runtime, describe: dict[str, Any]):
+        self.folder, self.runtime, self.describe = folder, runtime, describe
         self.best: dict[str, torch.Tensor] | None = None
         self._written: int | None = None  # epoch of the best weights on disk
 
@@ -61,7 +61,7 @@ class Keeper:
     def best_checkpoint(self, trainer: Any) -> Checkpoint:
         """The best weights so far with all that evaluation needs beside the data."""
         progress = trainer.progress
-        bce = trainer.settings.loss == "bce"
+        bce = trainer.training.loss == "bce"
         return Checkpoint(
             weights={name: value.cpu() for name, value in self.best.items()},
             thresholds=progress.thresholds,
@@ -75,9 +75,9 @@ class Keeper:
     def finish(self, trainer: Any) -> Checkpoint:
         """Write best.pt; the training state stays until `clean`."""
         checkpoint = self.best_checkpoint(trainer)
-        if self.machine.is_main:
+        if self.runtime.is_main:
             save_checkpoint(self.folder.best, checkpoint)
-        self.machine.barrier()
+        self.runtime.barrier()
         return checkpoint
 
     def clean(self) -> None:
@@ -98,8 +98,8 @@ class Keeper:
         progress = trainer.progress
         rows, record = trainer.gather(trainer.seen)
         generators = gather_object([_generator_states()])
-        if not self.machine.is_main:
-            self.machine.barrier()
+        if not self.runtime.is_main:
+            self.runtime.barrier()
             return
         if self.best is not None and self._written != progress.best_epoch:
             save_checkpoint(self._best_file(progress.best_epoch), self.best_checkpoint(trainer))
@@ -112,7 +112,7 @@ class Keeper:
                 "model": trainer.model.state_dict(),
                 "optimizer": trainer.optimizer.state_dict(),
                 "schedule": trainer.schedule.state_dict(),
-                "scaler": trainer.machine.scaler.state_dict(),
+                "scaler": trainer.runtime.scaler.state_dict(),
                 "generators": generators,
                 "seen": (torch.from_numpy(rows), torch.from_numpy(record)),
             },
@@ -120,7 +120,7 @@ class Keeper:
         for path in self._best_files():
             if path != self._best_file(progress.best_epoch):
                 path.unlink(missing_ok=True)
-        self.machine.barrier()
+        self.runtime.barrier()
 
     def resume(self, trainer: Any) -> bool:
         """Continue from last.pt if there is one; every process reads it.
@@ -171,22 +171,22 @@ class Keeper:
         trainer.model.load_state_dict(state["model"])
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.schedule.load_state_dict(state["schedule"])
-        trainer.machine.scaler.load_state_dict(state["scaler"])
+        trainer.runtime.scaler.load_state_dict(state["scaler"])
         if progress.best_epoch >= 0:
             self.best = load_checkpoint(self._best_file(progress.best_epoch)).weights
             self._written = progress.best_epoch
-        if self.machine.is_main:
-            device = self.machine.device
+        if self.runtime.is_main:
+            device = self.runtime.device
             rows, record = state["seen"]
             trainer.seen = [(rows.to(device), record.to(device))] if len(rows) else []
         generators = state["generators"]
-        if len(generators) == self.machine.world:
-            _set_generator_states(generators[self.machine.rank])
+        if len(generators) == self.runtime.world:
+            _set_generator_states(generators[self.runtime.rank])
         else:
             logger.warning(
                 "the run was saved by %d processes and goes on with %d: dropout will differ",
                 len(generators),
-                self.machine.world,
+                self.runtime.world,
             )
 
 

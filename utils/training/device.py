@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Machine:
+class Runtime:
     """Device, precision and the other processes of a run.
 
     Attributes:
@@ -103,13 +103,13 @@ class Machine:
         self.accelerator.wait_for_everyone()
 
 
-def describe(machine: Machine) -> str:
+def describe(runtime: Runtime) -> str:
     """One line for the log."""
-    if machine.device.type == "cuda":
-        name = torch.cuda.get_device_name(machine.device)
+    if runtime.device.type == "cuda":
+        name = torch.cuda.get_device_name(runtime.device)
     else:
         threads = torch.get_num_threads()
         name = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-    processes = f", {machine.world} processes" if machine.world > 1 else ""
-    compiled = ", compiled" if machine.compiled else ""
-    return f"{name}, {machine.precision}{compiled}{processes}"
+    processes = f", {runtime.world} processes" if runtime.world > 1 else ""
+    compiled = ", compiled" if runtime.compiled else ""
+    return f"{name}, {runtime.precision}{compiled}{processes}"

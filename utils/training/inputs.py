@@ -21,7 +21,7 @@ from data.loader import Cycles, read_ahead
 from models.build import ConditionedAST
 from models.conditioner import Features
 from utils.common.files import atomic_write, write_error
-from utils.training.device import Machine
+from utils.training.device import Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -29,15 +29,15 @@ logger = logging.getLogger(__name__)
 class Inputs:
     """Rows -> batches -> spectrograms [B, 1, F, T], computed on the device for every batch."""
 
-    def __init__(self, frontend: AudioFrontend, machine: Machine, data: Cycles):
-        self.frontend, self.machine, self.data = frontend.to(machine.device), machine, data
+    def __init__(self, frontend: AudioFrontend, runtime: Runtime, data: Cycles):
+        self.frontend, self.runtime, self.data = frontend.to(runtime.device), runtime, data
 
     def prepare(self, rows: np.ndarray) -> None:
         """Called with the rows [n] that will be asked for; nothing to do here."""
 
     def batches(self, parts: Iterable[np.ndarray]) -> Iterator[Batch]:
         """One batch per array of row numbers, on the device, in order, read ahead of use."""
-        device = self.machine.device
+        device = self.runtime.device
 
         def read(rows: np.ndarray) -> Batch:
             batch = self.read(rows)
@@ -73,7 +73,7 @@ class FrozenInputs(Inputs):
     def __init__(
         self,
         frontend: AudioFrontend,
-        machine: Machine,
+        runtime: Runtime,
         model: ConditionedAST,
         data: Cycles,
         cache_dir: str | Path,
@@ -82,13 +82,13 @@ class FrozenInputs(Inputs):
         batch_size: int,
     ):
         """settings: everything the front end depends on, as text."""
-        super().__init__(frontend, machine, data)
+        super().__init__(frontend, runtime, data)
         self.model, self.batch_size = model, batch_size
         self.shape = tuple(self._prefix(data.split.train[:1]).shape[1:])
         self.clip_bytes = int(np.prod(self.shape)) * self.DTYPE.itemsize
         text = (
             f"{self.VERSION} {data.store.folder.name} {settings} {model.prefix_fingerprint()} "
-            f"{machine.precision} {self.DTYPE}"
+            f"{runtime.precision} {self.DTYPE}"
         )
         name = f"frozen-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         self.path = Path(cache_dir) / f"{name}.features"
@@ -133,7 +133,7 @@ class FrozenInputs(Inputs):
 
         needed: bytes of these and of all that are still to come, for the message of a full disk.
         """
-        own = rows[self.machine.rank :: self.machine.world]
+        own = rows[self.runtime.rank :: self.runtime.world]
         try:
             # written, not assigned to the map: there, a full disk would be a SIGBUS
             with self.path.open("r+b") as file:
@@ -142,18 +142,18 @@ class FrozenInputs(Inputs):
                     for row, tokens in zip(part, self._prefix(part).cpu(), strict=True):
                         file.seek(int(row) * self.clip_bytes)
                         file.write(tokens.contiguous().view(torch.uint8).numpy())
-                    bar.update(len(part) * self.machine.world)
+                    bar.update(len(part) * self.runtime.world)
                 file.flush()
                 os.fsync(file.fileno())  # the table below must not outlive the features
         except OSError as error:
             raise write_error(self.path, error, needed) from error
-        self.machine.barrier()
-        if self.machine.is_main:
+        self.runtime.barrier()
+        if self.runtime.is_main:
             stored = self._stored()
             stored[rows] = True
             with atomic_write(self.table) as file:
                 file.write(np.packbits(stored).tobytes())
-        self.machine.barrier()
+        self.runtime.barrier()
 
     def _stored(self) -> np.ndarray:
         """Which rows are stored, [N] bool."""
@@ -166,10 +166,10 @@ class FrozenInputs(Inputs):
     @torch.no_grad()
     def _prefix(self, rows: np.ndarray) -> Tensor:
         """rows [B] -> [B, N, D] on the device, in the type they are stored in."""
-        batch = self.data.batch(rows).to(self.machine.device)
+        batch = self.data.batch(rows).to(self.runtime.device)
         mode = self.model.training
         self.model.eval()
-        with self.machine.autocast():
+        with self.runtime.autocast():
             prefix = self.model.frozen_prefix(super().__call__(batch, None).values)
         self.model.train(mode)
         return prefix.to(self.DTYPE)

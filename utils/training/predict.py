@@ -14,7 +14,7 @@ from torch import Tensor
 from data.batch import Metadata
 from data.loader import Cycles
 from models.build import ConditionedAST
-from utils.training.device import Machine
+from utils.training.device import Runtime
 from utils.training.inputs import Inputs
 
 
@@ -23,9 +23,9 @@ class Predictor:
 
     Args:
         data: the cycles.
-        model: on the machine's device.
+        model: on the run's device.
         inputs: gives batches, and what the model takes of them.
-        machine: device, precision; several processes share the rows.
+        runtime: device, precision; several processes share the rows.
         batch_size: cycles per forward pass. Rounding depends on it, the meaning does not.
     """
 
@@ -34,11 +34,11 @@ class Predictor:
         data: Cycles,
         model: ConditionedAST,
         inputs: Inputs,
-        machine: Machine,
+        runtime: Runtime,
         batch_size: int,
     ):
         self.data, self.model, self.inputs = data, model, inputs
-        self.machine, self.batch_size = machine, batch_size
+        self.runtime, self.batch_size = runtime, batch_size
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         """Logits [n, K] float32 of the given rows, in their order, on every process."""
@@ -60,8 +60,8 @@ class Predictor:
         """[n, M, K]; M is 1 for the cycles' own metadata (None)."""
         self.inputs.prepare(rows)
         self.model.eval()
-        device = self.machine.device
-        places = np.arange(len(rows))[self.machine.rank :: self.machine.world]
+        device = self.runtime.device
+        places = np.arange(len(rows))[self.runtime.rank :: self.runtime.world]
         parts = [places[i : i + self.batch_size] for i in range(0, len(places), self.batch_size)]
         shape = (1 if metadata is None else len(metadata), len(self.data.task.outputs))
         results = []
@@ -71,28 +71,28 @@ class Predictor:
             given = (
                 [batch.metadata] if metadata is None else [m[place].to(device) for m in metadata]
             )
-            with self.machine.autocast():
+            with self.runtime.autocast():
                 features = self.inputs(batch, None)
                 logits = [self.model(features, m).logits for m in given]
             results.append((place.to(device), torch.cat(logits, dim=1)))
-        found, record = gather_rows(self.machine, results, shape[0] * shape[1])
+        found, record = gather_rows(self.runtime, results, shape[0] * shape[1])
         logits = np.empty((len(rows), *shape), np.float32)
         logits[found] = record.reshape(-1, *shape)
         return logits
 
 
 def gather_rows(
-    machine: Machine, parts: Sequence[tuple[Tensor, Tensor]], width: int
+    runtime: Runtime, parts: Sequence[tuple[Tensor, Tensor]], width: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Numbers [n] and what belongs to them [n, width] from all processes, without padding.
 
     Args:
-        parts: (numbers [B], values [B, width]) on the machine's device.
+        parts: (numbers [B], values [B, width]) on the run's device.
     """
-    device = machine.device
+    device = runtime.device
     rows = torch.cat([torch.empty(0, dtype=torch.int64, device=device)] + [r for r, _ in parts])
     record = torch.cat([torch.empty(0, width, device=device)] + [v for _, v in parts])
-    rows = machine.gather(rows, -1)
-    record = machine.gather(record, 0.0)
+    rows = runtime.gather(rows, -1)
+    record = runtime.gather(record, 0.0)
     keep = rows >= 0
     return rows[keep].cpu().numpy(), record[keep].cpu().numpy()

@@ -27,8 +27,8 @@ from data.task import EVENTS
 from utils.common.errors import Preempted, UserError
 from utils.config.schema import RunConfig
 from utils.metrics.score import choose_thresholds, sp_se_score, summarise
-from utils.training.checkpointer import Keeper
-from utils.training.device import Machine
+from utils.training.checkpointer import Checkpointer
+from utils.training.device import Runtime
 from utils.training.inputs import Inputs
 from utils.training.losses import build_loss, positive_weights
 from utils.training.optim import build_optimizer, build_schedule
@@ -71,8 +71,8 @@ class Trainer:
         data: its cycles.
         model: a `models.build.ConditionedAST`; moved to the device and trained in place.
         inputs: gives batches on the device, and what the model takes of them.
-        machine: device, precision, processes.
-        keeper: writes and reads checkpoints.
+        runtime: device, precision, processes.
+        checkpointer: writes and reads checkpoints.
         tracker: receives one dictionary of metrics per epoch (`utils.tracking.Tracker`).
     """
 
@@ -82,46 +82,46 @@ class Trainer:
         data: Cycles,
         model: torch.nn.Module,
         inputs: Inputs,
-        machine: Machine,
-        keeper: Keeper,
+        runtime: Runtime,
+        checkpointer: Checkpointer,
         tracker: Any,
     ):
-        self.config, self.data, self.machine = config, data, machine
-        self.keeper, self.tracker, self.inputs = keeper, tracker, inputs
-        self.settings = config.training
+        self.config, self.data, self.runtime = config, data, runtime
+        self.checkpointer, self.tracker, self.inputs = checkpointer, tracker, inputs
+        self.training = config.training
         self.model = model
-        self.wrapped = machine.prepare(model)
-        self.predictor = Predictor(data, model, inputs, machine, config.dataset.batch_size)
+        self.wrapped = runtime.prepare(model)
+        self.predictor = Predictor(data, model, inputs, runtime, config.dataset.batch_size)
         self.rows = data.split.train
         self.classes = data.classes(self.rows)
         self.selection_rows = {
             "validation": data.split.val,
             "fixed": np.empty(0, np.int64),
             "test": data.split.test,
-        }[self.settings.selection]
+        }[self.training.selection]
         labels = data.label[self.rows]
         _need_every_label(labels)
-        _need_both_sides(data.classes(self.selection_rows), self.settings.selection)
-        self.pos_weight = positive_weights(labels, self.settings.sensitivity_bias)
+        _need_both_sides(data.classes(self.selection_rows), self.training.selection)
+        self.pos_weight = positive_weights(labels, self.training.sensitivity_bias)
         self.loss = build_loss(
-            self.settings.loss,
-            pos_weight=self.pos_weight.to(machine.device),
-            focal_gamma=self.settings.focal_gamma,
-            asymmetric_gamma_pos=self.settings.asymmetric_gamma_pos,
-            asymmetric_gamma_neg=self.settings.asymmetric_gamma_neg,
-            asymmetric_clip=self.settings.asymmetric_clip,
-            label_smoothing=self.settings.label_smoothing,
+            self.training.loss,
+            pos_weight=self.pos_weight.to(runtime.device),
+            focal_gamma=self.training.focal_gamma,
+            asymmetric_gamma_pos=self.training.asymmetric_gamma_pos,
+            asymmetric_gamma_neg=self.training.asymmetric_gamma_neg,
+            asymmetric_clip=self.training.asymmetric_clip,
+            label_smoothing=self.training.label_smoothing,
         )
         groups = model.parameter_groups()
         self.parameters = [p for group in groups for p in group.parameters]
         self.optimizer = build_optimizer(
-            groups, lr=self.settings.lr, weight_decay=self.settings.weight_decay
+            groups, lr=self.training.lr, weight_decay=self.training.weight_decay
         )
         self.steps_per_epoch = -(-len(self.rows) // config.dataset.batch_size)
         self.schedule = build_schedule(
             self.optimizer,
-            warmup_epochs=self.settings.warmup_epochs,
-            epochs=self.settings.epochs,
+            warmup_epochs=self.training.warmup_epochs,
+            epochs=self.training.epochs,
             steps_per_epoch=self.steps_per_epoch,
         )
         self.progress = Progress()
@@ -132,31 +132,31 @@ class Trainer:
     def fit(self) -> Progress:
         """Train to the end (or to early stopping) and put the best weights into the model."""
         # every process its own dropout masks; a resumed run then takes up the saved generators
-        torch.manual_seed(derived_seed(self.settings.seed, self.machine.rank))
-        self.keeper.resume(self)
+        torch.manual_seed(derived_seed(self.training.seed, self.runtime.rank))
+        self.checkpointer.resume(self)
         self.inputs.prepare(self.rows)
-        progress, interval_s = self.progress, 60 * self.settings.checkpoint_minutes
-        with Signals(self.machine.device, self.machine.world, interval_s) as self.signals:
+        progress, interval_s = self.progress, 60 * self.training.checkpoint_minutes
+        with Signals(self.runtime.device, self.runtime.world, interval_s) as self.signals:
             while not self._is_over():
                 self.model.conditioner.on_epoch(progress.epoch)
                 self._train_epoch()
                 self._report(self._close_epoch())
                 flags = self.signals.now()
                 # what was trained is kept whatever happens to the test and the report
-                self._heed(flags._replace(save=flags.save or self._is_over()))
-        self.keeper.restore_best(self)
+                self._handle_flags(flags._replace(save=flags.save or self._is_over()))
+        self.checkpointer.restore_best(self)
         return progress
 
     def _is_over(self) -> bool:
         """Whether every epoch is done, or early stopping has lost its patience."""
-        patience = self.settings.early_stopping_patience
+        patience = self.training.early_stopping_patience
         stale = patience > 0 and self.progress.stale >= patience
-        return stale or self.progress.epoch >= self.settings.epochs
+        return stale or self.progress.epoch >= self.training.epochs
 
     def controls(self) -> dict[str, float]:
         """What the best weights' diagnostics must be judged against; see `Conditioner.controls`."""
         return self.model.conditioner.controls(
-            lr=self.settings.lr,
+            lr=self.training.lr,
             steps=(self.progress.best_epoch + 1) * self.steps_per_epoch,
             steps_per_epoch=self.steps_per_epoch,
             schedule=self.schedule.lr_lambdas[0],
@@ -165,31 +165,31 @@ class Trainer:
     # ---------------------------------------------------------------- one epoch
 
     def _train_epoch(self) -> None:
-        progress, settings = self.progress, self.settings
+        progress, training = self.progress, self.training
         order = epoch_order(
             self.rows,
             self.classes,
             epoch=progress.epoch,
-            seed=settings.seed,
-            sampler=settings.sampler,
+            seed=training.seed,
+            sampler=training.sampler,
         )
         plan = epoch_plan(
             order,
             batch_size=self.config.dataset.batch_size,
-            accumulation_steps=settings.accumulation_steps,
-            rank=self.machine.rank,
-            world=self.machine.world,
+            accumulation_steps=training.accumulation_steps,
+            rank=self.runtime.rank,
+            world=self.runtime.world,
             epoch=progress.epoch,
-            seed=settings.seed,
+            seed=training.seed,
         )[progress.step :]
         batches = self.inputs.batches(part.rows for step in plan for part in step)
         self.wrapped.train()
         bar = tqdm(
             plan,
-            desc=f"epoch {progress.epoch + 1}/{settings.epochs}",
+            desc=f"epoch {progress.epoch + 1}/{training.epochs}",
             total=self.steps_per_epoch,
             initial=progress.step,
-            disable=None if self.machine.is_main else True,  # None: quiet when not a terminal
+            disable=None if self.runtime.is_main else True,  # None: quiet when not a terminal
             leave=False,
             ncols=100,
         )
@@ -199,24 +199,26 @@ class Trainer:
             progress.step += 1
             progress.seconds = time.monotonic() - started
             rows = torch.from_numpy(np.concatenate([part.rows for part in parts]))
-            self._heed(self.signals.post(nonfinite, rows))
-        self._heed(self.signals.drain(), save=False)  # if one is due, better behind the evaluation
+            self._handle_flags(self.signals.post(nonfinite, rows))
+        self._handle_flags(
+            self.signals.drain(), save=False
+        )  # if one is due, better behind the evaluation
 
     def _step(self, parts: list[MicroBatch], batches: Iterator[Batch]) -> Tensor:
         """One optimiser step; returns a scalar on the device, 1 if the gradient was not finite."""
-        total = torch.zeros((), device=self.machine.device)
+        total = torch.zeros((), device=self.runtime.device)
         for number, part in enumerate(parts):
             batch = next(batches)
             last = number == len(parts) - 1
-            wait = nullcontext() if last or self.machine.world == 1 else self.wrapped.no_sync()
+            wait = nullcontext() if last or self.runtime.world == 1 else self.wrapped.no_sync()
             with wait:
-                with self.machine.autocast():
+                with self.runtime.autocast():
                     output = self.wrapped(self.inputs(batch, part.seed), batch.metadata)
                 losses = self.loss(output.logits, batch.label)  # [B]
                 share = part.weight * len(batch)
                 loss = losses.sum() * part.weight + output.regularisation * share
                 # Data parallelism averages gradients; the weights already make them a mean.
-                self.machine.scaler.scale(loss * self.machine.world).backward()
+                self.runtime.scaler.scale(loss * self.runtime.world).backward()
             total += loss.detach()
             if part.weight:
                 record = torch.cat([losses.detach()[:, None], output.logits.detach()], dim=1)
@@ -224,9 +226,9 @@ class Trainer:
         return self._update(total)
 
     def _update(self, loss: Tensor) -> Tensor:
-        scaler = self.machine.scaler
+        scaler = self.runtime.scaler
         scaler.unscale_(self.optimizer)
-        limit = self.settings.grad_clip or float("inf")
+        limit = self.training.grad_clip or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         if scaler.is_enabled():
             # fp16: the scaler skips overflowing updates by itself; only a bad loss is an error.
@@ -241,7 +243,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return nonfinite
 
-    def _heed(self, flags: Flags | None, save: bool = True) -> None:
+    def _handle_flags(self, flags: Flags | None, save: bool = True) -> None:
         """Act on the flags of the step before."""
         if flags is None:
             return
@@ -253,7 +255,7 @@ class Trainer:
         later = self.signals.drain()
         if later is not None:
             self._refuse_nonfinite(later)
-        self.keeper.save(self)
+        self.checkpointer.save(self)
         self.signals.saved()
         if flags.stop or (later is not None and later.stop):
             raise Preempted
@@ -291,12 +293,12 @@ class Trainer:
         self.model.conditioner.finalise()
         score, thresholds = float("nan"), task.default_thresholds
         if len(self.selection_rows):
-            name = "val" if self.settings.selection == "validation" else "test_selection"
+            name = "val" if self.training.selection == "validation" else "test_selection"
             logits, loss = self.predict(self.selection_rows, with_loss=True)
             probability = task.probabilities(logits)
             label = self.data.label[self.selection_rows].numpy()
             thresholds = choose_thresholds(
-                task, probability, label, min_sensitivity=self.settings.min_sensitivity
+                task, probability, label, min_sensitivity=self.training.min_sensitivity
             )
             figures = summarise(task, probability, label, thresholds)
             score = figures["score"]
@@ -307,25 +309,25 @@ class Trainer:
         }
         row = {key: float(value) for key, value in row.items()}
         progress.history.append(row)
-        if self.settings.selection == "fixed":
-            better = progress.epoch == self.settings.epochs - 1
+        if self.training.selection == "fixed":
+            better = progress.epoch == self.training.epochs - 1
         else:
             better = progress.best_epoch < 0 or score > progress.best_score
         progress.stale += 1
         if better:
             progress.best_epoch, progress.best_score = progress.epoch, score
             progress.thresholds, progress.stale = tuple(thresholds), 0
-            self.keeper.remember_best(self)
+            self.checkpointer.remember_best(self)
         progress.epoch, progress.step, progress.seconds = progress.epoch + 1, 0, 0.0
         return row
 
     def _report(self, row: dict[str, float]) -> None:
-        if not self.machine.is_main:
+        if not self.runtime.is_main:
             return
-        self.keeper.folder.write_metrics(self.progress.history)
+        self.checkpointer.folder.write_metrics(self.progress.history)
         metrics = {key.replace("_", "/", 1): value for key, value in row.items() if key != "epoch"}
         self.tracker.metrics(metrics, step=int(row["epoch"]) + 1)
-        logger.info(epoch_line(row, self.settings.epochs, self.progress.stale == 0))
+        logger.info(epoch_line(row, self.training.epochs, self.progress.stale == 0))
 
     # ---------------------------------------------------------------- evaluation
 
@@ -341,13 +343,13 @@ class Trainer:
         logits = self.predictor(rows)
         if not with_loss:
             return logits
-        losses = self.loss(torch.from_numpy(logits).to(self.machine.device),
-                           self.data.label[rows].to(self.machine.device))  # fmt: skip
+        losses = self.loss(torch.from_numpy(logits).to(self.runtime.device),
+                           self.data.label[rows].to(self.runtime.device))  # fmt: skip
         return logits, _mean(losses.cpu().numpy())
 
     def gather(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
         """(rows [n], (loss, logits) [n, 1 + K]) of all processes, without padding."""
-        return gather_rows(self.machine, parts, 1 + len(self.data.task.outputs))
+        return gather_rows(self.runtime, parts, 1 + len(self.data.task.outputs))
 
 
 def _mean(values: np.ndarray) -> float:

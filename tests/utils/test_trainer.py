@@ -115,7 +115,7 @@ def test_a_step_never_waits_for_the_device(variant, tmp_path):
     spectrogram = trainer.inputs(batch, 1)
     trainer.inputs = lambda *_: spectrogram
     trainer.model.train()
-    signals = Signals(trainer.machine.device, 1, 1e9)
+    signals = Signals(trainer.runtime.device, 1, 1e9)
     with Questions() as questions:
         nonfinite = trainer._step([MicroBatch(trainer.rows[:8], 1 / 8, 0)], iter([batch]))
         signals.post(nonfinite, batch.cycle)
@@ -200,7 +200,7 @@ def test_an_infinite_gradient_updates_nothing_and_stops_the_run_by_name(tmp_path
     for row in before:
         assert f"{table['Filename'][row]}#{table['CycleIndex'][row]}" in str(error.value)
     assert "training.lr" in str(error.value)
-    assert not any(trainer.keeper.folder.path.glob("**/*.pt"))
+    assert not any(trainer.checkpointer.folder.path.glob("**/*.pt"))
 
 
 def moments_of(trainer) -> list[torch.Tensor]:
@@ -213,7 +213,7 @@ def test_a_checkpoint_never_holds_a_step_that_was_not_finite(tmp_path):
     config = tiny_config(**{"augment.enabled": False, "training.checkpoint_minutes": 1e-9})
     trainer = tiny_trainer(config, tmp_path)
     order = []
-    save, step = trainer.keeper.save, trainer._step
+    save, step = trainer.checkpointer.save, trainer._step
 
     def recorded_step(parts, batches):
         flag = step(parts, batches)
@@ -221,7 +221,7 @@ def test_a_checkpoint_never_holds_a_step_that_was_not_finite(tmp_path):
         return torch.ones(()) if order.count("step") == 2 else flag
 
     trainer._step = recorded_step
-    trainer.keeper.save = lambda t: (order.append("save"), save(t))
+    trainer.checkpointer.save = lambda t: (order.append("save"), save(t))
     with pytest.raises(UserError, match="not finite"):
         trainer.fit()
     assert order == ["step", "step"]
