@@ -69,7 +69,8 @@ def run(tmp_path_factory):
     def once(variant: str, planted: bool = True) -> dict:
         data = corpus(planted)
         trainer = tiny.tiny_trainer(configure(variant), folder / f"{variant}-{planted}", data)
-        inputs = benchmark.Remembered(build_frontend(trainer.config), trainer.runtime, known=known)
+        frontend = build_frontend(trainer.config)
+        inputs = benchmark.Remembered(frontend, trainer.runtime, data, known=known)
         trainer.inputs = trainer.predictor.inputs = inputs
         trainer.fit()
         rows, task = data.split.test, data.task

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from data.splits import Split
+from models.conditioner import Features
 from models.registry import VARIANTS
 from utils.config.schema import RunConfig, config_from_dict
 from utils.runs.run import Run
@@ -118,8 +119,8 @@ class Remembered(Inputs):
     def __call__(self, batch, seed):
         cycles = batch.cycle.tolist()
         if not set(cycles) <= set(self.known):
-            self.known |= dict(zip(cycles, super().__call__(batch, None), strict=True))
-        return torch.stack([self.known[cycle] for cycle in cycles])
+            self.known |= dict(zip(cycles, super().__call__(batch, None).values, strict=True))
+        return Features(torch.stack([self.known[cycle] for cycle in cycles]))
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
@@ -137,7 +138,7 @@ def test_it_learns_32_real_cycles_by_heart(variant, handful, tmp_path):
     checkpointer = Checkpointer(
         RunFolder(tmp_path / "run"), runtime, Run(config, runtime)._describe(data)
     )
-    inputs = Remembered(build_frontend(config), runtime)
+    inputs = Remembered(build_frontend(config), runtime, data)
     trainer = Trainer(config, data, model, inputs, runtime, checkpointer, Tracker())
     trainer.fit()
     task = data.task
