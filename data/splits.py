@@ -1,11 +1,11 @@
-"""Which cycles train, validate and test: patient-wise wherever the protocol leaves us the choice.
+"""Which cycles train, validate and test; by patient wherever the protocol leaves the choice.
 
 Everything here is a pure function of the cycle table's columns PID, Split, Fold, Device, Crackles
-and Wheezes and of the settings. Labels of the test part are never looked at, so that permuting
+and Wheezes and of the settings. Labels of the test part are never used, so that permuting
 them changes nothing; the exception is `foldwise`, whose five folds are balanced by class over all
 patients before any of them is the test part (as a stratified k-fold is). Random order comes from
-SHA-256 of (seed, patient), hence the same patients are chosen by every version of every library on
-every machine.
+SHA-256 of (seed, patient), so every version of every library on every machine chooses the same
+patients.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from data.cycle_table import classes_of
 from data.task import CLASSES
 from utils.common.errors import UserError
 
 log = logging.getLogger(__name__)
 
 STRATEGIES = ("official", "official_disjoint", "foldwise", "random")
-SELECTIONS = ("validation", "fixed", "test")
 N_FOLDS = 5
 FOLD_SEED = 0
 _RESTARTS = 200  # random orders that are tried; the best balanced choice is kept
@@ -42,11 +42,6 @@ class Split:
     train: np.ndarray
     val: np.ndarray
     test: np.ndarray
-
-
-def classes_of(table: pd.DataFrame) -> np.ndarray:
-    """[N] int64, index into `data.batch.CLASSES` of each cycle."""
-    return (table["Crackles"] + 2 * table["Wheezes"]).to_numpy(np.int64)
 
 
 def patients_in_both_halves(table: pd.DataFrame) -> list[int]:
@@ -69,7 +64,7 @@ def split_cycles(
     """Divide the cycle table into training, validation and test rows.
 
     Args:
-        table: cycle table of `data.corpora.icbhi.read_cycles`.
+        table: cycle table.
         strategy: official | official_disjoint (without the test cycles of patients who are in
             train as well) | foldwise | random.
         test_fold: foldwise: the fold (0..4) that is tested.
@@ -80,12 +75,8 @@ def split_cycles(
         selection: with `fixed` and `test` the validation part is empty and train is whole.
 
     Raises:
-        UserError: an unknown setting, or a part that the data can not fill.
+        UserError: a part that the data cannot fill.
     """
-    if selection not in SELECTIONS:
-        raise UserError(
-            f"training.selection is '{selection}'; choose one of {', '.join(SELECTIONS)}"
-        )
     in_train, in_test = _train_and_test(table, strategy, test_fold, split_seed, test_fraction)
     train, test = np.flatnonzero(in_train), np.flatnonzero(in_test)
     _check_parts(table, train, test, strategy)
@@ -162,19 +153,12 @@ def _train_and_test(
             )
         return ~in_test, in_test
     if strategy == "foldwise":
-        if test_fold not in range(N_FOLDS):
-            raise UserError(f"dataset.test_fold is {test_fold}; choose 0..{N_FOLDS - 1}")
         in_test = (table["Fold"] == test_fold).to_numpy()
-        return ~in_test, in_test
-    if strategy == "random":
-        # by cycles and patients only: a choice that is balanced by class would look at test labels
+    else:  # random; by cycles and patients only: balancing classes would look at test labels
         counts = _patient_counts(table, with_classes=False)
         chosen = _choose(counts, test_fraction * counts.sum().to_numpy(), split_seed)
         in_test = table["PID"].isin(chosen).to_numpy()
-        return ~in_test, in_test
-    raise UserError(
-        f"dataset.split_strategy is '{strategy}'; choose one of {', '.join(STRATEGIES)}"
-    )
+    return ~in_test, in_test
 
 
 def _check_parts(table: pd.DataFrame, train: np.ndarray, test: np.ndarray, strategy: str) -> None:
@@ -192,7 +176,7 @@ def _check_parts(table: pd.DataFrame, train: np.ndarray, test: np.ndarray, strat
     ):
         if missing:
             raise UserError(
-                f"no training cycle of {len(train)} has the class {name}, so it can not be "
+                f"no training cycle of {len(train)} has the class {name}, so it cannot be "
                 "learned; add recordings or choose another dataset.split_strategy"
             )
     _warn_of_missing_classes(table, train, "training part")
@@ -230,11 +214,11 @@ def _choose(
 
     Args:
         counts: one row per patient that may be chosen.
-        target: wished sum of each column.
+        target: intended sum of each column.
         seed: of the orders.
         holds: one row per patient, bool; every column that any patient holds must still be held
             by a patient who is not chosen.
-        leave: patients that must be left over at least.
+        leave: least number of patients that are left over.
     """
     patients = [int(pid) for pid in counts.index]
     rows = counts.to_numpy(np.float64)  # [P, K]
@@ -242,7 +226,7 @@ def _choose(
     spare = np.maximum(holds.sum().to_numpy(np.int64) - 1, 0)  # [H], holders who may go
     held = holds.loc[counts.index].to_numpy(np.int64)  # [P, H]
     weight = 1.0 / np.maximum(target, 1e-9)
-    missing = np.tile(target.astype(np.float64), (_RESTARTS, 1))  # [R, K], wished and not yet there
+    missing = np.tile(target.astype(np.float64), (_RESTARTS, 1))  # [R, K]
     spare = np.tile(spare, (_RESTARTS, 1))  # [R, H]
     chosen = np.zeros((_RESTARTS, len(patients)), bool)
     every = np.arange(_RESTARTS)

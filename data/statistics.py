@@ -1,4 +1,4 @@
-"""What the training cycles say about the metadata: imputation, scaling, counts per value."""
+"""What the training cycles say about the metadata: vocabularies, imputation, scaling, counts."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from data.batch import DEVICES, FIELDS, SCALARS, SITES, Metadata
+from data.batch import FIELDS, SCALARS, Metadata
 from data.cycle_table import SCALAR_COLUMNS
 from utils.common.errors import UserError
 
 log = logging.getLogger(__name__)
 
-#: What was warned of already, (statistics, unseen value): loading, floors and figures of one run
-#: all transform its table.
-_told: set[tuple[MetadataStatistics, str]] = set()
+#: (statistics, unseen value) that were warned of: a run transforms its table several times.
+_warned: set[tuple[MetadataStatistics, str]] = set()
 
 
 @dataclass(frozen=True)
@@ -28,9 +27,9 @@ class MetadataStatistics:
 
     Scalars stand in the order of `data.batch.SCALARS` (age years, BMI kg/m2, duration s). A
     missing value is imputed with `medians` and then z-scored like any other, and counts as known:
-    the imputed value is what a model sees in training and at evaluation alike. (An unknown scalar,
+    the imputed value is what a model sees in training and at evaluation. (An unknown scalar,
     z = 0, is for evaluation with a field hidden, see `Metadata.without`.) Whether the BMI was
-    known says the table: BMIDerived is NaN where not.
+    known is in the table: BMIDerived is NaN where not.
 
     Attributes:
         medians: of the known training values, after the derivation of BMI.
@@ -38,6 +37,8 @@ class MetadataStatistics:
             training cycles do not differ.
         device_counts: training cycles per device, the last entry counts the unknown ones.
         site_counts: the same per site.
+        devices, sites: the corpus' vocabularies; an index is a position there, and the index
+            after the last name means unknown.
     """
 
     medians: tuple[float, ...]
@@ -45,9 +46,13 @@ class MetadataStatistics:
     std: tuple[float, ...]
     device_counts: tuple[int, ...]
     site_counts: tuple[int, ...]
+    devices: tuple[str, ...]
+    sites: tuple[str, ...]
 
     @classmethod
-    def fit(cls, train_table: pd.DataFrame) -> MetadataStatistics:
+    def fit(
+        cls, train_table: pd.DataFrame, devices: Sequence[str], sites: Sequence[str]
+    ) -> MetadataStatistics:
         """Statistics of the training cycles (rows of the cycle table)."""
         values = _scalars(train_table)  # [N, 3]
         medians = [
@@ -56,34 +61,37 @@ class MetadataStatistics:
         values = np.where(np.isnan(values), medians, values)
         std = values.std(axis=0)
         std[std < 1e-6 * np.maximum(np.abs(values).max(axis=0), 1.0)] = 1.0
+        counts = (
+            np.bincount(_indices(train_table[column], names), minlength=len(names) + 1)
+            for column, names in (("Device", devices), ("AuscLoc", sites))
+        )
         return cls(
-            medians=tuple(medians),
-            mean=tuple(values.mean(axis=0).tolist()),
-            std=tuple(std.tolist()),
-            device_counts=_counts(_indices(train_table["Device"], DEVICES), DEVICES),
-            site_counts=_counts(_indices(train_table["AuscLoc"], SITES), SITES),
+            tuple(medians),
+            tuple(values.mean(axis=0).tolist()),
+            tuple(std.tolist()),
+            *(tuple(count.tolist()) for count in counts),
+            tuple(devices),
+            tuple(sites),
         )
 
     def transform(self, table: pd.DataFrame) -> Metadata:
         """`Metadata` of all N rows of a cycle table.
 
         A device or site that is missing, not in the vocabulary or never seen in training becomes
-        unknown, with one warning that names it: a process that transforms again says no more.
+        unknown, with one warning per process that names it.
         """
         values = _scalars(table)
         values = np.where(np.isnan(values), self.medians, values)
-        device, device_note = _seen(table["Device"], DEVICES, self.device_counts, "device")
-        site, site_note = _seen(table["AuscLoc"], SITES, self.site_counts, "site")
-        notes = {
-            name: n for name, n in (device_note | site_note).items() if (self, name) not in _told
-        }
-        if notes:
+        device, device_note = _seen(table["Device"], self.devices, self.device_counts, "device")
+        site, site_note = _seen(table["AuscLoc"], self.sites, self.site_counts, "site")
+        unseen = device_note | site_note
+        if notes := {name: n for name, n in unseen.items() if (self, name) not in _warned}:
             named = "; ".join(f"{name} ({n} cycles)" for name, n in notes.items())
             log.warning("not seen in training, treated as unknown: %s", named)
-            _told.update((self, name) for name in notes)
+            _warned.update((self, name) for name in notes)
         known = np.ones((len(table), len(FIELDS)), bool)
-        known[:, 0] = device < len(DEVICES)
-        known[:, 1] = site < len(SITES)
+        known[:, 0] = device < len(self.devices)
+        known[:, 1] = site < len(self.sites)
         rest = (values - np.array(self.mean)) / np.array(self.std)
         return Metadata(
             device=torch.from_numpy(device),
@@ -99,9 +107,9 @@ class MetadataStatistics:
             "medians": list(self.medians),
             "mean": list(self.mean),
             "std": list(self.std),
-            "devices": list(DEVICES),
+            "devices": list(self.devices),
             "device_counts": list(self.device_counts),
-            "sites": list(SITES),
+            "sites": list(self.sites),
             "site_counts": list(self.site_counts),
         }
 
@@ -110,29 +118,36 @@ class MetadataStatistics:
         """Inverse of `to_dict`.
 
         Raises:
-            UserError: it was made with another vocabulary, or is incomplete.
+            UserError: it is incomplete, or of other scalars.
         """
-        remedy = "use a checkpoint written by this version of the code"
-        for key, expected in (("scalars", SCALARS), ("devices", DEVICES), ("sites", SITES)):
-            if content.get(key) != list(expected):
+
+        def check(key: str, good: bool, expected: str) -> None:
+            if not good:
                 raise UserError(
-                    f"metadata statistics: {key} is {content.get(key)}, {list(expected)} "
-                    f"expected; {remedy}"
+                    f"metadata statistics: {key} is {content.get(key)}, {expected} expected; use "
+                    "a checkpoint written by this version of the code"
                 )
-        numbers = {}
-        for key, length in (("medians", 3), ("mean", 3), ("std", 3),
-                            ("device_counts", 5), ("site_counts", 8)):  # fmt: skip
+
+        check("scalars", content.get("scalars") == list(SCALARS), str(list(SCALARS)))
+        fields = {}
+        for key in ("devices", "sites"):
+            names = content.get(key)
+            distinct = isinstance(names, list) and all(isinstance(name, str) for name in names)
+            check(key, distinct and len(set(names)) == len(names) > 0, "a list of names")
+            fields[key] = tuple(names)
+        for key, length, least in (
+            *(("medians", 3, -math.inf), ("mean", 3, -math.inf), ("std", 3, 1e-9)),
+            ("device_counts", len(fields["devices"]) + 1, 0),
+            ("site_counts", len(fields["sites"]) + 1, 0),
+        ):
             value = content.get(key)
-            least = {"std": 1e-9, "device_counts": 0, "site_counts": 0}.get(key, -math.inf)
-            if (
-                not isinstance(value, list)
-                or len(value) != length
-                or not all(isinstance(x, int | float) and math.isfinite(x) for x in value)
-                or min(value) < least
-            ):
-                raise UserError(f"metadata statistics: {key} is not {length} numbers; {remedy}")
-            numbers[key] = tuple(value)
-        return cls(**numbers)
+            finite = isinstance(value, list) and all(
+                isinstance(x, int | float) and math.isfinite(x) for x in value
+            )
+            good = finite and len(value) == length and min(value) >= least
+            check(key, good, f"{length} numbers")
+            fields[key] = tuple(value)
+        return cls(**fields)
 
 
 def _scalars(table: pd.DataFrame) -> np.ndarray:
@@ -145,10 +160,6 @@ def _indices(names: pd.Series, vocabulary: Sequence[str]) -> np.ndarray:
     """[N] int64 into the vocabulary, its length for anything else."""
     index = {name: number for number, name in enumerate(vocabulary)}
     return np.array([index.get(name, len(vocabulary)) for name in names], np.int64)
-
-
-def _counts(indices: np.ndarray, vocabulary: Sequence[str]) -> tuple[int, ...]:
-    return tuple(np.bincount(indices, minlength=len(vocabulary) + 1).tolist())
 
 
 def _seen(

@@ -10,12 +10,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import pandas as pd
 
 from data.corpora.icbhi_tables import (
+    DEVICES,
+    SITES,
     Demographics,
     RecordingName,
     parse_annotation,
@@ -25,15 +28,17 @@ from data.corpora.icbhi_tables import (
     parse_split,
     read_text,
 )
-from data.cycle_table import COLUMNS, derive_bmi
-from data.splits import assign_folds, classes_of
+from data.cycle_table import COLUMNS, classes_of, derive
+from data.splits import assign_folds
 from data.task import CLASSES
 from utils.common.errors import UserError
+
+__all__ = ["DEVICES", "SITES", "completeness", "read_cycles"]
 
 log = logging.getLogger(__name__)
 
 BASE_URL = "https://bhichallenge.med.auth.gr/sites/default/files/ICBHI_final_database/"
-#: Accepted names of each table, the official one first; compared without regard to letter case.
+#: Accepted names of each table, the official one first; in any letter case.
 TABLES: dict[str, tuple[str, ...]] = {
     "split": ("ICBHI_challenge_train_test.txt",),
     "demographics": ("ICBHI_Challenge_demographic_information.txt", "demographic_info.txt"),
@@ -61,7 +66,7 @@ class Completeness(NamedTuple):
 
     Attributes:
         partial: True when any count differs from `FULL_COUNTS`.
-        message: one line to shout; empty when nothing is missing.
+        message: one line for a prominent warning; empty when nothing is missing.
         counts: this table's counts, keys as in `FULL_COUNTS`.
     """
 
@@ -78,7 +83,6 @@ def read_cycles(
     data_folder: str | Path,
     *,
     require_audio: bool = True,
-    require_annotations: bool = True,
     report: Callable[[str], None] = _fail,
 ) -> pd.DataFrame:
     """Cycle table of a folder: `data.cycle_table.COLUMNS` and `Recording`, path of the audio file.
@@ -89,41 +93,53 @@ def read_cycles(
     Args:
         data_folder: folder of recordings.
         require_audio: False makes the table from annotations alone; Recording is "" then.
-        require_annotations: False leaves recordings without annotation out with a warning.
-        report: called with each problem; by default the first one raises. A function that returns
-            makes the reader leave the faulty recording out and go on.
+        report: called with each problem; by default the first one raises. When it returns, the
+            reader leaves the faulty recording out and continues.
 
     Raises:
         UserError: a file, row or table is missing or faulty.
     """
-    folder = _existing_folder(data_folder)
+    folder = Path(data_folder).expanduser()
+    if not folder.is_dir():
+        _fail(
+            f"data folder {folder} does not exist; set dataset.data_folder to the unpacked "
+            "database (python -m data.download --output DIR fetches it)"
+        )
     audio, annotations = find_recordings(folder, report)
     if not audio and (require_audio or not annotations):
         _fail(_no_audio(folder, bool(annotations)))
     if not annotations:
-        _fail(f"{folder}: no annotation (.txt beside each .wav) found; unpack the whole database")
+        _fail(f"{folder}: no annotation (.txt next to each .wav); unpack the whole database")
     parts = parse_table(folder, "split", parse_split)
     demographics = parse_table(folder, "demographics", parse_demographics)
     diagnosis = parse_table(folder, "diagnosis", parse_diagnosis)
-    stems = _matched_stems(audio, annotations, require_audio, require_annotations, report)
+    if require_audio:
+        for stem in sorted(set(audio) ^ set(annotations)):
+            path, missing = (
+                (audio[stem], "annotation .txt")
+                if stem in audio
+                else (annotations[stem], "recording .wav")
+            )
+            report(f"{path} has no {missing} of the same name; restore it or remove this file")
     rows: list[dict] = []
-    for stem in stems:
+    for stem in sorted(set(annotations) & set(audio) if require_audio else annotations):
         try:
-            name = parse_name(stem)
-            shared = _recording_columns(name, parts, demographics, diagnosis)
+            shared = _recording_columns(parse_name(stem), parts, demographics, diagnosis)
             cycles = parse_annotation(read_text(annotations[stem]), str(annotations[stem]))
         except UserError as error:
             report(str(error))
             continue
-        path = str(audio[stem]) if require_audio else ""
-        rows += [_row(shared, index, cycle, path) for index, cycle in enumerate(cycles)]
+        shared["Recording"] = str(audio[stem]) if require_audio else ""
+        rows += [
+            {**shared, "CycleIndex": index, "CycleStart": cycle.start, "CycleEnd": cycle.end,
+             "Crackles": cycle.crackle, "Wheezes": cycle.wheeze}
+            for index, cycle in enumerate(cycles)
+        ]  # fmt: skip
     if not rows:
         _fail(f"{folder}: no usable recording; see the problems above")
     table = pd.DataFrame(rows).sort_values(["Filename", "CycleIndex"], ignore_index=True)
-    table = table.astype({"Age": float, "BMI": float, "CW": float, "CH": float})
-    table["BMIDerived"] = derive_bmi(table)
-    table["Fold"] = assign_folds(table)
-    return table[[*COLUMNS, "Recording"]]
+    table = derive(table.astype({"Age": float, "BMI": float, "CW": float, "CH": float}))
+    return table.assign(Fold=assign_folds(table))[[*COLUMNS, "Recording"]]
 
 
 def completeness(table: pd.DataFrame) -> Completeness:
@@ -150,9 +166,9 @@ def completeness(table: pd.DataFrame) -> Completeness:
 def find_table(folder: Path, kind: str) -> Path | None:
     """Path of the table `kind` (a key of `TABLES`), or None; its names in any letter case."""
     parent = folder.resolve().parent
-    places = [folder, *_subfolders(folder)] + ([parent] if os.access(parent, os.R_OK) else [])
+    places = [*_places(folder), *([parent] if os.access(parent, os.R_OK) else [])]
     for place in places:
-        files = {path.name.lower(): path for path in _files(place)}
+        files = {path.name.lower(): path for path in _listing(place, "is_file")}
         for name in TABLES[kind]:
             if name.lower() in files:
                 return files[name.lower()]
@@ -181,18 +197,18 @@ def find_recordings(
 ) -> tuple[dict[str, Path], dict[str, Path]]:
     """(audio, annotations), each {stem: path}, of the folder and its `SUBFOLDERS`.
 
-    Text files whose name does not begin like a recording's (the tables, notes) are no annotations;
-    hidden files are left out.
+    An annotation has a recording's name (five tokens between underscores) or that of a recording
+    that is there; other text files, such as <recording>_events.txt, are ignored.
     """
     audio: dict[str, Path] = {}
-    annotations: dict[str, Path] = {}
-    for place in (folder, *_subfolders(folder)):
-        for path in _files(place):
+    texts: dict[str, Path] = {}
+    for place in _places(folder):
+        for path in _listing(place, "is_file"):
             suffix = path.suffix.lower()
             if suffix in AUDIO_SUFFIXES:
                 found = audio
             elif suffix == ".txt" and path.stem.split("_")[0].isdigit():
-                found = annotations
+                found = texts
             else:
                 continue
             if path.stem in found:
@@ -202,38 +218,15 @@ def find_recordings(
                 )
             else:
                 found[path.stem] = path
-    return audio, annotations
+    ignored = [p for stem, p in texts.items() if stem.count("_") != 4 and stem not in audio]
+    if ignored:
+        _mention(f"{len(ignored)} text files are no annotations, the first is {ignored[0]}")
+    return audio, {stem: path for stem, path in texts.items() if path not in ignored}
 
 
-def _matched_stems(
-    audio: dict[str, Path],
-    annotations: dict[str, Path],
-    require_audio: bool,
-    require_annotations: bool,
-    report: Callable[[str], None],
-) -> list[str]:
-    """Stems of the recordings that the table is made of, sorted."""
-    unannotated = sorted(set(audio) - set(annotations)) if require_audio else []
-    if unannotated and require_annotations:
-        for stem in unannotated:
-            report(
-                f"{audio[stem]} has no annotation {stem}.txt beside it; "
-                "restore the annotation or remove the recording"
-            )
-    elif unannotated:
-        log.warning(
-            "%d recordings without annotation are left out, the first is %s",
-            len(unannotated),
-            audio[unannotated[0]],
-        )
-    if not require_audio:
-        return sorted(annotations)
-    for stem in sorted(set(annotations) - set(audio)):
-        report(
-            f"{annotations[stem]} has no recording {stem}.wav beside it; "
-            "unpack the recording again or remove the annotation"
-        )
-    return sorted(set(annotations) & set(audio))
+@lru_cache
+def _mention(message: str) -> None:
+    log.warning("%s", message)  # once per process, however often the folder is read
 
 
 def _recording_columns(
@@ -271,31 +264,8 @@ def _recording_columns(
     }
 
 
-def _row(shared: dict, index: int, cycle, recording: str) -> dict:
-    return {
-        **shared,
-        "CycleIndex": index,
-        "CycleStart": cycle.start,
-        "CycleEnd": cycle.end,
-        "Crackles": cycle.crackle,
-        "Wheezes": cycle.wheeze,
-        "Duration": round(cycle.end - cycle.start, 6),  # s, without the noise of the subtraction
-        "Recording": recording,
-    }
-
-
-def _existing_folder(data_folder: str | Path) -> Path:
-    folder = Path(data_folder).expanduser()
-    if not folder.is_dir():
-        _fail(
-            f"data folder {folder} does not exist; set dataset.data_folder to the unpacked "
-            "database (python -m data.download --output DIR fetches it)"
-        )
-    return folder
-
-
 def _no_audio(folder: Path, annotated: bool) -> str:
-    zips = [path.name for path in _files(folder) if path.suffix.lower() == ".zip"]
+    zips = [path.name for path in _listing(folder, "is_file") if path.suffix.lower() == ".zip"]
     if zips:
         return f"{folder}: no .wav found, but {zips[0]}; unpack it there (unzip {zips[0]})"
     found = "annotations but no .wav" if annotated else "no .wav and no annotation"
@@ -306,21 +276,19 @@ def _no_audio(folder: Path, annotated: bool) -> str:
     )
 
 
-def _subfolders(folder: Path) -> list[Path]:
+def _places(folder: Path) -> list[Path]:
+    """The folder and those of its `SUBFOLDERS` that are there."""
     names = {name.lower() for name in SUBFOLDERS}
-    return [path for path in _listing(folder, "is_dir") if path.name.lower() in names]
-
-
-def _files(folder: Path) -> list[Path]:
-    return [path for path in _listing(folder, "is_file") if not path.name.startswith(".")]
+    return [folder, *(path for path in _listing(folder, "is_dir") if path.name.lower() in names)]
 
 
 def _listing(folder: Path, kind: str) -> list[Path]:
-    """Sorted entries for which `os.DirEntry.<kind>()` holds; one look at the disk, not one each."""
+    """Sorted entries for which `os.DirEntry.<kind>()` holds, hidden ones left out."""
     try:
         with os.scandir(folder) as entries:
-            return sorted(Path(entry.path) for entry in entries if getattr(entry, kind)())
+            found = [e.path for e in entries if getattr(e, kind)() and not e.name.startswith(".")]
     except OSError as error:
         raise UserError(
-            f"{folder}: can not be listed ({error.strerror}); check its permissions"
+            f"{folder}: cannot be listed ({error.strerror}); check its permissions"
         ) from error
+    return sorted(map(Path, found))

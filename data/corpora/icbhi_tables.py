@@ -1,7 +1,7 @@
 """Parsers of what the ICBHI 2017 database is made of: names, annotations and its three tables.
 
-Every parser is strict about meaning (a value that can not be right is an error that names file,
-row and remedy) and tolerant about form (byte-order mark, line ends, blank lines, Latin-1).
+Every parser is strict about meaning (an impossible value is an error that names file, row and
+remedy) and tolerant about form (byte-order mark, line ends, blank lines, Latin-1).
 """
 
 from __future__ import annotations
@@ -86,12 +86,12 @@ def read_text(path: Path) -> str:
     """Text of a file: UTF-8 with or without a byte-order mark, else Latin-1.
 
     Raises:
-        UserError: the file can not be read.
+        UserError: the file cannot be read.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: can not be read ({error.strerror}); restore the file") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); restore the file") from error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -112,15 +112,11 @@ def parse_annotation(text: str, source: str) -> list[Cycle]:
     for number, line in _rows(text):
         where = f"{source}, row {number}"
         cycle = _parse_cycle(line.split(), where)
-        if cycles and cycle.start < cycles[-1].start:
-            raise UserError(
-                f"{where}: starts at {cycle.start:g} s, before the row above "
-                f"({cycles[-1].start:g} s); sort the rows by time"
-            )
         if cycles and cycle.start < cycles[-1].end:
+            last = cycles[-1]
             raise UserError(
-                f"{where}: starts at {cycle.start:g} s and overlaps the row above, which ends at "
-                f"{cycles[-1].end:g} s; correct the times or restore the original file"
+                f"{where}: starts at {cycle.start:g} s, within or before the row above "
+                f"({last.start:g}..{last.end:g} s); sort the rows by time or correct them"
             )
         cycles.append(cycle)
     if not cycles:
@@ -137,11 +133,7 @@ def _parse_cycle(fields: list[str], where: str) -> Cycle:
         )
     start = _number(fields[0], where, "start")
     end = _number(fields[1], where, "end")
-    if start < 0:
-        raise UserError(f"{where}: negative start {start:g} s; {remedy}")
-    if end <= start:
-        raise UserError(f"{where}: end {end:g} s is not after start {start:g} s; {remedy}")
-    if end - start < SHORTEST_CYCLE or end > LONGEST_RECORDING:
+    if start < 0 or end - start < SHORTEST_CYCLE or end > LONGEST_RECORDING:
         raise UserError(f"{where}: no breath is from {start:g} s to {end:g} s; {remedy}")
     for text, name in zip(fields[2:], ("crackle", "wheeze"), strict=True):
         if text not in ("0", "1"):
@@ -163,17 +155,13 @@ def parse_split(text: str, source: str) -> dict[str, str]:
             raise UserError(
                 f"{where}: '{_shorten(line)}' is not a recording and train|test; restore the file"
             )
-        stem = _without_audio_suffix(fields[0])
+        stem = re.sub(r"\.wav$", "", fields[0], flags=re.IGNORECASE)
         try:
             parse_name(stem)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-        if stem in parts:
-            raise UserError(f"{where}: recording {stem} is there twice; remove one of the rows")
-        parts[stem] = fields[1].lower()
-    if not parts:
-        raise UserError(f"{source}: holds no recording; download it again")
-    return parts
+        _add(parts, stem, fields[1].lower(), where)
+    return _not_empty(parts, source)
 
 
 def parse_demographics(text: str, source: str) -> dict[int, Demographics]:
@@ -184,22 +172,18 @@ def parse_demographics(text: str, source: str) -> dict[int, Demographics]:
     """
     patients: dict[int, Demographics] = {}
     for where, pid, fields in _patient_rows(text, source, columns=6):
-        if pid in patients:
-            raise UserError(f"{where}: patient {pid} is there twice; remove one of the rows")
-        age = _optional(fields[1], where, "age (years)", 0, 130)
         sex = None if fields[2].lower() in _MISSING else fields[2].upper()
         if sex not in ("F", "M", None):
             raise UserError(f"{where}: sex is '{fields[2]}', F, M or NA expected; correct the row")
-        patients[pid] = Demographics(
-            age,
+        row = Demographics(
+            _optional(fields[1], where, "age (years)", 0, 130),
             sex,
             _optional(fields[3], where, "BMI (kg/m2)", 1, 150),
             _optional(fields[4], where, "weight (kg)", 0.1, 700),
             _optional(fields[5], where, "height (cm)", 10, 300),
         )
-    if not patients:
-        raise UserError(f"{source}: holds no patient; download it again")
-    return patients
+        _add(patients, pid, row, where)
+    return _not_empty(patients, source)
 
 
 def parse_diagnosis(text: str, source: str) -> dict[int, str | None]:
@@ -210,12 +194,20 @@ def parse_diagnosis(text: str, source: str) -> dict[int, str | None]:
     """
     patients: dict[int, str | None] = {}
     for where, pid, fields in _patient_rows(text, source, columns=2):
-        if pid in patients:
-            raise UserError(f"{where}: patient {pid} is there twice; remove one of the rows")
-        patients[pid] = None if fields[1].lower() in _MISSING else fields[1]
-    if not patients:
-        raise UserError(f"{source}: holds no patient; download it again")
-    return patients
+        _add(patients, pid, None if fields[1].lower() in _MISSING else fields[1], where)
+    return _not_empty(patients, source)
+
+
+def _add(table: dict, key: str | int, value: object, where: str) -> None:
+    if key in table:
+        raise UserError(f"{where}: {key} is there twice; remove one of the rows")
+    table[key] = value
+
+
+def _not_empty(table: dict, source: str) -> dict:
+    if not table:
+        raise UserError(f"{source}: has no rows; download it again")
+    return table
 
 
 def _patient_rows(text: str, source: str, columns: int) -> Iterator[tuple[str, int, list[str]]]:
@@ -248,10 +240,6 @@ def _fields(line: str) -> list[str]:
     """A row's fields: tabs and commas keep empty fields, runs of blanks do not."""
     separator = next((s for s in ("\t", ",") if s in line), None)
     return [field.strip() for field in line.strip("\r\n ").split(separator)]
-
-
-def _without_audio_suffix(name: str) -> str:
-    return name[:-4] if name.lower().endswith(".wav") else name
 
 
 def _number(text: str, where: str, name: str) -> float:

@@ -12,13 +12,14 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.batch import DEVICES, SITES
 from data.corpora.icbhi import (
+    DEVICES,
     FULL_COUNTS,
+    SITES,
     SUBFOLDERS,
     TABLES,
+    _mention,
     completeness,
-    find_table,
     read_cycles,
 )
 from data.corpora.icbhi_tables import (
@@ -29,8 +30,7 @@ from data.corpora.icbhi_tables import (
     parse_name,
     parse_split,
 )
-from data.cycle_table import COLUMNS
-from data.splits import classes_of
+from data.cycle_table import COLUMNS, classes_of
 from data.task import CLASSES
 from utils.common.errors import UserError
 
@@ -51,13 +51,6 @@ def test_real_counts_by_part_and_class(real):
     state = completeness(real)
     assert state.counts == FULL_COUNTS
     assert (state.partial, state.message) == (False, "")
-    assert FULL_COUNTS["train_cycles"] == 4142  # the table above is the published one
-    assert FULL_COUNTS["test_both"] == 143
-    assert FULL_COUNTS["all_patients"] == 126
-    for part in ("train", "test", "all"):
-        assert (
-            sum(FULL_COUNTS[f"{part}_{name}"] for name in CLASSES) == FULL_COUNTS[f"{part}_cycles"]
-        )
 
 
 @pytest.mark.real
@@ -156,11 +149,6 @@ def test_table_of_a_small_folder(icbhi_folder):
     assert table["BMI"].iloc[4] == 21.5
 
 
-def test_without_audio_the_recording_is_empty(make_icbhi, tmp_path):
-    table = read_cycles(make_icbhi(tmp_path / "data", audio=False), require_audio=False)
-    assert set(table["Recording"]) == {""}
-
-
 @pytest.mark.parametrize("place", ["same", "parent", *SUBFOLDERS])
 def test_tables_are_found_around_the_recordings(icbhi_folder, place):
     expected = read_cycles(icbhi_folder).drop(columns="Recording")
@@ -189,7 +177,7 @@ def test_the_mirrors_tables_and_any_letter_case(icbhi_folder):
     assert read_cycles(icbhi_folder).equals(expected)
 
 
-def test_byte_order_mark_crlf_blank_lines_and_latin_1(icbhi_folder):
+def test_byte_order_mark_line_ends_and_latin_1(icbhi_folder):
     expected = read_cycles(icbhi_folder)
     for path in icbhi_folder.glob("*.txt"):
         text = path.read_text().replace("\r", "").replace("\n", "\r\n\r\n")
@@ -201,13 +189,12 @@ def test_byte_order_mark_crlf_blank_lines_and_latin_1(icbhi_folder):
     assert table.drop(columns="Disease").equals(expected.drop(columns="Disease"))
 
 
-def test_flac_upper_case_suffix_notes_and_hidden_files(icbhi_folder):
+def test_flac_upper_case_and_hidden_files(icbhi_folder):
     samples, rate = soundfile.read(icbhi_folder / f"{STEM}.wav")
     (icbhi_folder / f"{STEM}.wav").unlink()
     soundfile.write(icbhi_folder / f"{STEM}.flac", samples, rate)
     other = "102_1b1_Tc_mc_AKGC417L"
     (icbhi_folder / f"{other}.wav").rename(icbhi_folder / f"{other}.WAV")
-    (icbhi_folder / "filename_format.txt").write_text("notes of the authors")
     (icbhi_folder / f"._{STEM}.wav").write_bytes(b"left by another system")
     table = read_cycles(icbhi_folder)
     assert len(table) == 24
@@ -221,14 +208,6 @@ def test_the_one_recording_with_two_names(make_icbhi, tmp_path):
     table = read_cycles(folder)
     assert set(table.loc[table["PID"] == 226, "Split"]) == {"test"}
     assert set(table.loc[table["PID"] == 226, "Device"]) == {"LittC2SE"}
-
-
-def test_recordings_without_annotation_are_left_out_on_request(icbhi_folder, caplog):
-    (icbhi_folder / f"{STEM}.txt").unlink()
-    table = read_cycles(icbhi_folder, require_annotations=False)
-    assert STEM not in set(table["Filename"])
-    assert len(table) == 20
-    assert "1 recordings without annotation" in caplog.text
 
 
 def test_all_problems_can_be_collected(icbhi_folder):
@@ -254,13 +233,12 @@ def test_all_problems_can_be_collected(icbhi_folder):
         ("0 nan 0 0\n", r"end is 'nan'"),
         ("0 inf 0 0\n", r"end is 'inf'"),
         ("0 1e999 0 0\n", r"end is '1e999'"),
-        ("-0.5 1 0 0\n", r"negative start -0.5 s"),
-        ("1 1 0 0\n", r"end 1 s is not after start 1 s"),
-        ("2 1 0 0\n", r"end 1 s is not after start 2 s"),
+        ("-0.5 1 0 0\n", r"no breath is from -0.5 s"),
+        ("2 1 0 0\n", r"no breath is from 2 s to 1 s"),
         ("0 0.0001 0 0\n", r"row 1: no breath is from 0 s to 0.0001 s"),
         ("0 1e300 0 0\n", r"row 1: no breath is from 0 s to 1e\+300 s"),
-        ("3 4 0 0\n1 2 0 0\n", r"row 2: starts at 1 s, before the row above"),
-        ("0 2 0 0\n1 3 0 0\n", r"row 2: starts at 1 s and overlaps the row above"),
+        ("3 4 0 0\n1 2 0 0\n", r"row 2: starts at 1 s, within or before"),
+        ("0 2 0 0\n1 3 0 0\n", r"row 2: starts at 1 s, within or before"),
         ("\n \n", r"holds no cycle"),
     ],
 )
@@ -269,21 +247,18 @@ def test_faulty_annotations(icbhi_folder, rows, message):
     with pytest.raises(UserError, match=message) as error:
         read_cycles(icbhi_folder)
     assert f"{STEM}.txt" in str(error.value)
-    assert (
-        "correct" in str(error.value) or "sort" in str(error.value) or "restore" in str(error.value)
-    )
 
 
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
         ("split", lambda t: t.replace("\ttest", "\tvalid"), r"row 5: .* is not a recording and"),
-        ("split", lambda t: t + f"{STEM}\ttest\r\n", r"row 7: recording 101.* is there twice"),
+        ("split", lambda t: t + f"{STEM}\ttest\r\n", r"row 7: 101.* is there twice"),
         ("split", lambda t: t.replace(f"{STEM}\ttrain\r\n", ""),
          rf"recording {STEM} is not named in ICBHI_challenge_train_test.txt; add the row"),
-        ("split", lambda t: "", r"holds no recording"),
+        ("split", lambda t: "", "has no rows"),
         ("split", lambda t: "../../etc/passwd\ttrain\n", r"row 1: recording name"),
-        ("demographics", lambda t: t + "101\t9\tF\tNA\tNA\tNA\n", r"row 7: patient 101 is there"),
+        ("demographics", lambda t: t + "101\t9\tF\tNA\tNA\tNA\n", r"row 7: 101 is there"),
         ("demographics", lambda t: t.replace("\tNA\tNA", "\tNA"), r"row 2: 5 columns, 6 expected"),
         ("demographics", lambda t: t.replace("\tF\t", "\tX\t"), r"row 2: sex is 'X'"),
         ("demographics", lambda t: t.replace("\t5\t", "\told\t"), r"row 1: age \(years\) is 'old'"),
@@ -292,9 +267,9 @@ def test_faulty_annotations(icbhi_folder, rows, message):
         ("demographics", lambda t: t.replace("101\t", "one1\t", 1).replace("102", "1o2"),
          r"row 1: 'one1' is not a patient number"),
         ("demographics", lambda t: t.replace("101\t", "107\t", 1), r"patient 101 .* demographics"),
-        ("diagnosis", lambda t: t + "101\tCOPD\n", r"row 7: patient 101 is there twice"),
+        ("diagnosis", lambda t: t + "101\tCOPD\n", r"row 7: 101 is there twice"),
         ("diagnosis", lambda t: t.replace("101\t", "107\t"), r"patient 101 .* the diagnosis"),
-        ("diagnosis", lambda t: "", r"holds no patient"),
+        ("diagnosis", lambda t: "", "has no rows"),
     ],
 )  # fmt: skip
 def test_faulty_tables(icbhi_folder, kind, change, message):
@@ -315,17 +290,26 @@ def test_a_missing_table_is_named_with_its_address(icbhi_folder, kind):
     assert address in str(error.value)
 
 
-def test_wav_without_annotation(icbhi_folder):
-    (icbhi_folder / f"{STEM}.txt").unlink()
-    with pytest.raises(UserError, match=rf"{STEM}.wav has no annotation {STEM}.txt"):
+@pytest.mark.parametrize("suffix", [".wav", ".txt"])
+def test_half_a_recording_is_refused(icbhi_folder, suffix):
+    (icbhi_folder / f"{STEM}{suffix}").unlink()
+    with pytest.raises(UserError, match=rf"{STEM}.* has no .*{suffix}"):
         read_cycles(icbhi_folder)
+    table = read_cycles(icbhi_folder, require_audio=False)
+    assert len(table) == (24 if suffix == ".wav" else 20)
+    assert set(table["Recording"]) == {""}
 
 
-def test_annotation_without_wav(icbhi_folder):
-    (icbhi_folder / f"{STEM}.wav").unlink()
-    with pytest.raises(UserError, match=rf"{STEM}.txt has no recording {STEM}.wav"):
-        read_cycles(icbhi_folder)
-    assert len(read_cycles(icbhi_folder, require_audio=False)) == 24
+@pytest.mark.parametrize(
+    "name", [f"{STEM}_events.txt", f"{STEM}_label.txt", "101_notes.txt", "filename_format.txt"]
+)
+def test_other_text_files_are_ignored(icbhi_folder, name, caplog):
+    _mention.cache_clear()
+    expected = read_cycles(icbhi_folder)
+    (icbhi_folder / name).write_text("crackle 0.3 0.4")
+    for _ in range(2):
+        assert read_cycles(icbhi_folder).equals(expected)
+    assert caplog.text.count(name) == name[0].isdigit()  # said once
 
 
 def test_no_wav_at_all(make_icbhi, tmp_path):
@@ -337,25 +321,14 @@ def test_no_wav_at_all(make_icbhi, tmp_path):
         read_cycles(folder)
 
 
-def test_a_folder_without_recordings_says_so_before_it_asks_for_tables(tmp_path):
+def test_an_empty_folder_names_the_download(tmp_path):
     with pytest.raises(UserError, match=r"no .wav and no annotation found there or in .* https://"):
         read_cycles(tmp_path, require_audio=False)
-    (tmp_path / "1_notes.txt").write_text("0 1 0 0")
-    with pytest.raises(UserError, match=r"annotations but no .wav"):
-        read_cycles(tmp_path)
 
 
 def test_no_data_folder(tmp_path):
     with pytest.raises(UserError, match=r"nowhere does not exist; set dataset.data_folder"):
         read_cycles(tmp_path / "nowhere")
-
-
-def test_no_annotation_at_all(make_icbhi, tmp_path):
-    folder = make_icbhi(tmp_path / "data")
-    for path in folder.glob("1*.txt"):
-        path.unlink()
-    with pytest.raises(UserError, match="no annotation"):
-        read_cycles(folder, require_audio=False)
 
 
 def test_the_same_recording_twice(icbhi_folder):
@@ -373,28 +346,13 @@ def test_a_name_that_is_no_recording(icbhi_folder):
         read_cycles(icbhi_folder)
 
 
-def test_a_table_that_can_not_be_read(icbhi_folder, monkeypatch):
-    def vanish(self):
-        raise FileNotFoundError(2, "No such file or directory")
-
-    monkeypatch.setattr(Path, "read_bytes", vanish)
-    with pytest.raises(UserError, match=r"can not be read \(No such file"):
-        read_cycles(icbhi_folder)
-
-
 @pytest.mark.real
-def test_other_counts_with_all_recordings_are_shouted_too(real):
+def test_other_counts_are_said_too(real):
     changed = real.copy()
     changed.loc[0, "Crackles"] = 1 - changed.loc[0, "Crackles"]
     state = completeness(changed)
     assert state.partial
     assert "NOT THE ICBHI 2017 COUNTS" in state.message
-
-
-def test_find_table_prefers_the_official_name(icbhi_folder):
-    (icbhi_folder / "demographic_info.txt").write_text("")
-    found = find_table(icbhi_folder, "demographics")
-    assert found.name == TABLES["demographics"][0]
 
 
 # --- properties ----------------------------------------------------------------------------------

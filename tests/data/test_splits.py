@@ -10,13 +10,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from data.batch import DEVICES
-from data.corpora.icbhi import read_cycles
+from data.corpora.icbhi import DEVICES, read_cycles
+from data.cycle_table import classes_of
 from data.splits import (
-    SELECTIONS,
     STRATEGIES,
     assign_folds,
-    classes_of,
     patients_in_both_halves,
     split_cycles,
 )
@@ -220,20 +218,7 @@ def test_folds_of_few_patients(patients):
     assert table["Fold"].nunique() == min(patients, 5)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"strategy": "officiall"}, r"split_strategy is 'officiall'; choose one of official,"),
-        ({"selection": "best"}, r"training.selection is 'best'; choose one of validation,"),
-        ({"strategy": "foldwise", "test_fold": 5}, r"dataset.test_fold is 5; choose 0..4"),
-    ],
-)
-def test_unknown_settings_are_refused(options, message):
-    with pytest.raises(UserError, match=message):
-        split_cycles(corpus(10), **options)
-
-
-def test_parts_that_can_not_be_filled_are_refused():
+def test_parts_that_cannot_be_filled_are_refused():
     table = corpus(20)
     with pytest.raises(UserError, match="no cycle is in the test part"):
         split_cycles(table.assign(Split="train"))
@@ -264,7 +249,7 @@ def test_a_class_that_validation_lacks_is_a_warning(caplog):
     both=st.integers(0, 3),
     seed=st.integers(0, 10_000),
     strategy=st.sampled_from(STRATEGIES),
-    selection=st.sampled_from(SELECTIONS),
+    selection=st.sampled_from(["validation", "fixed", "test"]),
     test_fold=st.integers(0, 4),
     test_fraction=st.floats(0.05, 0.9),
     val_fraction=st.floats(0.05, 0.6),

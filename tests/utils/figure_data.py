@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from data.corpora.icbhi import DEVICES, SITES
 from data.statistics import MetadataStatistics
 from utils.config.schema import config_to_dict, load_config
 from utils.figures.sources import SCRIPTS, read_corpus
@@ -44,7 +45,7 @@ def write_checkpoint(path: Path, variant: str, corpus: Path, *overrides: str) ->
         variant=variant,
     )
     table, split = read_corpus(config)
-    statistics = MetadataStatistics.fit(table.iloc[split.train])
+    statistics = MetadataStatistics.fit(table.iloc[split.train], DEVICES, SITES)
     torch.manual_seed(0)
     model = build_model(config, statistics)
     with torch.no_grad():

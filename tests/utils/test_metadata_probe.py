@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.batch import FIELDS
+from data.corpora.icbhi import DEVICES, SITES
 from data.statistics import MetadataStatistics
 from data.task import Task
 from tests.utils.evaluation_tables import cycle_table
@@ -71,7 +72,7 @@ def test_shuffle_repeats_with_its_seed_only():
 
 def test_conditions_hide_what_they_say():
     table = cycle_table()
-    transform = MetadataStatistics.fit(table).transform
+    transform = MetadataStatistics.fit(table, DEVICES, SITES).transform
     made = list(conditions(table, transform, shuffles=2, seed=0))
     assert [name for name, _ in made] == [
         "real", "shuffled", "shuffled", "all unknown", *(f"{f} unknown" for f in FIELDS)
@@ -89,7 +90,7 @@ def test_conditions_hide_what_they_say():
 @pytest.mark.parametrize("task", [Task(2), Task(4)])
 def test_a_model_of_the_metadata_is_exposed_and_a_listener_is_not(task):
     table = cycle_table(patients=24)
-    statistics = MetadataStatistics.fit(table)
+    statistics = MetadataStatistics.fit(table, DEVICES, SITES)
     label = task.labels(table["Crackles"].to_numpy(), table["Wheezes"].to_numpy())
     ages = statistics.transform(table).rest[:, 0].numpy()
 
@@ -122,7 +123,7 @@ def test_shuffled_rows_are_averaged_over_the_shuffles():
     def predict(several):
         return [np.full((len(m), 1), v) for m, v in zip(several, values, strict=True)]
 
-    transform = MetadataStatistics.fit(table).transform
+    transform = MetadataStatistics.fit(table, DEVICES, SITES).transform
     rows = metadata_test(predict, table, transform, task, (0.5,), shuffles=2, bootstrap=50)
     shuffled = rows[1]
     assert (shuffled["sp"], shuffled["se"]) == (50, 50)

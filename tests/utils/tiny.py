@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from data.corpora.icbhi import completeness
+from data.corpora.icbhi import DEVICES, SITES, completeness
 from data.loader import Cycles
 from data.splits import Split
 from data.statistics import MetadataStatistics
@@ -154,7 +154,7 @@ def tiny_data(config: RunConfig, table: pd.DataFrame | None = None, seed: int = 
     if config.training.selection == "validation":
         held = 4 * (len(train) // 20)  # whole patients
         train, val = train[:-held], train[-held:]
-    statistics = MetadataStatistics.fit(table.iloc[train])
+    statistics = MetadataStatistics.fit(table.iloc[train], DEVICES, SITES)
     return Cycles(
         table=table,
         split=Split(train, val, test),

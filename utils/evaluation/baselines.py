@@ -119,7 +119,7 @@ def floor_predictions(
         pos_weight: [K] of the training loss.
     """
     label = task.labels(table["Crackles"].to_numpy(), table["Wheezes"].to_numpy())
-    statistics = MetadataStatistics.fit(table.iloc[split.train])
+    statistics = MetadataStatistics.fit(table.iloc[split.train], DEVICES, SITES)
     features = design_matrix(statistics.transform(table))
     train = features[split.train], label[split.train]
     logits = {PRIOR: prior_logits(task, label[split.train], len(table))}

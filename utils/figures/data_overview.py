@@ -15,7 +15,7 @@ import pandas as pd
 
 from data.batch import DEVICES, SITES
 from data.corpora.icbhi import completeness, read_cycles
-from data.splits import classes_of
+from data.cycle_table import classes_of
 from data.task import CLASSES
 from utils.common.cli import command
 from utils.figures import style

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from data.metadata import read_cycles_and_metadata
+from data import corpora
 from data.splits import Split, split_cycles
 from data.synthetic.corpus import is_synthetic
 from models.registry import VARIANTS
@@ -119,10 +119,7 @@ def read_corpus(config: RunConfig) -> tuple[pd.DataFrame, Split]:
             f"the data folder {dataset.data_folder} of the checkpoint is not there; "
             "name it with --data-folder DIR"
         )
-    report = logger.warning if dataset.on_bad_recording == "skip" else None
-    table = read_cycles_and_metadata(
-        dataset.data_folder, dataset.cycle_metadata_path, report=report
-    )
+    table = corpora.read_corpus(dataset)
     split = split_cycles(
         table,
         strategy=dataset.split_strategy,

@@ -11,8 +11,8 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from data.cycle_table import classes_of
 from data.frontend import AudioFrontend
-from data.splits import classes_of
 from data.store_build import open_store
 from data.task import CLASSES
 from utils.common.errors import UserError

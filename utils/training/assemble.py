@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from data.augment import Augmentation
+from data.corpora import CORPORA, read_corpus
 from data.corpora.icbhi import completeness
 from data.frontend import AudioFrontend
 from data.loader import Cycles
-from data.metadata import read_cycles_and_metadata
 from data.splits import Split, split_cycles
 from data.statistics import MetadataStatistics
 from data.store_build import open_store
@@ -34,10 +34,7 @@ def build_data(config: RunConfig, statistics: MetadataStatistics | None = None) 
         statistics: those of a checkpoint; None fits them on the training part.
     """
     dataset = config.dataset
-    report = logger.warning if dataset.on_bad_recording == "skip" else None
-    table = read_cycles_and_metadata(
-        dataset.data_folder, dataset.cycle_metadata_path, report=report
-    )
+    table = read_corpus(dataset)
     split = split_cycles(
         table,
         strategy=dataset.split_strategy,
@@ -61,7 +58,8 @@ def build_data(config: RunConfig, statistics: MetadataStatistics | None = None) 
     parts = (split.train, split.val, split.test)
     split = Split(*(rows[~np.asarray(store.bad)[rows]] for rows in parts))
     if statistics is None:
-        statistics = MetadataStatistics.fit(table.iloc[split.train])
+        corpus = CORPORA[dataset.name]
+        statistics = MetadataStatistics.fit(table.iloc[split.train], corpus.devices, corpus.sites)
     return Cycles(
         table=table,
         split=split,
