@@ -9,11 +9,13 @@ loudness (waveform), VTLP (mel bank), SpecAugment (normalised log-mel).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from data.batch import TensorRecord
 
 #: Phase vocoder's analysis window (64 ms at 16 kHz) and the share of it between two frames.
 STRETCH_SECONDS = 0.064
@@ -21,44 +23,25 @@ STRETCH_OVERLAP = 4
 
 
 @dataclass
-class Plan:
-    """What happens to a batch; all on the CPU. Pairs are (rows [n] int64, factors [n] float32).
+class Plan(TensorRecord):
+    """What happens to each clip of a batch; everything on the CPU, NaN where nothing happens.
 
     Attributes:
-        noise: factors are the noise's rms, or SNRs in dB.
-        speed, loudness, vtlp: factors as in the configuration.
-        masked: rows [n] that SpecAugment takes.
-        freq_masks, time_masks: [n, masks, 2] uniform numbers for width and start.
-        noise_seed: of the samples' own generator, which lives on the device.
+        noise: [B] rms of the noise (full scale = 1), or its SNR in dB.
+        speed, loudness, vtlp: [B] factors as in the configuration.
+        masked: [B] bool, the clips that SpecAugment takes.
+        freq_masks, time_masks: [B, masks, 2] uniform numbers for width and start.
+        noise_seed: [B] int64, of the noise samples' generator; the first clip's serves a batch.
     """
 
-    noise: tuple[Tensor, Tensor]
-    speed: tuple[Tensor, Tensor]
-    loudness: tuple[Tensor, Tensor]
-    vtlp: tuple[Tensor, Tensor]
+    noise: Tensor
+    speed: Tensor
+    loudness: Tensor
+    vtlp: Tensor
     masked: Tensor
     freq_masks: Tensor
     time_masks: Tensor
-    noise_seed: int
-
-    def only(self, row: int) -> Plan:
-        """The plan of one clip, as a batch of its own."""
-
-        def pick(rows: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-            here = rows == row
-            return torch.zeros_like(rows[here]), factors[here]
-
-        here = self.masked == row
-        return Plan(
-            noise=pick(*self.noise),
-            speed=pick(*self.speed),
-            loudness=pick(*self.loudness),
-            vtlp=pick(*self.vtlp),
-            masked=torch.zeros_like(self.masked[here]),
-            freq_masks=self.freq_masks[here],
-            time_masks=self.time_masks[here],
-            noise_seed=self.noise_seed + row,
-        )
+    noise_seed: Tensor
 
 
 class Augmentation:
@@ -120,48 +103,47 @@ class Augmentation:
         def uniform(*shape: int) -> Tensor:
             return torch.rand(*shape, generator=generator)
 
-        def chosen(probability: float, bounds: Sequence[float], neutral: float | None = None):
+        def factors(probability: float, bounds: Sequence[float], neutral: float = math.nan):
             take, low, high = uniform(batch) < probability, *bounds
-            factor = low + (high - low) * uniform(batch)
-            if neutral is not None:  # a factor that changes nothing costs nothing
-                take &= factor != neutral
-            rows = take.nonzero().flatten()
-            return rows, factor[rows]
+            drawn = low + (high - low) * uniform(batch)
+            # a factor that changes nothing costs nothing
+            return drawn.where(take & (drawn != neutral), math.nan)
 
-        noise = chosen(self.noise_probability, self.noise_snr_db or (self.noise_rms,) * 2)
-        speed = chosen(self.speed_probability, self.speed_range, neutral=1.0)
-        loudness = chosen(self.loudness_probability, self.loudness_range, neutral=1.0)
-        vtlp = chosen(self.vtlp_probability, self.vtlp_range, neutral=1.0)
-        masked = (uniform(batch) < self.specaugment_probability).nonzero().flatten()
-        freq_masks = uniform(batch, self.freq_masks, 2)[masked]
-        time_masks = uniform(batch, self.time_masks, 2)[masked]
-        noise_seed = int(torch.randint(2**62, (), generator=generator))
-        return Plan(noise, speed, loudness, vtlp, masked, freq_masks, time_masks, noise_seed)
+        return Plan(
+            noise=factors(self.noise_probability, self.noise_snr_db or (self.noise_rms,) * 2),
+            speed=factors(self.speed_probability, self.speed_range, neutral=1.0),
+            loudness=factors(self.loudness_probability, self.loudness_range, neutral=1.0),
+            vtlp=factors(self.vtlp_probability, self.vtlp_range, neutral=1.0),
+            masked=uniform(batch) < self.specaugment_probability,
+            freq_masks=uniform(batch, self.freq_masks, 2),
+            time_masks=uniform(batch, self.time_masks, 2),
+            noise_seed=torch.randint(2**62, (), generator=generator) + torch.arange(batch),
+        )
 
-    def augment_waveform(
-        self, clip: Tensor, plan: Plan, pad: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        """Noise, time-stretch and loudness of clips [B, S], in place; returns them.
+    def noise(self, clip: Tensor, plan: Plan) -> None:
+        """White Gaussian noise on clips [B, S], in place."""
+        rows, factor = chosen(plan.noise, clip.device)
+        if len(rows) == 0:
+            return
+        generator = torch.Generator(clip.device).manual_seed(int(plan.noise_seed[0]))
+        white = clip.new_empty(len(rows), clip.shape[1]).normal_(generator=generator)
+        if self.noise_snr_db is not None:
+            factor = clip[rows].square().mean(dim=1).sqrt() * 10 ** (-factor / 20)
+        clip[rows] += factor.unsqueeze(1) * white
 
-        pad: ([n, S], lengths [n]) -> [n, S] fills the clips that a faster tempo made shorter.
-        """
-        rows, factor = _sent(plan.noise, clip)
-        if len(rows):
-            generator = torch.Generator(clip.device).manual_seed(plan.noise_seed)
-            white = torch.randn(
-                len(rows), clip.shape[1], generator=generator, device=clip.device, dtype=clip.dtype
-            )
-            if self.noise_snr_db is not None:
-                rms = clip[rows].square().mean(dim=1).sqrt()
-                factor = rms * 10 ** (-factor / 20)
-            clip[rows] += factor.unsqueeze(1) * white
-        rows, factor = _sent(plan.speed, clip)
-        if len(rows):
-            clip[rows] = pad(*time_stretch(clip[rows], factor, self.sample_rate))
-        rows, factor = _sent(plan.loudness, clip)
+    def speed(self, clip: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+        """Time-stretch of clips [B, S]: the rows [n] it takes, what becomes of them [n, S], and
+        the samples of it that are filled, [n] int64; the rest is for padding."""
+        rows, rate = chosen(plan.speed, clip.device)
+        if len(rows) == 0:
+            return rows, clip[:0], rows
+        return rows, *time_stretch(clip[rows], rate, self.sample_rate)
+
+    def loudness(self, clip: Tensor, plan: Plan) -> None:
+        """Another amplitude of clips [B, S], in place."""
+        rows, factor = chosen(plan.loudness, clip.device)
         if len(rows):
             clip[rows] *= factor.unsqueeze(1)
-        return clip
 
     def warp(self, frequency: Tensor, alpha: Tensor) -> Tensor:
         """Frequencies [K] in Hz under warp factors alpha [n] -> [n, K] in Hz.
@@ -180,12 +162,12 @@ class Augmentation:
 
     def mask(self, mel: Tensor, plan: Plan) -> Tensor:
         """SpecAugment on normalised log-mel [B, T, F], in place; masked cells become 0."""
-        if len(plan.masked) == 0:
-            return mel
-        time = self._hidden(plan.time_masks, self.time_mask_width, mel.shape[1])
-        band = self._hidden(plan.freq_masks, self.freq_mask_width, mel.shape[2])
-        rows, time, band = _sent((plan.masked, time, band), mel)
-        mel[rows] = mel[rows].masked_fill(time.unsqueeze(2) | band.unsqueeze(1), 0.0)
+        rows = plan.masked.nonzero().flatten()
+        if len(rows):
+            time = self._hidden(plan.time_masks[rows], self.time_mask_width, mel.shape[1])
+            band = self._hidden(plan.freq_masks[rows], self.freq_mask_width, mel.shape[2])
+            rows, time, band = (x.to(mel.device, non_blocking=True) for x in (rows, time, band))
+            mel[rows] = mel[rows].masked_fill(time.unsqueeze(2) | band.unsqueeze(1), 0.0)
         return mel
 
     @staticmethod
@@ -198,9 +180,11 @@ class Augmentation:
         return inside.any(dim=1)
 
 
-def _sent(values: Sequence[Tensor], like: Tensor) -> list[Tensor]:
-    """Small tensors of the plan on the device of `like`, without waiting for what it still does."""
-    return [value.to(like.device, non_blocking=True) for value in values]
+def chosen(factors: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Rows [n] of a plan's factors [B] that are not NaN, and their factors [n], on `device`; a
+    copy that waited would wait for everything that the device still does."""
+    rows = factors.isnan().logical_not_().nonzero().flatten()
+    return tuple(value.to(device, non_blocking=True) for value in (rows, factors[rows]))
 
 
 def time_stretch(clip: Tensor, rate: Tensor, sample_rate: int) -> tuple[Tensor, Tensor]:

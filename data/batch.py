@@ -23,8 +23,8 @@ SCALARS: tuple[str, ...] = ("age", "bmi", "duration")  # years, kg/m2, s
 FIELDS: tuple[str, ...] = ("device", "site", *SCALARS)
 
 
-class _Movable:
-    """Dataclass of tensors (or of further `_Movable`s, or None) moved and indexed as one."""
+class TensorRecord:
+    """Dataclass of tensors (or of further `TensorRecord`s, or None) moved and indexed as one."""
 
     def _map(self, function):
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -44,7 +44,7 @@ class _Movable:
 
 
 @dataclass
-class Metadata(_Movable):
+class Metadata(TensorRecord):
     """What is known about a batch of cycles apart from the sound.
 
     Attributes:
@@ -78,7 +78,7 @@ class Metadata(_Movable):
 
 
 @dataclass
-class Batch(_Movable):
+class Batch(TensorRecord):
     """One batch as the loader yields it; padding, augmentation and log-mel come on the device.
 
     Attributes:

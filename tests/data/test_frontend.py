@@ -12,8 +12,7 @@ from torchaudio.compliance.kaldi import fbank
 
 from data.audio import read_recording, resample
 from data.augment import Augmentation
-from data.frontend import AudioFrontend
-from data.padding import _pad_batch, pad_clips
+from data.frontend import AudioFrontend, Way, pad_batch, pad_clip
 
 SECONDS = 1.5
 PAPER = dict(frame_length_ms=40.0, frame_shift_ms=10.0, low_freq=100.0, high_freq=8000.0)
@@ -114,11 +113,18 @@ def test_the_dense_products_of_other_devices_agree():
     frontend = AudioFrontend(clip_seconds=SECONDS, augmentation=Augmentation(vtlp_probability=0.5))
     banks = frontend._warped_banks(frontend.augmentation.draw(len(clips), seed=0))
     assert 0 < len(banks) < len(clips)
-    dense = frontend._log(frontend._batch_energies(clips, banks))
-    assert torch.allclose(dense, frontend.log_mel(clips, banks), atol=2e-6)
+    dense = frontend._batch_log_mel(clips, banks)
+    for row, clip in enumerate(clips.split(1)):
+        own = {0: banks[row]} if row in banks else None
+        assert torch.allclose(dense[row], frontend._clip_log_mel(clip, own)[0], atol=2e-6)
 
 
-def test_threads_do_not_change_the_result():
+def _everything(frontend, clips, length) -> list[torch.Tensor]:
+    return [frontend.log_mel(clips), frontend(clips, length), frontend(clips, length, seed=1)]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_threads_do_not_change_the_result(inference):
     clips = torch.stack(list(_signals(16000).values()))
     length = torch.full((len(clips),), 9000)
     every = {f"{name}_probability": 0.5 for name in ("noise", "speed", "vtlp", "specaugment")}
@@ -126,9 +132,10 @@ def test_threads_do_not_change_the_result():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = frontend.log_mel(clips), frontend(clips, length), frontend(clips, length, seed=1)
+        alone = _everything(frontend, clips, length)
         torch.set_num_threads(3)
-        together = frontend.log_mel(clips), frontend(clips, length), frontend(clips, length, seed=1)
+        with torch.inference_mode(inference):
+            together = _everything(frontend, clips.clone(), length)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
@@ -144,7 +151,7 @@ def test_augmenting_clip_by_clip_is_augmenting_the_batch():
         clip_seconds=SECONDS, augmentation=Augmentation(noise_probability=0.0, **every)
     )
     plan = frontend.augmentation.draw(len(clips), seed=1)
-    batched = frontend._clips(clips, length, plan)
+    batched = frontend._spectrogram(Way(pad_batch, frontend._batch_log_mel), clips, length, plan)
     assert torch.allclose(frontend(clips, length, seed=1), batched, atol=1e-4)
 
 
@@ -226,23 +233,23 @@ def test_padding_equals_the_naive_loop(pad_type):
     wave = torch.zeros(len(lengths), max(lengths))
     for row, n in zip(wave, lengths, strict=True):
         row[:n] = torch.from_numpy(random.standard_normal(n).astype(np.float32))
-    clips = pad_clips(wave, torch.tensor(lengths), samples, pad_type, fade)
-    batched = _pad_batch(wave, torch.tensor(lengths), samples, pad_type, fade)
-    for clip, other, row, n in zip(clips, batched, wave, lengths, strict=True):
+    batched = pad_batch(wave, torch.tensor(lengths), samples, pad_type, fade)
+    for other, row, n in zip(batched, wave, lengths, strict=True):
         expected = torch.tensor(_naive_pad(row[:n].tolist(), samples, pad_type, fade))
-        assert torch.allclose(clip, expected, atol=1e-6), n
+        clip = pad_clip(row.unsqueeze(0), torch.tensor([n]), samples, pad_type, fade)
+        assert torch.allclose(clip[0], expected, atol=1e-6), n
         assert torch.allclose(other, expected, atol=1e-6), n
 
 
 def test_padding_without_samples_is_an_error():
     with pytest.raises(ValueError, match="without samples"):
-        pad_clips(torch.zeros(1, 10), torch.tensor([0]), 20, "repeat", 3)
+        pad_clip(torch.zeros(1, 10), torch.tensor([0]), 20, "repeat", 3)
 
 
 def test_paper_fade_and_clip_length():
     """250 samples of fade at 16 kHz, clips of exactly 10 s."""
     frontend = AudioFrontend()
-    clip = frontend.pad(torch.ones(1, 1000), torch.tensor([1000]))[0]
+    clip = frontend.clips(torch.ones(1, 1000), torch.tensor([1000]))[0]
     assert clip.shape == (160000,)
     assert (clip[:750] == 1).all()
     assert clip[999] == clip[1000] == 0
