@@ -62,7 +62,7 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 
 ui: $(READY)
-	$(PY) -m mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
+	MLFLOW_DISABLE_TELEMETRY=true $(PY) -m mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -126,6 +126,9 @@ def track(model: Evaluator, folder: Path, split: str, report: dict[str, Any]) ->
         if path.suffix in (".json", ".md", ".csv", ".png"):
             inside = path.parent.relative_to(folder)
             tracker.artifact(path, (Path("evaluation") / folder.name / inside).as_posix())
+    message = tracker.finish(None)
+    if message:
+        logger.warning("%s", message)
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from utils.evaluation.report import compare_predictions
 from utils.evaluation.trained_model import Evaluator
 from utils.metrics.predictions import read_predictions
 from utils.runs.run import Run
-from utils.tracking import Journal
+from utils.tracking import read_record
 from utils.training.checkpoint import load_checkpoint, save_checkpoint
 from utils.training.device import Runtime
 from utils.training.runfolder import RunFolder
@@ -263,22 +263,19 @@ def test_what_is_not_there_is_named(work, corpus, monkeypatch, capsys, tmp_path)
             start(monkeypatch, *words)
 
 
-def test_what_the_runs_mlflow_run_is_to_get_is_in_its_journal(corpus, monkeypatch, tmp_path):
-    tracked = {"mlflow.enabled": True, "mlflow.tracking_uri": "http://127.0.0.1:9"}  # nobody there
-    run = train("ast_grf", corpus, tmp_path, **tracked, **{"training.epochs": 1})
-    before = len(Journal(run.path).records)
+def test_an_evaluation_is_added_to_the_tracked_run(corpus, monkeypatch, tmp_path):
+    run = train("ast_grf", corpus, tmp_path, **{"training.epochs": 1})
+    before = read_record(run.path)
     assert start(monkeypatch, "--checkpoint", run.best, "--no-metadata-test") == 0
-    records = Journal(run.path).records[before:]
-    assert {record["op"] for record in records} == {"metrics", "artifact"}, "status as it was"
+    record = read_record(run.path)
+    assert (record["status"], record["end"]) == ("FINISHED", before["end"])
     score = run.read_report()["test"]["metrics"]["chosen"]["score"]["value"]
-    assert records[0]["values"]["evaluation_test/score"] == score
-    files = {record["path"]: record["folder"] for record in records[1:]}
-    assert files["evaluation/test/report.json"] == "evaluation/test"
-    assert files["evaluation/test/figures/confusion.png"] == "evaluation/test/figures"
-    before = len(Journal(run.path).records)
+    assert record["values"]["evaluation_test/score"] == score
+    assert record["files"]["evaluation/test/report.json"] == "evaluation/test"
+    assert record["files"]["evaluation/test/figures/confusion.png"] == "evaluation/test/figures"
     words = ("--checkpoint", run.best, "--no-metadata-test", "--output", tmp_path / "elsewhere")
     assert start(monkeypatch, *words) == 0
-    assert len(Journal(run.path).records) == before
+    assert read_record(run.path) == record
 
 
 # -------------------------------------------------------------------- several models

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"utils.common"},
     {"data", "models"},
-    {"utils.metrics", "utils.tracking", "utils.mlflow_store"},
+    {"utils.metrics", "utils.tracking"},
     {"utils.config"},
     {"utils.training"},
     {"utils.evaluation", "utils.figures"},

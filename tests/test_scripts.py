@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from models.registry import VARIANTS
+from utils import tracking
 from utils.training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,6 +181,7 @@ def test_mlflow_gets_the_run_by_default(here, monkeypatch, synthetic_corpus):
 
     mlflow_config = ("--mlflow-config", str(ROOT / "configs" / "mlflow.yaml"))
     upload = "mlflow.log_checkpoint=true"
+    monkeypatch.setattr(tracking, "CLOSING", 100.0)  # creating the database takes long
     assert run(monkeypatch, "ast_film", synthetic_corpus, *mlflow_config, upload) == 0
     client = MlflowClient(f"sqlite:///{here}/mlflow.db")  # MLflow caches stores by address
     experiment = client.get_experiment_by_name("icbhi")

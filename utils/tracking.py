@@ -1,352 +1,371 @@
-"""Experiment tracking with MLflow that can neither stop a training run nor lose its figures.
+"""Experiment tracking with MLflow that cannot stop a training run or lose its metrics.
 
-Every call is first written to a journal in the run's folder (`tracking.jsonl`, one JSON record per
-line) and then sent. While the tracking store does not answer, records stay in the journal, one
-warning is logged and training goes on; later calls try again, within a bound on the time lost.
-What is still missing at the end is sent by
+The record of a run is its folder: `tracking.json` (where to, tags, parameters, final metrics, names
+of files), `metrics.csv` (a row per epoch) and the files. A daemon thread makes the MLflow run equal
+to it; training never waits, and the end of a run waits for seconds only. What MLflow has not taken
+by then (or what was recorded with mlflow.enabled=false) is sent, at any time, by
 
-    python -m utils.tracking upload RUN_FOLDER [RUN_FOLDER ...] [--tracking-uri URI]
+    python -m utils.tracking RUN_FOLDER [RUN_FOLDER ...] [--tracking-uri URI]
 
-`tracking.json` beside the journal says which run it became and how far it was sent. Sending a
-record twice changes nothing: times are taken from the journal, and MLflow drops a metric that is
-equal in value, step and time. An epoch that a killed run repeats is not recorded again: its time
-would be another.
-MLflow is imported only when tracking is on. Credentials come from the environment, never a URI.
+It completes the run, or starts one where the store has none, and sends nothing twice. MLflow is
+imported only when tracking is on. Credentials come from the environment, never from the URI.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import logging
+import os
 import re
 import shlex
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from utils.common.cli import EXIT_USER, command
 from utils.common.errors import UserError
-from utils.mlflow_store import Sender, absolute_uri, check_tracking_uri, import_mlflow, reason
+from utils.common.files import write_text
+from utils.common.lock import held
 
 log = logging.getLogger(__name__)
 
-JOURNAL = "tracking.jsonl"
-MARKER = "tracking.json"
+RECORD = "tracking.json"
 FIRST_PAUSE, LONGEST_PAUSE = 30.0, 600.0  # s between attempts while the store is down
-LOST_SECONDS = 15.0  # failed attempts may cost a run this much before its end
-UPLOAD_TIMEOUT = "120"  # s; nobody waits, and a large checkpoint takes a server a while
+CLOSING, BYTES_PER_S = 10.0, 20e6  # s that the end of a run waits; for large files a little more
 MAX_KEY, MAX_PARAM, MAX_TAG = 250, 6000, 5000  # MLflow: characters
+MAX_BATCH = 100  # MLflow: parameters or tags per call
+ENVIRONMENT = {  # unless set already: seconds instead of minutes, and no telemetry
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
 
 
 class Tracker:
-    """Tracking that is off: every call does nothing. `MLflowTracker` is the one that is on."""
+    """The tracked run of a folder. No method raises. Without a folder nothing is kept or sent."""
 
-    run_id: str | None = None
+    def __init__(self, folder: Path | None = None, record: Mapping[str, Any] | None = None):
+        self.folder = folder
+        self.record = {"uri": None, "tags": {}, "values": {}, "files": {}} | dict(record or {})
+        self.epochs = _read_epochs(folder) if folder else {}
+        self._problem: str | None = None  # of the last attempt to send
+        self._wake, self._closing, self._closed = (threading.Event() for _ in range(3))
+        if self.record["uri"]:
+            threading.Thread(target=self._send, name="tracking", daemon=True).start()
+        self._keep()
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        """One batch of metrics, such as {"train/loss": .3, "val/score": .6}, of one epoch."""
-
-    def artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """A file of the run's folder, to appear in the artifact folder `folder`."""
+        """Metrics of one epoch, such as {"train/loss": 0.3}; without a step, of the whole run."""
+        named = {_key(key): float(value) for key, value in values.items()}
+        if step is None:
+            self._keep(values=named)
+        else:  # metrics.csv keeps it
+            self.epochs = self.epochs | {step: named}
+            self._wake.set()
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Add or change tags of the run."""
+        self._keep(tags=_texts(values, MAX_TAG))
 
-    def finish(self, status: str = "FINISHED") -> str | None:
-        """End the run as FINISHED, FAILED or KILLED; returns how to upload what is missing."""
-        return None
+    def artifact(self, path: str | Path, folder: str | None = None) -> None:
+        """A file of the run's folder, to appear in the artifact folder `folder`."""
+        if self.folder:
+            self._keep(files={os.path.relpath(path, self.folder): folder})
+
+    def finish(self, status: str | None = "FINISHED") -> str | None:
+        """End the run as FINISHED, FAILED or KILLED (None: as it ended before); returns what to
+        do if MLflow has not taken everything."""
+        if status:
+            self.record = self.record | {"status": status, "end": _now()}
+        self._keep()
+        self._closing.set()
+        self._wake.set()
+        uri, folder = self.record["uri"], self.folder
+        if not uri:
+            return None
+        files = [file for file in map(folder.joinpath, self.record["files"]) if file.is_file()]
+        self._closed.wait(CLOSING + sum(file.stat().st_size for file in files) / BYTES_PER_S)
+        if self._closed.is_set() and not self._problem:
+            return None
+        return (
+            f"MLflow at {uri} has not taken all of this run\n"
+            f"({self._problem or 'no answer yet'}). Nothing is lost; when it answers again:\n"
+            f"  python -m utils.tracking {shlex.quote(str(folder))}"
+        )
+
+    def _keep(self, **parts: Mapping[str, Any]) -> None:
+        """Add to the record (by replacing it: the thread reads it without a lock) and save it."""
+        self.record = self.record | {name: self.record[name] | new for name, new in parts.items()}
+        if self.folder:
+            try:
+                write_text(self.folder / RECORD, json.dumps(self.record, indent=1) + "\n")
+            except UserError as error:
+                log.warning("what does not reach MLflow now will be lost: %s", error)
+        self._wake.set()
+
+    def _send(self) -> None:
+        store, pause, warned = None, FIRST_PAUSE, False
+        while not self._closed.is_set():
+            closing = self._closing.is_set()  # before the record is read
+            self._wake.clear()
+            try:
+                store = store or _Store(self.record["uri"], self.folder, self.record)
+                store.complete(self.record, self.epochs)
+            except Exception as error:  # whatever a store throws must not end a training run
+                store, self._problem = None, _reason(error)
+                if not warned:
+                    text = "MLflow at %s has a problem (%s); training continues, nothing is lost"
+                    log.warning(text, self.record["uri"], self._problem)
+                    warned = True
+                self._closing.wait(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+            else:
+                if warned:
+                    log.info("MLflow answers again; nothing was lost")
+                self._problem, pause, warned = None, FIRST_PAUSE, False
+                if not closing:
+                    self._wake.wait()
+            if closing:
+                self._closed.set()
 
 
 def start_tracking(
-    *,
-    enabled: bool,
-    tracking_uri: str,
-    experiment_name: str,
+    mlflow: Any,
     folder: str | Path,
-    run_name: str | None = None,
-    tags: Mapping[str, Any] | None = None,
+    *,
+    run_name: str,
+    tags: Mapping[str, Any],
     params: Mapping[str, Any] | None = None,
-    run_id: str | None = None,
-    parent_run_id: str | None = None,
+    parent: str | Path | None = None,
 ) -> Tracker:
     """Start or continue the tracked run that belongs to a run folder.
 
     Args:
-        enabled: False gives a tracker that does nothing, and imports nothing.
-        tracking_uri: sqlite:///FILE, a server's http(s) address, or a database.
-        folder: the run's folder; receives the journal.
-        params: flat {dotted key: value}; on continuing, only new keys are added.
-        run_id: run to continue, where the folder itself does not know; a new one starts, with a
-            warning, if the store does not have it.
-        parent_run_id: shows the run nested below that one.
+        mlflow: the section of the configuration (`utils.config.schema.MLflowConfig`).
+        params: flat {dotted key: value}; of a continued run, they stay as they were.
+        parent: folder of the tracked run that this one is shown below.
 
     Raises:
         UserError: the URI holds credentials or is of no known kind, or MLflow is not installed.
     """
-    if not enabled:
-        return Tracker()
-    check_tracking_uri(tracking_uri)
-    tags = dict(tags or {})
-    if parent_run_id:
-        tags["mlflow.parentRunId"] = parent_run_id
-    import_mlflow()
-    tracker = MLflowTracker(Path(folder), absolute_uri(tracking_uri))
-    tracker.record(
-        "start",
-        key=uuid.uuid4().hex,
-        tracking_uri=tracker.uri,
-        experiment=experiment_name,
-        run_name=run_name,
-        run_id=run_id,
-        tags={"mlflow.source.name": Path(sys.argv[0]).name} | _texts(tags, MAX_TAG),
-        params=_texts(params or {}, MAX_PARAM),
-    )
-    return tracker
+    if mlflow.enabled:
+        check_tracking_uri(mlflow.tracking_uri)
+        _import_mlflow()
+    record = {"key": uuid.uuid4().hex, "start": _now(), "values": {}, "files": {}, "tags": {}}
+    record |= {"params": _texts(params or {}, MAX_PARAM)} | read_record(Path(folder))
+    record["tags"] |= {"mlflow.source.name": Path(sys.argv[0]).name} | _texts(tags, MAX_TAG)
+    record |= {
+        "uri": _absolute(mlflow.tracking_uri) if mlflow.enabled else None,
+        "experiment": mlflow.experiment_name,
+        "run_name": mlflow.run_name or run_name,
+        "parent": parent and os.path.relpath(parent, folder),
+        "status": "RUNNING",
+        "end": None,
+    }
+    record["tags"] |= _texts(mlflow.tags, MAX_TAG)
+    return Tracker(Path(folder), record)
 
 
 def continue_tracking(folder: str | Path) -> Tracker:
-    """The tracked run of a finished run's folder, to add to; off where there is none.
-
-    Its status and times stay as they are, so it needs no `finish`.
-    """
-    journal = Journal(Path(folder))
-    starts = [record for record in journal.records if record["op"] == "start"]
-    if not starts:
-        return Tracker()
-    import_mlflow()
-    return MLflowTracker(journal.folder, starts[-1]["tracking_uri"])
+    """The tracked run of a finished run's folder, to add to; end it with `finish(None)`."""
+    record = read_record(Path(folder))
+    if record.get("uri"):
+        _import_mlflow()
+    return Tracker(Path(folder), record) if record else Tracker()
 
 
-def run_name(title: str, n_cls: int, selection: str, seed: int) -> str:
-    """Such as "SoftFiLM-AST 4-class validation s0"."""
-    return f"{title} {n_cls}-class {selection} s{seed}"
-
-
-def run_tags(
-    *,
-    variant: str,
-    n_cls: int,
-    selection: str,
-    seed: int,
-    partial_data: bool,
-    git_revision: str | None,
-    run_folder: str | Path,
-) -> dict[str, str]:
-    """The tags that every run carries, to filter by (`tags.variant = "ast_film"`)."""
-    return {
-        "variant": variant,
-        "task": f"{n_cls}-class",
-        "selection": selection,
-        "seed": str(seed),
-        "partial_data": str(partial_data).lower(),
-        "git_revision": git_revision or "unknown",
-        "run_folder": str(run_folder),
-    }
-
-
-class Journal:
-    """The records of one run folder, and how far they were sent."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.path = folder / JOURNAL
-        self.marker = folder / MARKER
-        self.records = list(_read_records(self.path))
-        self._torn = True  # the last line may be half of one: a kill or a full disk
-        try:
-            state = json.loads(self.marker.read_text(encoding="utf-8"))
-            self.run_id, self.sent = state["run_id"], int(state["sent"])
-        except (OSError, ValueError, KeyError, TypeError):
-            self.run_id, self.sent = None, 0
-
-    @property
-    def pending(self) -> list[dict[str, Any]]:
-        """Records that were not sent yet, oldest first."""
-        return [record for record in self.records if record["n"] > self.sent]
-
-    def metrics(self, step: int) -> dict[str, float]:
-        """The latest value of every metric that was recorded for a step."""
-        known: dict[str, float] = {}
-        for record in self.records:
-            if record["op"] == "metrics" and record.get("step") == step:
-                known |= record.get("values", {})
-        return known
-
-    def append(self, op: str, **values: Any) -> None:
-        """Keep a record in memory and on disk. Raises OSError if the disk does not take it."""
-        number = self.records[-1]["n"] + 1 if self.records else 1
-        record = {"n": number, "op": op, "time": int(time.time() * 1000), **values}
-        self.records.append(record)
-        line = ("\n" if self._torn and self.path.exists() else "") + json.dumps(record) + "\n"
-        self._torn = True
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line)
-        self._torn = False
-
-    def save_position(self, uri: str) -> None:
-        """Write the marker, whole or not at all."""
-        state = {"run_id": self.run_id, "sent": self.sent, "tracking_uri": uri}
-        new = self.marker.with_suffix(".new")
-        new.write_text(json.dumps(state) + "\n", encoding="utf-8")
-        new.replace(self.marker)
-
-
-class MLflowTracker(Tracker):
-    """Journals every call and sends it as soon as the store takes it. No public method raises."""
-
-    def __init__(self, folder: Path, uri: str):
-        self.uri = uri
-        self.journal = Journal(folder)
-        self._sender = Sender(uri, self.journal)
-        self._warned: set[str] = set()
-        self._reason: str | None = None  # of the last failure; None while all is well
-        self._pause, self._next_attempt, self._lost = FIRST_PAUSE, 0.0, 0.0
-
-    @property
-    def run_id(self) -> str | None:
-        """MLflow's id of the run; None until the store was reached once."""
-        return self.journal.run_id
-
-    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        numbers = {}
-        for key, value in values.items():
-            try:
-                numbers[_key(key)] = float(value)
-            except (TypeError, ValueError):
-                self._warn("metric", f"metric {key} is not a number and is not tracked")
-        known = self.journal.metrics(int(step or 0))
-        # an epoch is tracked once; a figure without epoch may change, by another evaluation
-        once = step is not None
-        new = {k: v for k, v in numbers.items() if k not in known or not (once or known[k] == v)}
-        if new:
-            self.record("metrics", step=int(step or 0), values=new)
-
-    def artifact(self, path: str | Path, folder: str | None = None) -> None:
-        try:
-            inside = Path(path).resolve().relative_to(self.journal.folder.resolve())
-        except ValueError:
-            self._warn("artifact", f"{path} is outside {self.journal.folder} and is not tracked")
-            return
-        self.record("artifact", path=inside.as_posix(), folder=folder)
-
-    def tags(self, values: Mapping[str, Any]) -> None:
-        self.record("tags", values=_texts(values, MAX_TAG))
-
-    def finish(self, status: str = "FINISHED") -> str | None:
-        self.record("finish", last=True, status=status)
-        missing = len(self.journal.pending)
-        if missing:
-            return (
-                f"{missing} records did not reach MLflow at {self.uri}\n({self._reason}).\n"
-                f"They are kept in {self.journal.path}; when it answers again:\n"
-                f"  python -m utils.tracking upload {shlex.quote(str(self.journal.folder))}"
-            )
-        if self._sender.refused:
-            return (
-                f"MLflow refused {self._sender.refused} records of this run; they are kept in "
-                f"{self.journal.path}"
-            )
-        return None
-
-    def record(self, op: str, *, last: bool = False, **values: Any) -> None:
-        """Journal one record and send whatever is pending; `last` tries in any case."""
-        try:
-            self.journal.append(op, **values)
-        except OSError as error:
-            self._warn(
-                "journal",
-                f"{self.journal.path} can not be written ({reason(error)}); what does not reach "
-                "MLflow during this run will be lost: make space or give write access",
-            )
-        start = time.monotonic()
-        if not last and self._reason and (start < self._next_attempt or self._lost > LOST_SECONDS):
-            return
-        try:
-            self._sender.send_pending()
-        except Exception as error:  # whatever a store throws must not end a training run
-            self._lost += time.monotonic() - start
-            self._next_attempt = time.monotonic() + self._pause
-            self._pause = min(2 * self._pause, LONGEST_PAUSE)
-            self._reason = reason(error)
-            self._warn(
-                "down",
-                f"MLflow at {self.uri} does not take records ({self._reason}); training goes on, "
-                f"{self.journal.path} keeps them",
-            )
-        else:
-            if self._reason:
-                log.info("MLflow takes records again; nothing was lost")
-            self._reason, self._pause = None, FIRST_PAUSE
-
-    def _warn(self, topic: str, message: str) -> None:
-        if topic not in self._warned:
-            self._warned.add(topic)
-            log.warning(message)
-
-
-def upload(folder: str | Path, tracking_uri: str | None = None) -> str:
-    """Send what a run's journal still holds; returns a line that says what was done.
-
-    Args:
-        tracking_uri: where to; the run's own by default.
+def replay(folder: Path, tracking_uri: str | None = None) -> str:
+    """Make MLflow (the run's own store by default) hold all that a run's folder holds.
 
     Raises:
-        UserError: no journal there, or the store still does not take it.
+        UserError: nothing was recorded there, or the store does not take it.
     """
-    journal = Journal(Path(folder))
-    starts = [record for record in journal.records if record["op"] == "start"]
-    if not starts:
-        raise UserError(f"no records in {journal.path}; was tracking on when this run was made?")
-    uri = tracking_uri or starts[-1]["tracking_uri"]
+    record = read_record(folder)
+    if not record:
+        raise UserError(f"no {RECORD} in {folder}; give the folder of a run")
+    uri = tracking_uri or record["uri"]
+    if not uri:
+        raise UserError(f"{folder} was made without tracking; say where to: --tracking-uri")
     check_tracking_uri(uri)
-    uri = absolute_uri(uri)
-    import_mlflow(MLFLOW_HTTP_REQUEST_TIMEOUT=UPLOAD_TIMEOUT)
-    sender = Sender(uri, journal)
+    uri = _absolute(uri)
+    _import_mlflow(MLFLOW_HTTP_REQUEST_TIMEOUT="120")
     try:
-        sent = sender.send_pending()
+        with held(folder / RECORD, f"the record of {folder}", wait=60):
+            store = _Store(uri, folder, record)
+            store.complete(record, _read_epochs(folder))
     except Exception as error:
         raise UserError(
-            f"{len(journal.pending)} records of {folder} did not reach MLflow at {uri}: "
-            f"{reason(error)}; try again when it answers, or give another --tracking-uri"
+            f"{folder} did not reach MLflow at {uri}: {_reason(error)}; try again when it answers, "
+            "or give another --tracking-uri"
         ) from error
-    refused = f", {sender.refused} of them refused" if sender.refused else ""
-    return f"{folder}: {sent} records sent{refused}; run {journal.run_id} at {uri}"
+    return f"{folder}: complete as run {store.run_id} at {uri}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m utils.tracking upload RUN_FOLDER ...`; exit status 2 if something is missing."""
-    parser = argparse.ArgumentParser(prog="python -m utils.tracking", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("upload", help="send what a run could not send to MLflow")
-    command.add_argument("folders", nargs="+", metavar="RUN_FOLDER")
-    command.add_argument("--tracking-uri", help="send it there instead of to the run's own store")
-    options = parser.parse_args(arguments)
-    status = 0
-    for folder in options.folders:
-        try:
-            print(upload(folder, options.tracking_uri))
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            status = 2
-    return status
+class _Store:
+    """One MLflow store and what it holds of one run, which is created if need be. May raise."""
+
+    def __init__(self, uri: str, folder: Path, record: Mapping[str, Any]):
+        from mlflow import MlflowClient
+        from sqlalchemy.engine import URL
+
+        self.folder, place = folder, None
+        file, name = _database(uri), record["experiment"]
+        if file:  # MLflow would put files into the current folder, wherever the database is
+            place = (file.parent / "mlruns" / re.sub(r"[^\w.-]", "_", name)).as_uri()
+            uri = URL.create("sqlite", database=str(file)).render_as_string()  # %, ? in a path
+        # MLflow creates a database's tables without a lock: two runs at once would crash
+        with held(file, "the MLflow database", wait=30) if file else nullcontext():
+            self.client = client = MlflowClient(uri)
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                client.create_experiment(name, place)
+                experiment = client.get_experiment_by_name(name)
+        self.experiment = experiment.experiment_id
+        self.run_id = self._find(record["key"])  # by its tag: ids differ from store to store
+        if self.run_id is None:
+            options = {"start_time": record["start"], "run_name": record["run_name"]}
+            tags = {"journal_key": record["key"]}
+            self.run_id = client.create_run(self.experiment, tags=tags, **options).info.run_id
+        self.there = client.get_run(self.run_id).data
+        histories = (client.get_metric_history(self.run_id, k) for k in self.there.metrics)
+        self.points = {(point.key, point.step) for history in histories for point in history}
+        self.files: set[str] = set()
+        client.update_run(self.run_id, "RUNNING")
+
+    def complete(self, record: Mapping[str, Any], epochs: Mapping[int, Any]) -> None:
+        """Send whatever the store does not have."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        there, tags, now = self.there, dict(record["tags"]), record["end"] or _now()
+        if record["parent"] and "mlflow.parentRunId" not in there.tags:
+            parent = self._find(read_record(self.folder / record["parent"]).get("key"))
+            tags |= {"mlflow.parentRunId": parent} if parent else {}
+        tags = {k: v for k, v in tags.items() if there.tags.get(k) != v}
+        params = {k: v for k, v in record["params"].items() if k not in there.params}
+        values = record["values"].items()
+        metrics = [Metric(k, v, now, 0) for k, v in values if str(v) != str(there.metrics.get(k))]
+        for step, row in epochs.items():
+            new = [(k, v) for k, v in row.items() if (k, step) not in self.points]
+            metrics += [Metric(k, v, now, step) for k, v in new]
+        calls = [{"metrics": metrics[i : i + 1000]} for i in range(0, len(metrics), 1000)]
+        for kind, make, new in (("params", Param, params), ("tags", RunTag, tags)):
+            made = [make(k, v) for k, v in new.items()]
+            calls += [{kind: made[i : i + MAX_BATCH]} for i in range(0, len(made), MAX_BATCH)]
+        for call in calls:
+            self.client.log_batch(self.run_id, **call)
+        self.points |= {(metric.key, metric.step) for metric in metrics}
+        there.metrics.update(record["values"])
+        there.params.update(params)
+        there.tags.update(tags)
+        for name in record["files"].keys() - self.files:
+            path = (self.folder / name).resolve()
+            if path.is_file() and path.is_relative_to(self.folder.resolve()):
+                self.client.log_artifact(self.run_id, str(path), record["files"][name])
+            else:
+                log.warning("%s is not a file of %s and is not sent to MLflow", name, self.folder)
+            self.files.add(name)
+        if record["status"] != "RUNNING":
+            self.client.set_terminated(self.run_id, record["status"], record["end"])
+
+    def _find(self, key: str | None) -> str | None:
+        query = f"tags.journal_key = '{key}'"
+        found = self.client.search_runs([self.experiment], query, max_results=1)
+        return found[0].info.run_id if found else None
 
 
-def _read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Whole records in order; the half line that a kill or a full disk leaves is passed over."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and {"n", "op", "time"} <= record.keys():
-                yield record
+def check_tracking_uri(uri: str) -> None:
+    """Refuse a URI with credentials or of an unknown kind; the message never repeats the secret.
+
+    Raises:
+        UserError: with what to write instead.
+    """
+    try:
+        parts = urlsplit(uri)
+        _ = parts.port  # raises on "http://host:port"
+    except ValueError:
+        raise UserError("mlflow.tracking_uri is not a valid address; check host and port") from None
+    web = parts.scheme in ("http", "https")
+    secret = re.search(r"(pass|pwd|token|secret|key)\w*=", parts.query.lower())
+    if parts.password or (parts.username and web) or secret:
+        raise UserError(
+            "mlflow.tracking_uri holds credentials, which would be stored with every run; take "
+            "them out of the address and set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) in the environment; for a "
+            "database its own means, such as PGPASSWORD or ~/.pgpass"
+        )
+    server = web or parts.scheme.partition("+")[0] in ("postgresql", "mysql", "mssql")
+    if not (server and parts.hostname) and not re.match("sqlite:///.", uri):
+        raise UserError(
+            f"mlflow.tracking_uri {uri!r} is not supported; write sqlite:///mlflow.db, a server's "
+            "address such as http://localhost:5000, or a postgresql, mysql or mssql address"
+        )
+
+
+def epoch_metrics(row: Mapping[str, Any]) -> tuple[dict[str, float], int]:
+    """A row of metrics.csv -> metrics such as "train/loss", and their step (epochs from 1)."""
+    values = {key.replace("_", "/", 1): float(value) for key, value in row.items() if value != ""}
+    return values, int(values.pop("epoch")) + 1
+
+
+def _read_epochs(folder: Path) -> dict[int, dict[str, float]]:
+    try:
+        lines = (folder / "metrics.csv").read_text(encoding="utf-8").splitlines()
+        return {step: row for row, step in map(epoch_metrics, csv.DictReader(lines))}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of a run folder; empty where there is none."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and "key" in record else {}
+
+
+def _import_mlflow(**environment: str) -> None:
+    for name, value in (ENVIRONMENT | environment).items():
+        os.environ.setdefault(name, value)
+    try:
+        import mlflow  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"MLflow cannot be imported ({error}); run pip install -r requirements.txt, or turn "
+            "tracking off with mlflow.enabled=false"
+        ) from None
+    for name in ("mlflow", "alembic", "urllib3"):  # an outage is reported once, by us
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+
+
+def _database(uri: str) -> Path | None:
+    """The file of a SQLite URI; None for other stores."""
+    return Path(uri[len("sqlite:///") :]).resolve() if uri.startswith("sqlite:///") else None
+
+
+def _absolute(uri: str) -> str:
+    file = _database(uri)
+    return f"sqlite:///{file}" if file else uri
+
+
+def _reason(error: BaseException) -> str:
+    """One short line that says what went wrong, without the layers that passed it on."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    line = re.sub(r"^.*(?:Caused by|failed with exception) ", "", line)
+    return (line or type(error).__name__)[:160]
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
 
 
 def _key(name: str) -> str:
@@ -356,6 +375,23 @@ def _key(name: str) -> str:
 
 def _texts(values: Mapping[str, Any], longest: int) -> dict[str, str]:
     return {_key(key): str(value)[:longest] for key, value in values.items()}
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m utils.tracking", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
+    parser.add_argument("--tracking-uri", help="send it there instead of to the run's own store")
+    options = parser.parse_args(arguments)
+    status = 0
+    for folder in options.folders:
+        try:
+            print(replay(folder, options.tracking_uri))
+        except UserError as error:
+            log.error("%s", error)
+            status = EXIT_USER
+    return status
 
 
 if __name__ == "__main__":

@@ -99,10 +99,10 @@ def compiled(config: RunConfig, folder: Path) -> str:
 def tracked(config: RunConfig, folder: Path) -> str:
     """What the tracker is started with."""
     run = Run(config, Runtime("cpu", "fp32", "false"))
-    with patch("utils.runs.run.start_tracking") as start:
+    with patch("utils.tracking.Tracker") as tracker, patch("utils.tracking._import_mlflow"):
         run._start_tracking(tiny_data(config))
-    names = ("enabled", "tracking_uri", "experiment_name", "run_name", "tags")
-    return digest({name: start.call_args.kwargs[name] for name in names})
+    record = tracker.call_args.args[1]
+    return digest({name: record[name] for name in ("uri", "experiment", "run_name", "tags")})
 
 
 def placed(config: RunConfig, folder: Path) -> str:
@@ -221,7 +221,7 @@ KEYS: dict[str, tuple] = {
     "backbone.gradient_checkpointing": (True, built, {}),
     "training.compile": ("true", compiled, {}),
     "mlflow.enabled": (True, tracked, {}),
-    "mlflow.tracking_uri": ("http://other.example", tracked, {}),
+    "mlflow.tracking_uri": ("http://other.example", tracked, {"mlflow.enabled": True}),
     "mlflow.experiment_name": ("other", tracked, {}),
     "mlflow.run_name": ("other", tracked, {}),
     "mlflow.tags": ({"cohort": "pilot"}, tracked, {}),

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from utils.common.errors import UserError
-from utils.mlflow_store import check_tracking_uri
+from utils.tracking import check_tracking_uri
 
 CHOICES = {
     "dataset.name": ("icbhi",),

@@ -25,7 +25,7 @@ from utils.metrics.protocol import Selection
 log = logging.getLogger(__name__)
 
 #: Files that mark a folder beside the run folders: a group of seeds or folds, a grid, a comparison.
-COLLECTIONS = ("group.json", "comparison.json", "grid.json", "tracking.jsonl")
+COLLECTIONS = ("group.json", "comparison.json", "grid.json", "tracking.json")
 
 
 #: Split of the pooled out-of-fold predictions.

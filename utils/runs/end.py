@@ -156,7 +156,9 @@ def ui_command(uri: str) -> str:
     """The command that shows a tracking database, in the environment at hand."""
     if uri == "sqlite:///mlflow.db" and Path(sys.prefix) == Path(".venv").resolve():
         return "make ui"
-    return f"python -m mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    return (
+        f"MLFLOW_DISABLE_TELEMETRY=true python -m mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    )
 
 
 def figure_row(label: str, metrics: dict[str, Any], prefix: str = "") -> str:

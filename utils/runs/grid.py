@@ -296,15 +296,10 @@ def write_tables(grid: Grid) -> str:
 def open_tracking(grid: Grid) -> Tracker:
     """The MLflow run that the cells are nested below."""
     config = grid.cells[0].config
-    tags = {"ablation": grid.name, "selection": config.training.selection}
-    return start_tracking(
-        enabled=config.mlflow.enabled,
-        tracking_uri=config.mlflow.tracking_uri,
-        experiment_name=config.mlflow.experiment_name,
-        folder=grid.folder,
-        run_name=f"ablation {grid.name}: {len(grid.cells)} runs",
-        tags=tags | {"run_folder": str(grid.folder)} | config.mlflow.tags,
-    )
+    selection = config.training.selection
+    tags = {"ablation": grid.name, "selection": selection, "run_folder": grid.folder}
+    name = f"ablation {grid.name}: {len(grid.cells)} runs"
+    return start_tracking(config.mlflow, grid.folder, run_name=name, tags=tags)
 
 
 def run_tracked(grid: Grid, start: Callable[[Cell, Path], int] = start_process) -> list[Cell]:

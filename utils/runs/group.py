@@ -35,7 +35,7 @@ from utils.evaluation.report import evaluate_predictions
 from utils.metrics.bootstrap import over_seeds, patient_bootstrap
 from utils.metrics.predictions import read_predictions, write_predictions
 from utils.metrics.protocol import PARTIAL_MARK, SYNTHETIC_MARK, Selection, metric_group
-from utils.tracking import Tracker, run_tags, start_tracking
+from utils.tracking import Tracker, start_tracking
 from utils.training.checkpoint import git_revision
 from utils.training.runfolder import RunFolder
 
@@ -126,27 +126,19 @@ class Group:
 
     def start(self) -> None:
         """Open the MLflow run that the members are nested below."""
-        config, mlflow = self.config, self.config.mlflow
-        tags = run_tags(
-            variant=config.variant,
-            n_cls=config.dataset.n_cls,
-            selection=config.training.selection,
-            seed=config.training.seed,
-            partial_data=False,
-            git_revision=git_revision(),
-            run_folder=self.path,
-        )
-        tags["seed"] = ",".join(map(str, self.seeds))
-        del tags["partial_data"]  # known, and tagged, when the first member has read the data
-        self.tracker = start_tracking(
-            enabled=mlflow.enabled,
-            tracking_uri=mlflow.tracking_uri,
-            experiment_name=mlflow.experiment_name,
-            folder=self.path,
-            run_name=f"{self.variant.title} {config.dataset.n_cls}-class "
-            f"{config.training.selection} {self.label}",
-            tags=tags | {"group": self.name} | mlflow.tags,
-        )
+        config = self.config
+        task, selection = f"{config.dataset.n_cls}-class", config.training.selection
+        tags = {
+            "variant": config.variant,
+            "task": task,
+            "selection": selection,
+            "seed": ",".join(map(str, self.seeds)),
+            "git_revision": git_revision() or "unknown",
+            "run_folder": self.path,
+            "group": self.name,
+        }
+        name = f"{self.variant.title} {task} {selection} {self.label}"
+        self.tracker = start_tracking(config.mlflow, self.path, run_name=name, tags=tags)
 
     @property
     def label(self) -> str:

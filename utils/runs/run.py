@@ -30,7 +30,7 @@ from utils.metrics.protocol import SYNTHETIC_NOTE
 from utils.runs import group
 from utils.runs.end import banner, print_end, published_best, write_run_report
 from utils.runs.model_summary import parameter_table
-from utils.tracking import MAX_TAG, Journal, Tracker, run_name, run_tags, start_tracking
+from utils.tracking import MAX_TAG, Tracker, start_tracking
 from utils.training.assemble import build_data, build_inputs, build_model, count_parts
 from utils.training.checkpoint import git_revision, load_checkpoint
 from utils.training.checkpointer import Checkpointer
@@ -87,9 +87,7 @@ def start(variant: str, description: str, arguments: Sequence[str] | None = None
     runtime = Runtime(config.training.device, config.training.precision, config.training.compile)
     set_up_logging(quiet=not runtime.is_main)
     if len(configs) == 1:
-        grid = options.member_of
-        parent = Journal(grid).run_id if grid else None
-        yield from _unfinished(Run(configs[0], runtime, parent, is_member=grid is not None))
+        yield from _unfinished(Run(configs[0], runtime, options.member_of))
         return
     if options.member_of:
         raise UserError("--member-of is for one run; leave --seeds and --folds out")
@@ -98,7 +96,7 @@ def start(variant: str, description: str, arguments: Sequence[str] | None = None
         family.start()
     for number, member in enumerate(configs, start=1):
         logger.info("run %d of %d", number, len(configs))
-        yield from _unfinished(Run(member, runtime, family.tracker.run_id, is_member=True))
+        yield from _unfinished(Run(member, runtime, family.path))
     if runtime.is_main:
         family.finish()
     runtime.barrier()
@@ -134,22 +132,15 @@ class Run:
     Args:
         config: what is run.
         runtime: where.
-        parent_run_id: MLflow run of the group (seeds, folds, a grid) this run belongs to.
-        is_member: it belongs to a group, so it does not replace checkpoints/<variant>_best.pt.
+        parent: folder of the grid (seeds, folds, ablations) this run belongs to; such a run does
+            not replace checkpoints/<variant>_best.pt.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        runtime: Runtime,
-        parent_run_id: str | None = None,
-        *,
-        is_member: bool = False,
-    ):
+    def __init__(self, config: RunConfig, runtime: Runtime, parent: Path | None = None):
         self.config, self.runtime = config, runtime
         self.variant = VARIANTS[config.variant]
         self.folder = RunFolder.of(config)
-        self.parent_run_id, self.is_member = parent_run_id, is_member
+        self.parent, self.is_member = parent, parent is not None
         self.tracker = Tracker()
         self._stack = ExitStack()
 
@@ -297,32 +288,26 @@ class Run:
         }
 
     def _start_tracking(self, data: Cycles) -> Tracker:
-        config = self.config
+        config, training = self.config, self.config.training
         counts = {f"data.{k}": v for k, v in flatten(count_parts(data)).items()}
-        tags = run_tags(
-            variant=config.variant,
-            n_cls=config.dataset.n_cls,
-            selection=config.training.selection,
-            seed=config.training.seed,
-            partial_data=data.completeness.partial,
-            git_revision=git_revision(),
-            run_folder=self.folder.path,
-        )
-        name = run_name(
-            self.variant.title,
-            config.dataset.n_cls,
-            config.training.selection,
-            config.training.seed,
-        )
+        task = f"{config.dataset.n_cls}-class"
+        tags = {
+            "variant": config.variant,
+            "task": task,
+            "selection": training.selection,
+            "seed": training.seed,
+            "partial_data": str(data.completeness.partial).lower(),
+            "synthetic": str(self.synthetic).lower(),
+            "git_revision": git_revision() or "unknown",
+            "run_folder": self.folder.path,
+        }
         tracker = start_tracking(
-            enabled=config.mlflow.enabled,
-            tracking_uri=config.mlflow.tracking_uri,
-            experiment_name=config.mlflow.experiment_name,
-            folder=self.folder.path,
-            run_name=config.mlflow.run_name or name,
-            tags=tags | {"synthetic": str(self.synthetic).lower()} | config.mlflow.tags,
+            config.mlflow,
+            self.folder.path,
+            run_name=f"{self.variant.title} {task} {training.selection} s{training.seed}",
+            tags=tags,
             params=flatten(config_to_dict(config)) | counts,
-            parent_run_id=self.parent_run_id,
+            parent=self.parent,
         )
         tracker.artifact(self.folder.config)
         return tracker

@@ -4,8 +4,7 @@
         config.yaml             every resolved key
         run.log                 what was printed
         metrics.csv             one row per finished epoch
-        tracking.jsonl          journal of what is sent to MLflow
-        tracking.json           which MLflow run that became, and how far it was sent
+        tracking.json           what MLflow is to show, beside metrics.csv and the files
         checkpoints/last.pt     training state, replaced at every checkpoint; removed at the end
         checkpoints/best-NNNN.pt  weights of the best epoch that last.pt refers to, while training
         checkpoints/best.pt     the finished model: weights and all that evaluation needs
@@ -16,7 +15,7 @@
         report.json             figures of the finished run; its presence means "finished"
 
 Every file is written beside its final name and renamed, so that none is ever half there; only
-run.log and tracking.jsonl grow line by line.
+run.log grows line by line.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from data.task import EVENTS
 from utils.common.errors import Preempted, UserError
 from utils.config.schema import RunConfig
 from utils.metrics.score import choose_thresholds, sp_se_score, summarise
+from utils.tracking import epoch_metrics
 from utils.training.checkpointer import Checkpointer
 from utils.training.device import Runtime
 from utils.training.inputs import Inputs
@@ -325,8 +326,7 @@ class Trainer:
         if not self.runtime.is_main:
             return
         self.checkpointer.folder.write_metrics(self.progress.history)
-        metrics = {key.replace("_", "/", 1): value for key, value in row.items() if key != "epoch"}
-        self.tracker.metrics(metrics, step=int(row["epoch"]) + 1)
+        self.tracker.metrics(*epoch_metrics(row))
         logger.info(epoch_line(row, self.training.epochs, self.progress.stale == 0))
 
     # ---------------------------------------------------------------- evaluation
