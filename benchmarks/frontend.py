@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 
 import torch
 from torch import Tensor
 from torchaudio.compliance.kaldi import fbank
 
-from benchmarks.recordings import clips_for_benchmark
-from benchmarks.timing import Timing, interleave, print_result
+from benchmarks.harness import interleave, print_result, spread
+from benchmarks.recordings import clips_for_benchmark, paper_frontend
 from data.frontend import AudioFrontend
 
 
@@ -52,21 +51,16 @@ def signals(clips: Tensor) -> Tensor:
     return torch.cat([clips.cpu(), torch.stack(made)])
 
 
-def error_ratio(frontend: AudioFrontend, clips: Tensor, device: str) -> float:
-    """Largest ratio of our error to torchaudio's over the signals; both exact counts as 1."""
-    worst = 0.0
+def errors(frontend: AudioFrontend, clips: Tensor, device: str) -> list[tuple[float, float, float]]:
+    """(our largest error, torchaudio's, largest value) of each signal, against float64."""
+    found = []
     for clip in signals(clips):
         exact = torchaudio_log_mel(clip.double())
         ours = frontend.log_mel(clip.unsqueeze(0).to(device))[0].cpu()
-        mine = (ours - exact).abs().max().item()
-        theirs = (torchaudio_log_mel(clip) - exact).abs().max().item()
-        worst = max(worst, 1.0 if mine == theirs else mine / max(theirs, 1e-12))
-    return worst
-
-
-def cpu_ms(timing: Timing, batch: int) -> float:
-    """Processor milliseconds per clip."""
-    return 1000 * statistics.median(timing.cpu_seconds) / batch
+        theirs = torchaudio_log_mel(clip)
+        values = (ours - exact, theirs - exact, exact)
+        found.append(tuple(value.abs().max().item() for value in values))
+    return found
 
 
 def main() -> None:
@@ -82,7 +76,7 @@ def main() -> None:
     clips, source = clips_for_benchmark(args.batch)
     clips = clips.to(args.device)
     length = torch.full((args.batch,), clips.shape[1], device=args.device)
-    frontend = AudioFrontend().to(args.device)
+    frontend = paper_frontend().to(args.device)
     times = interleave(
         {
             "ours": lambda: frontend.log_mel(clips),
@@ -90,22 +84,27 @@ def main() -> None:
             "forward": lambda: frontend(clips, length),
         },
         rounds=args.rounds,
-        device=args.device,
     )
+    ours, theirs = times["ours"], times["torchaudio"]
+    ratio = ours.faster(theirs)
     print_result(
         {
             "device": args.device,
             "threads": args.threads,
             "batch": args.batch,
             "clips": source,
-            "clips_per_s": args.batch / times["ours"].median,
-            "forward_clips_per_s": args.batch / times["forward"].median,
-            "torchaudio_clips_per_s": args.batch / times["torchaudio"].median,
-            "cpu_ms_per_clip": cpu_ms(times["ours"], args.batch),
-            "torchaudio_cpu_ms_per_clip": cpu_ms(times["torchaudio"], args.batch),
-            "ratio": times["ours"].ratio(times["torchaudio"]),
-            "ratio_spread": times["ours"].ratio_spread(times["torchaudio"]),
-            "error_ratio": error_ratio(frontend, clips, args.device),
+            "clips_per_s": args.batch / ours.clock.median,
+            "forward_clips_per_s": args.batch / times["forward"].clock.median,
+            "torchaudio_clips_per_s": args.batch / theirs.clock.median,
+            "cpu_ms_per_clip": 1000 * ours.processor.median / args.batch,
+            "torchaudio_cpu_ms_per_clip": 1000 * theirs.processor.median / args.batch,
+            "ratio": ratio.median,
+            "ratio_spread": spread(ratio),
+            # both exact (silence) counts as 1
+            "error_ratio": max(
+                1.0 if mine == other else mine / max(other, 1e-12)
+                for mine, other, _ in errors(frontend, clips, args.device)
+            ),
         }
     )
 

@@ -1,91 +1,434 @@
 """Everything worth knowing on a GPU, measured by one program in less than ten minutes.
 
     python -m benchmarks.gpu [--output benchmarks/results] [--sections NAME ...] [--minutes 9]
-    python -m benchmarks.gpu --device cpu --quick --output FOLDER      (tiny sizes: does it run?)
+    python -m benchmarks.gpu --device cpu --small --output FOLDER      (tiny sizes: does it run?)
 
 | section | what | against |
 |---|---|---|
 | correctness | logits and gradients of every variant, log-mel | float64 on the CPU |
-| matmul | large products in bf16, fp32 and TF32: what the card can do | |
-| model_step | forward pass, training step; bf16, batches of 64 and 16 | transformers; plain AST |
-| memory | largest batch, peak memory by batch | transformers |
-| frontend | log-mel and augmentation | torchaudio on the CPU, clip by clip |
-| loop | time per batch outside the model; does a step wait for the device | a bare loop |
-| frozen_cache | epochs on a frozen backbone with the cache | without it |
-| training | a few epochs of every variant, recording to weights | plain AST |
+| step | forward pass, training step, share of the matrix rate; bf16 | transformers; plain AST |
+| memory | peak memory of a step by batch | transformers |
+| frontend | log-mel, whole front end, augmentation | torchaudio on the CPU, clip by clip |
+| loop | time per batch outside the model; places where a step waits for the device | a bare loop |
+| training | a short training of every variant, compiled, recording to weights | |
+| resume | killed and resumed | the run never killed |
 
-Contestants of a table take turns in one run. Every section has its share of the time left; after
-each of its parts `<device>_<date>.json` and `.md` are written anew, so that nothing measured is
-lost when time runs out (naming fewer --sections gives each more). A section that fails is recorded
-as failed and the others go on; sections of an earlier call on the same device and day, with the
-same torch, stay in the files. The last line is JSON.
+No network, weights or data set is needed. Contestants of a table take turns. Every section has its
+share of the time left and gives its most important part first; after each part
+`<date>-<device>.json` and `.md` are written again, so that nothing measured is lost when time runs
+out. A section that fails is recorded as failed and the others continue; sections of an earlier call
+on the same device and day, with the same torch, stay in the files. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import gc
 import json
 import logging
+import platform
+import re
+import shutil
 import sys
 import tempfile
 import time
-from contextlib import suppress
-from dataclasses import dataclass
-from importlib import import_module
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import date
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from benchmarks.gpu_report import rounded, to_markdown
-from benchmarks.gpu_runner import Parts, Results, Setting, describe, measure
+from benchmarks import kill_resume, loop, model_step
+from benchmarks.frontend import errors, torchaudio_log_mel
+from benchmarks.harness import interleave, rounded, spread, table
+from benchmarks.model_step import N_MELS, N_OUTPUTS, Size
+from benchmarks.recordings import clips_for_benchmark, paper_frontend
+from models.registry import VARIANTS
 from utils.common.cli import command
 from utils.common.errors import UserError
+from utils.common.files import write_text
+from utils.training.device import Runtime
 
-logger = logging.getLogger(__name__)
-
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+Parts = Iterator[tuple[str, dict[str, Any]]]
+#: Largest error relative to the largest value that counts as correct. fp32: well above what
+#: rounding adds up to over twelve blocks (1e-6 or so) and below what TF32 would do; bf16: steps of
+#: 2^-8 in every product.
+LIMITS = {"fp32": 1e-4, "bf16": 5e-2}
+CONFIGURATIONS = ("ast", "ast_fus", "ast_film", "ast_tafilm", "ast_film_soft")
+#: --small: clips and a transformer that take no time
+TINY = (
+    *("audio.clip_seconds=1.0", "backbone.freq_stride=100", "backbone.time_stride=100"),
+    *("backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2"),
+)
 
 
 @dataclass(frozen=True)
-class Section:
-    """A part of the program. `function` gives (name, figures) one after the other, the most
-    important first: what does not fit into its time is left out.
+class Setting:
+    """Where a section measures, at what size (`small`: figures mean nothing), in which scratch
+    folder."""
 
-    Attributes:
-        module, function: where it lies.
-        needs: modules that it imports when its turn comes, so that a missing package stops no
-            other section.
-        share: of the time, in seconds when all sections have nine minutes; what one leaves goes
-            to those behind it.
+    device: str
+    small: bool
+    folder: Path
+
+    @property
+    def size(self) -> Size:
+        return Size(depth=2, embed_dim=24, heads=2, n_frames=64) if self.small else Size()
+
+
+# ---------------------------------------------------------------------- correctness
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether fp32 products may use TF32."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def difference(value: Tensor, exact: Tensor) -> float:
+    """Largest absolute one."""
+    return (value.detach().cpu().double() - exact).abs().max().item()
+
+
+def gradients(output: tuple[Tensor, Tensor], weight: Tensor, model: nn.Module) -> dict[str, Tensor]:
+    """Of the logits' sum weighted by [B, K], plus regularisation."""
+    logits, regularisation = output
+    ((logits * weight).sum() + regularisation).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def model_errors(variant: str, setting: Setting, n_frames: int) -> dict[str, dict[str, Any]]:
+    """A variant on the device against float64 on the CPU, its conditioner away from its start.
+
+    A gradient's error is relative to the largest gradient of its part (backbone, conditioner or
+    head): relative to its own, one that nearly cancels would say nothing. The small parts have
+    GELU here: a ReLU unit near zero switches under any rounding, and its gradient jumps.
     """
+    torch.manual_seed(0)
+    model = model_step.our_model(variant, setting.size._replace(n_frames=n_frames), "gelu").eval()
+    with torch.no_grad():
+        for parameter in model.conditioner.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    n = 1 if n_frames > 512 else 2  # float64 takes its time
+    x, weight = torch.randn(n, 1, N_MELS, n_frames), torch.randn(n, N_OUTPUTS)
+    metadata = replace(model_step.some_metadata(n, "cpu"), rest=torch.randn(n, 3))
+    double = copy.deepcopy(model).double()
+    doubled = replace(metadata, rest=metadata.rest.double())
+    output = model_step.without_casts(double, x.double(), doubled)
+    exact, scale = gradients(output, weight.double(), double), Counter()
+    for name, gradient in exact.items():
+        part = name.split(".")[0]
+        scale[part] = max(scale[part], gradient.abs().max().item())
+    figures = {}
+    for name, limit in LIMITS.items():
+        own = copy.deepcopy(model).to(setting.device)
+        with model_step.precision(name, setting.device):
+            found = own(x.to(setting.device), metadata.to(setting.device))
+            own_gradients = gradients(found, weight.to(setting.device), own)
+        worst = {
+            n: difference(own_gradients[n], g) / (scale[n.split(".")[0]] or 1.0)
+            for n, g in exact.items()
+        }
+        at = max(worst, key=worst.get)
+        logits = difference(found.logits, output[0]) / output[0].abs().max().item()
+        met = max(logits, worst[at]) <= limit
+        figures[name] = {"logits": logits, "gradients": worst[at], "limit": limit, "met": met}
+        figures[name]["worst_parameter"] = at
+    return figures
 
-    module: str
-    function: str
-    needs: tuple[str, ...]
-    share: float
 
-    def load(self) -> None:
-        """Import everything: on a fresh machine that may take longer than measuring."""
-        for module in (self.module, *self.needs):
-            import_module(module)
+def correctness(setting: Setting) -> Parts:
+    """The front end; every variant at a small and at the paper's token count."""
+    allow_tf32(False)
+    clips, _ = clips_for_benchmark(2)
+    found = errors(paper_frontend().to(setting.device), clips, setting.device)
+    ours, theirs = (max(row[k] / row[2] for row in found) for k in (0, 1))
+    limit = max(theirs, 1e-6)  # what torchaudio's own float32 arithmetic does to the same signals
+    yield "log-mel", {"": {"error": ours, "limit": limit, "met": ours <= limit}}
+    for n_frames in (64,) if setting.small else (64, 1024):
+        for variant in VARIANTS:
+            yield f"{variant}, {n_frames} frames", model_errors(variant, setting, n_frames)
 
-    def run(self, setting: Setting) -> Parts:
-        return getattr(import_module(self.module), self.function)(setting)
+
+# ---------------------------------------------------------------------- step and memory
 
 
-_MODEL, _LOOP = ("benchmarks.model_step",), ("benchmarks.loop_overhead", "utils.runs.run")
-SECTIONS = {
-    "matmul": Section("benchmarks.gpu_model", "matmul", _MODEL, 20),
-    "correctness": Section("benchmarks.gpu_model", "correctness", _MODEL, 60),
-    "model_step": Section("benchmarks.gpu_model", "model_step", _MODEL, 180),
-    "frontend": Section("benchmarks.gpu_data", "frontend", ("benchmarks.frontend",), 30),
-    "loop": Section("benchmarks.gpu_data", "loop", _LOOP, 30),
-    "memory": Section("benchmarks.gpu_model", "memory", _MODEL, 45),
-    "frozen_cache": Section(
-        "benchmarks.gpu_data", "frozen_cache", ("benchmarks.frozen_cache",), 35
-    ),
-    "training": Section("benchmarks.gpu_data", "training", _LOOP, 140),
+def step(setting: Setting) -> Parts:
+    """Our AST against transformers', the variants against ours: bf16, by kind and batch."""
+    allow_tf32(True)
+    plan = [("peers", "step", 64), ("variants", "step", 64), ("peers", "forward", 64)]
+    plan += [("peers", "step", 16), ("variants", "forward", 64), ("variants", "step", 16)]
+    if setting.small:
+        plan = [("peers", "step", 2), ("variants", "forward", 2)]
+    for group, kind, batch in plan:
+        compiled = () if setting.device == "cpu" else (model_step.OURS, "ast", "ast_softfilm")
+        torch._dynamo.reset()  # compile for these shapes alone
+        rows = model_step.compare(
+            *(group, kind, "bf16", setting.size, batch, setting.device),
+            rounds=2 if setting.small else 7,
+            warmup=2,
+            compiled=compiled,
+            matmul_size=256 if setting.small else None,
+        )
+        yield f"{group}, {kind}, batch {batch}", rows
+
+
+def memory(setting: Setting) -> Parts:
+    """Peak GiB of a bf16 training step by batch, until it does not fit; eager. (A CPU has no such
+    counter: there the steps are taken and no figure is given.)"""
+    size, cuda = setting.size, setting.device == "cuda"
+    ours, half = model_step.our_model, size.depth // 2
+    cases = {
+        "all blocks trained": lambda: ours("ast", size),
+        "with gradient checkpointing": lambda: ours("ast", size, gradient_checkpointing=True),
+        "no block trained": lambda: ours("ast", size, trainable_blocks=0),
+        "SoftFiLM, all blocks trained": lambda: ours("ast_softfilm", size),
+        f"last {half} blocks trained": lambda: ours("ast", size, trainable_blocks=half),
+        "transformers (sdpa)": lambda: model_step.Transformers(size, "sdpa"),
+    }
+    for name, make in cases.items():
+        model, figures = make(), {} if cuda else {"batch 2": "not measured"}
+        gc.collect()
+        before = torch.cuda.memory_allocated() if cuda else 0
+        for batch in (8, 16, 32, 64, 128, 256) if cuda else (2,):
+            module = model
+            if hasattr(model, "conditioner"):
+                metadata = model_step.some_metadata(batch, setting.device)
+                module = model_step.Conditioned(model, metadata)
+            try:
+                module.to(setting.device).train()
+                shape = (batch, 1, model_step.N_MELS, size.n_frames)
+                x = torch.randn(shape, device=setting.device)
+                call = model_step.action(module, x, "step", "bf16", setting.device)
+                if cuda:
+                    torch.cuda.reset_peak_memory_stats()
+                for _ in range(2):  # the optimiser's state comes with the first step
+                    call()
+                if cuda:
+                    peak = torch.cuda.max_memory_allocated() - before
+                    figures[f"batch {batch}"] = peak / 2**30
+            except torch.OutOfMemoryError:
+                figures[f"batch {batch}"] = "does not fit"
+                break
+            finally:
+                call = x = None
+                model.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+        yield name, figures
+
+
+# ---------------------------------------------------------------------- front end and loop
+
+
+def frontend(setting: Setting) -> Parts:
+    """Clips/s of 10 s clips, by batch; torchaudio's call on the CPU takes its turn."""
+    front, seeds = paper_frontend(augmented=True).to(setting.device), count()
+    for batch in (2,) if setting.small else (64, 16, 256):
+        clips, source = clips_for_benchmark(batch)
+        own = clips.to(setting.device)
+        length = torch.full((batch,), clips.shape[1], device=setting.device)
+        calls = {
+            "log_mel": lambda own=own: front.log_mel(own),
+            "front_end": lambda own=own, length=length: front(own, length),
+            "augmented": lambda own=own, length=length: front(own, length, next(seeds)),
+            "torchaudio_cpu": lambda clips=clips: [torchaudio_log_mel(c) for c in clips],
+        }
+        times = interleave(calls, rounds=2 if setting.small else 10)
+        # means: every augmented batch draws something else, and all of them have to be paid for
+        figures = {f"{name}_clips_per_s": batch / t.clock.mean for name, t in times.items()}
+        ratio = times["front_end"].faster(times["torchaudio_cpu"])
+        figures |= {"times_torchaudio": ratio.median, "spread": spread(ratio), "clips": source}
+        yield f"batch {batch}", figures
+
+
+def loop_section(setting: Setting) -> Parts:
+    """Time per batch around a model without work; where a step of each variant waits."""
+    runtime = Runtime(setting.device, "fp32", "false")
+    config = loop.configure("ast", setting.folder)
+    data = loop.corpus(config)
+    yield "stub", loop.overhead(config, data, runtime, 2 if setting.small else 10)
+    steps = 3 if setting.small else 20
+    for name in CONFIGURATIONS:
+        words = _words(setting, name, "training.epochs=1", "backbone.depth=2")
+        config = loop.configure(name, setting.folder, *words)
+        rows = loop.some_rows(data, steps * config.dataset.batch_size)
+        trainer = loop.trainer_of(config, rows, runtime)
+        places = _waits(trainer.fit)
+        # what an epoch's end reads is not a step's; in every step means: in most of them
+        found = sorted(place for place, times in places.items() if times >= steps // 2)
+        shown = ", ".join(found) or ("none" if setting.device == "cuda" else "not measured")
+        yield config.variant, {"waits in every step": shown}
+
+
+def _waits(function: Callable[[], Any]) -> Counter[str]:
+    """How often the host waits for the device, by place, as CUDA's debug mode reports it."""
+    cuda = torch.cuda.is_available()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if cuda:
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            function()
+        finally:
+            if cuda:
+                torch.cuda.set_sync_debug_mode("default")
+    waits = [w for w in caught if "synchroniz" in str(w.message)]
+    return Counter(f"{'/'.join(Path(w.filename).parts[-3:])}:{w.lineno}" for w in waits)
+
+
+# ---------------------------------------------------------------------- training and resuming
+
+
+def _words(setting: Setting, name: str, *words: str) -> tuple[str, ...]:
+    """Overrides of a shipped configuration for this device and size."""
+    variant = loop.configure(name, setting.folder).variant
+    if "conditioned_layers" in VARIANTS[variant].config_class.__dataclass_fields__:
+        words += (f"models.{variant}.conditioned_layers=all",)  # shipped: a list for twelve blocks
+    tiny = (*TINY, "dataset.batch_size=8") if setting.small else ()
+    return (f"training.device={setting.device}", *words, *tiny)
+
+
+def training(setting: Setting) -> Parts:
+    """Some epochs of each variant with the real loop: waveforms, augmentation, compiled step.
+
+    Random weights and a synthetic corpus: a rate, a memory, a loss that falls, and nothing about
+    how well anything classifies. The first epoch, with the compilation, does not count in the rate.
+    """
+    data = loop.corpus(loop.configure("ast", setting.folder))
+    data = loop.some_rows(data, 32 if setting.small else 1024)
+    for name in CONFIGURATIONS:
+        words = (
+            f"training.epochs={2 if setting.small else 4}",
+            "training.lr=1e-4",
+            "training.warmup_epochs=0.5",
+        )
+        config = loop.configure(name, setting.folder, *_words(setting, name, *words))
+        torch._dynamo.reset()
+        runtime = Runtime(setting.device, "auto", "auto")
+        torch._dynamo.utils.counters.clear()
+        gc.collect()
+        if setting.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        history = loop.trainer_of(config, data, runtime).fit().history
+        losses = [row["train_loss"] for row in history]
+        rates = sorted(row["train_clips_per_s"] for row in history[1:])
+        frames = torch._dynamo.utils.counters["frames"]
+        figures = {
+            "clips_per_s": rates[len(rates) // 2],
+            "slowest": rates[0],
+            "fastest": rates[-1],
+            "first_loss": losses[0],
+            "last_loss": losses[-1],
+            "loss_falls": losses[-1] < losses[0],
+            "seconds_in_total": time.perf_counter() - began,
+            "precision": runtime.precision,
+            "frames_compiled": f"{frames['ok']} of {frames['total']}" if frames else "none",
+        }
+        if setting.device == "cuda":
+            figures["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        yield config.variant, figures
+
+
+def resume(setting: Setting) -> Parts:
+    """Kill a SoftFiLM run on the device, resume it, and compare with one never killed."""
+    shutil.rmtree(setting.folder / "corpus", ignore_errors=True)
+    words = (*kill_resume.OVERRIDES, f"training.device={setting.device}", "training.compile=false")
+    commands = kill_resume.Commands(setting.folder, words)
+    for kills in (1,) if setting.small else (2, 6):
+        found = kill_resume.kill_and_compare(kills, commands, seed=kills, kinds=("plain",))
+        yield f"{kills} kills", found
+
+
+# ---------------------------------------------------------------------- the program
+
+#: section -> share of the time, in seconds when all sections have nine minutes
+SECTIONS: dict[str, tuple[Callable[[Setting], Parts], float]] = {
+    "correctness": (correctness, 60),
+    "step": (step, 170),
+    "training": (training, 140),
+    "frontend": (frontend, 30),
+    "resume": (resume, 60),
+    "memory": (memory, 45),
+    "loop": (loop_section, 35),
 }
+
+
+def describe(setting: Setting) -> dict[str, Any]:
+    """What was measured on, and with what."""
+    content: dict[str, Any] = {"program": "benchmarks.gpu", "device": "cpu"}
+    if setting.device == "cuda":
+        card = torch.cuda.get_device_properties(0)
+        content |= {"device": card.name, "memory_gib": card.total_memory / 2**30}
+    return content | {
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if setting.device == "cuda" else None,
+        "python": platform.python_version(),
+        "small": setting.small,
+        "sections": {},
+    }
+
+
+def measure(
+    function: Callable[[Setting], Parts],
+    setting: Setting,
+    seconds: float,
+    record: dict[str, Any],
+    save: Callable[[], None],
+) -> None:
+    """Fill `record` (status, message, seconds, results) part by part; never raises an Exception.
+
+    No part is started once the section's seconds are over.
+    """
+    began = time.monotonic()
+    record |= {"status": "done", "message": "", "seconds": 0.0, "results": {}}
+    try:
+        for name, figures in function(setting):
+            record["results"][name] = figures
+            record["seconds"] = time.monotonic() - began
+            save()
+            if record["seconds"] > seconds:
+                record |= {"status": "stopped", "message": f"its {seconds:.0f} s were over"}
+                break
+    except Exception as error:
+        traceback.print_exc()
+        reason = (str(error).strip().splitlines() or [""])[0]
+        record |= {"status": "failed", "message": f"{type(error).__name__}: {reason}"}
+    record["seconds"] = time.monotonic() - began
+    save()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def to_markdown(content: dict[str, Any]) -> str:
+    """The whole page: one table for flat parts, one each for parts of several rows."""
+    facts = [f"{content['device']}, {content['date']}", f"torch {content['torch']}"]
+    facts += [f"CUDA {content['cuda']}"] if content["cuda"] else []
+    lines = [f"# {facts[0]}", "", ", ".join([*facts, f"Python {content['python']}."])]
+    if content["small"]:
+        lines += ["", "**Tiny sizes (--small): this shows that the program runs, and no speed.**"]
+    lines += ["", *sorted({f"`{section['command']}`" for section in content["sections"].values()})]
+    lines += ["", "Times are medians; `spread` is an interquartile range over the median."]
+    for name, section in content["sections"].items():
+        lines += ["", f"## {name}: {section['status']} ({section['seconds']:.0f} s)"]
+        lines += ["", section["message"]] if section["message"] else []
+        parts = section["results"]
+        flat = {k: v for k, v in parts.items() if not any(isinstance(x, dict) for x in v.values())}
+        lines += ["", table(flat)] if flat else []
+        for part in (name for name in parts if name not in flat):
+            lines += ["", f"{part}:", "", table(parts[part])]
+    return "\n".join(lines) + "\n"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -94,7 +437,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--minutes", type=float, default=9.0, help="for all sections together")
     parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results")
@@ -102,13 +445,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "no CUDA device was found, so there is nothing to measure; to see that the program "
-            "runs: python -m benchmarks.gpu --device cpu --quick --output FOLDER"
+            "runs: python -m benchmarks.gpu --device cpu --small --output FOLDER"
         )
-    if options.device == "cpu" and not options.quick:
-        raise UserError("--device cpu is for a look at tiny sizes: add --quick")
-    if options.quick and options.output is None:
-        raise UserError("figures of --quick mean nothing; name a folder for them with --output")
-    options.output = options.output or RESULTS
+    if options.device == "cpu" and not options.small:
+        raise UserError("--device cpu is for a look at tiny sizes: add --small")
+    if options.small and options.output is None:
+        raise UserError("figures of --small mean nothing; name a folder for them with --output")
+    options.output = options.output or ROOT / "benchmarks" / "results"
     return options
 
 
@@ -116,26 +459,31 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure section after section."""
     given = sys.argv[1:] if arguments is None else arguments
     options, began = parse(arguments), time.monotonic()
-    words = " ".join(["python -m benchmarks.gpu", *given])
+    logging.getLogger("utils").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as name:
-        setting = Setting(options.device, options.quick, Path(name))
-        results = Results(options.output, describe(setting))
-        for number, section_name in enumerate(options.sections):
-            section = SECTIONS[section_name]
-            with suppress(Exception):  # `measure` meets the same and records it
-                section.load()
-            shares = sum(SECTIONS[later].share for later in options.sections[number:])
+        setting = Setting(options.device, options.small, Path(name))
+        content = describe(setting)
+        slug = re.sub(r"[^a-z0-9]+", "-", content["device"].lower()).strip("-")
+        path = options.output / f"{content['date']}-{slug}.json"
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if all(found[key] == content[key] for key in ("device", "torch", "small")):
+                content["sections"] = found["sections"]
+
+        def save() -> None:
+            write_text(path, json.dumps(rounded(content), indent=1) + "\n")
+            write_text(path.with_suffix(".md"), to_markdown(content))
+
+        for number, section in enumerate(options.sections):
+            function, share = SECTIONS[section]
+            shares = sum(SECTIONS[later][1] for later in options.sections[number:])
             left = 60 * options.minutes - (time.monotonic() - began)
-            seconds = left * section.share / shares
-            logger.info("%s: at most %.0f s", section_name, seconds)
-            record = results.record(section_name, words)
-            measure(section.run, setting, seconds, record, results.save)
-            logger.info("%s: %s %s", section_name, record["status"], record["message"])
-    content = rounded(results.content)
+            record = {"command": " ".join(["python -m benchmarks.gpu", *given])}
+            content["sections"][section] = record
+            measure(function, setting, left * share / shares, record, save)
     print(to_markdown(content))
-    if results.path.is_file():
-        print(f"Written: {results.path} and .md")
-    print(json.dumps(content))
+    print(f"Written: {path} and .md")
+    print(json.dumps(rounded(content)))
 
 
 if __name__ == "__main__":

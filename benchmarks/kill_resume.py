@@ -1,20 +1,21 @@
-"""Kill a training run at random moments, resume it, and compare it with one that was never killed.
+"""Kill training commands at random moments, resume them, and compare with ones never killed.
 
     python -m benchmarks.kill_resume [--kills 100] [--seed 0] [--output benchmarks/results]
 
-Every attempt is a process of its own that runs the command of the SoftFiLM script (dropout,
-augmentation, annealed masks and early stopping on, a checkpoint every 20 ms). SIGKILL takes it at
-a random moment, drawn from the time that a whole run takes; the same command then goes on in the
-same folder, until a run survives to its report. Then another run begins in a new folder, until the
-kills are used up. All reports, weights, predictions and histories must be those of the run that was
-never killed; exit status 1 if one is not. Only the pictures are left out: drawing them takes longer
-than the run.
+Two commands take turns: SoftFiLM's script (dropout, augmentation, annealed masks and early stopping
+on, a checkpoint every 40 ms) as a plain run, and the same with --seeds 2, whose group is assembled
+at the end. SIGKILL comes at a random moment of a phase drawn at random: start, training,
+evaluation, publishing (the report is written, the end is not reached), assembly of the group. The
+same command is then repeated in the same folder until it survives, and everything it wrote must
+equal what the run that was never killed wrote: weights, predictions, reports, history; exit status
+1 otherwise. Only pictures are left out: drawing them takes longer than the run.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import multiprocessing
 import os
@@ -22,97 +23,43 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.harness import table
+from data.synthetic.corpus import write_corpus
 from utils.common.files import TEMPORARY, write_text
-from utils.training.checkpoint import Checkpoint, load_checkpoint
+from utils.training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-VARIANT = "ast_softfilm"
+COMMANDS = {"plain": (), "group": ("--seeds", "2")}
+PHASES = ("start", "training", "evaluation", "publishing", "assembly")
 #: The run: seconds long, with everything that has a state.
 OVERRIDES = (
-    "dataset.store_workers=1",
-    "dataset.cycle_metadata_path=null",
-    "dataset.batch_size=8",
-    "dataset.h=32",
-    "dataset.w=48",
-    "audio.clip_seconds=0.5",
-    "augment.speed_probability=0.5",
-    "augment.noise_probability=0.5",
-    "augment.specaugment_probability=0.5",
-    "augment.freq_mask_width=8",
-    "augment.time_mask_width=8",
-    "backbone.weights=none",
-    "backbone.embed_dim=16",
-    "backbone.depth=2",
-    "backbone.num_heads=2",
-    "backbone.freq_stride=16",
-    "backbone.time_stride=16",
-    "models.ast_softfilm.conditioned_layers=all",
-    "models.ast_softfilm.input_fdim=32",
-    "models.ast_softfilm.input_tdim=48",
-    "models.ast_softfilm.mask_annealing=true",
-    "models.ast_softfilm.mask_annealing_epochs=8",
-    "training.epochs=8",
-    "training.warmup_epochs=1",
-    "training.lr=1e-3",
-    "training.early_stopping_patience=7",
-    "training.device=cpu",
-    "training.checkpoint_minutes=0.0003",
-    "mlflow.enabled=false",
+    *("dataset.store_workers=1", "dataset.cycle_metadata_path=null", "dataset.batch_size=8"),
+    *("dataset.h=32", "dataset.w=48", "audio.clip_seconds=0.5"),
+    *(f"augment.{name}_probability=0.5" for name in ("speed", "noise", "specaugment")),
+    *("augment.freq_mask_width=8", "augment.time_mask_width=8"),
+    *("backbone.weights=none", "backbone.embed_dim=16", "backbone.depth=2", "backbone.num_heads=2"),
+    *("backbone.freq_stride=16", "backbone.time_stride=16"),
+    *("models.ast_softfilm.conditioned_layers=all", "models.ast_softfilm.mask_annealing=true"),
+    *("models.ast_softfilm.input_fdim=32", "models.ast_softfilm.input_tdim=48"),
+    *("models.ast_softfilm.mask_annealing_epochs=4", "training.early_stopping_patience=3"),
+    *("training.epochs=4", "training.warmup_epochs=1", "training.lr=1e-3", "training.device=cpu"),
+    *("training.checkpoint_minutes=0.0006", "mlflow.enabled=false"),
 )
-
-
-@dataclass
-class Tally:
-    """What happened.
-
-    Attributes:
-        kills: processes killed.
-        runs: runs that came to their end after at least one kill.
-        before, training, after: kills before the first checkpoint, between it and the end of the
-            training, and while the test half was evaluated and reported.
-        half_written: kills that left a half-written file.
-        most: kills of one run.
-        differences: what was not equal, in words.
-        whole_s: how long the run takes that is never killed, s; seconds: of everything.
-    """
-
-    kills: int = 0
-    runs: int = 0
-    before: int = 0
-    training: int = 0
-    after: int = 0
-    half_written: int = 0
-    most: int = 0
-    differences: list[str] = field(default_factory=list)
-    whole_s: float = 0.0
-    seconds: float = 0.0
-
-
-def arguments(corpus: Path, cache: Path, runs: Path, overrides: Sequence[str]) -> list[str]:
-    """The command line of one run."""
-    places = (
-        f"dataset.data_folder={corpus}",
-        f"dataset.cache_dir={cache}",
-        f"training.output_dir={runs}",
-        f"training.checkpoint_dir={runs / 'published'}",
-    )
-    return ["--config", str(ROOT / "configs" / "ast_film_soft_config.yaml"), *overrides, *places]
 
 
 def execute(words: list[str]) -> None:
     """What the process does: the script's own main, silently."""
     import ast_film_soft
-    import utils.runs.end as summary
+    import utils.runs.end
 
-    summary.draw_figures = lambda *_: None
+    utils.runs.end.draw_figures = lambda *_: None
     torch.set_num_threads(1)
     sys.argv = ["ast_film_soft.py", *words]
     silent = os.open(os.devnull, os.O_WRONLY)
@@ -121,152 +68,126 @@ def execute(words: list[str]) -> None:
     sys.exit(ast_film_soft.main())
 
 
-def processes() -> Any:
-    """Context whose processes start with the libraries imported: a fork of a clean server."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ast_film_soft"])
-    first = context.Process(target=int)  # waits for the server's imports
-    first.start()
-    first.join()
-    return context
-
-
-class Result:
-    """What a finished run left behind."""
-
-    def __init__(self, runs: Path):
-        (folder,) = (path.parent for path in runs.glob("*/report.json"))
-        self.checkpoint = load_checkpoint(folder / "checkpoints" / "best.pt")
-        self.predictions = [path.read_text() for path in sorted(folder.glob("predictions/*.csv"))]
-        self.report = json.loads((folder / "report.json").read_text())
-        self.report.pop("revision")  # the checkout may change while this runs
-        with (folder / "metrics.csv").open() as file:
-            self.history = [
-                {k: v for k, v in row.items() if k != "train_clips_per_s"}
-                for row in csv.DictReader(file)
-            ]
-        self.files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-    def differences(self, other: Result) -> list[str]:
-        """Names of what is not equal bit for bit."""
-        names = [
-            f"weights {name}"
-            for name, value in self.checkpoint.weights.items()
-            if not torch.equal(value, other.checkpoint.weights[name])
-        ]
-        for what in ("predictions", "report", "history", "files"):
-            if getattr(self, what) != getattr(other, what):
-                names.append(what)
-        if _plain(self.checkpoint) != _plain(other.checkpoint):
-            names.append("checkpoint")
-        return names
-
-
-def _plain(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Everything in a checkpoint but weights and what depends on the place."""
-    placed = ("weights", "config", "revision")
-    return {key: value for key, value in vars(checkpoint).items() if key not in placed}
-
-
-def kill_and_compare(
-    kills: int,
-    folder: Path,
-    *,
-    seed: int = 0,
-    overrides: Sequence[str] = OVERRIDES,
-    progress: bool = False,
-) -> Tally:
-    """Kill `kills` processes; a finished run is compared and followed by another.
+class Commands:
+    """The processes of all runs on one corpus; they start with the libraries imported.
 
     Args:
         folder: where corpus and runs are put.
-        seed: of the random moments.
         overrides: the run's configuration.
-        progress: count on stderr.
     """
-    from data.synthetic.corpus import write_corpus
 
-    corpus, cache = folder / "corpus", folder / "cache"
-    write_corpus(corpus, patients=10, seed=0)
-    context, generator, tally = processes(), random.Random(seed), Tally()
-    started = time.monotonic()
-    _finish(context, arguments(corpus, cache, folder / "whole", overrides))
-    tally.whole_s = time.monotonic() - started
-    whole = Result(folder / "whole")
-    while tally.kills < kills:
-        runs = folder / f"run-{tally.runs}"
-        words = arguments(corpus, cache, runs, overrides)
-        hits = 0
-        while tally.kills < kills and _killed(context, words, generator, tally):
+    def __init__(self, folder: Path, overrides: tuple[str, ...] = OVERRIDES):
+        self.folder, self.overrides = folder, overrides
+        write_corpus(folder / "corpus", patients=10, seed=0)
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["ast_film_soft"])
+        first = self.context.Process(target=int)  # waits for the server's imports
+        first.start()
+        first.join()
+
+    def start(self, kind: str, runs: Path) -> Any:
+        """The process of a command whose runs lie in `runs`."""
+        words = ["--config", str(ROOT / "configs" / "ast_film_soft_config.yaml")]
+        words += [*COMMANDS[kind], *self.overrides]
+        words += [f"dataset.data_folder={self.folder / 'corpus'}"]
+        words += [f"dataset.cache_dir={self.folder / 'cache'}", f"training.output_dir={runs}"]
+        words += [f"training.checkpoint_dir={runs / 'published'}"]
+        process = self.context.Process(target=execute, args=(words,))
+        process.start()
+        return process
+
+    def watch(self, kind: str, runs: Path, until: str = "") -> tuple[Any, dict[str, float]]:
+        """Start a command and see it to its end, or to the phase `until`.
+
+        Returns:
+            The process, and the seconds that each phase took.
+        """
+        process, spent, last = self.start(kind, runs), Counter(), time.monotonic()
+        while process.is_alive() and (now := phase(runs, kind)) != until:
+            process.join(0.003)
+            spent[now] += time.monotonic() - last
+            last = time.monotonic()
+        if process.exitcode:
+            raise RuntimeError(f"the {kind} run ended by itself with status {process.exitcode}")
+        return process, spent
+
+
+def phase(runs: Path, kind: str) -> str:
+    """Where a command stands, by what lies in its folder."""
+    reports = {path.parent for path in runs.glob("*/report.json")}
+    states = {path.parents[1] for path in runs.glob("*/checkpoints/last.pt")}
+    if states & reports:
+        return "publishing"  # the training state is removed last
+    if any(path.parents[1] not in reports for path in runs.glob("*/checkpoints/best.pt")):
+        return "evaluation"
+    if states:
+        return "training"
+    if kind == "group" and len(reports) == 2 and not any(runs.glob("*/group.json")):
+        return "assembly"
+    return "start"
+
+
+def fingerprint(runs: Path) -> dict[str, str]:
+    """File -> digest of all that a finished command left and that must be the same every time."""
+    found = {}
+    for path in sorted(p for p in runs.rglob("*") if p.is_file() and p.suffix != ".lock"):
+        content: Any = ""  # of logs and configurations: that they are there
+        if path.suffix == ".json":
+            content = json.loads(path.read_text().replace(str(runs), ""))
+            content.pop("revision", None)  # the checkout may change while this runs
+        elif path.suffix == ".pt":
+            kept = load_checkpoint(path)
+            weights = [(name, w.numpy().tobytes()) for name, w in sorted(kept.weights.items())]
+            content = [weights, kept.thresholds, kept.epoch, kept.statistics, kept.counts]
+        elif path.name == "metrics.csv":
+            rows = csv.DictReader(path.read_text().splitlines())
+            content = [{k: v for k, v in r.items() if k != "train_clips_per_s"} for r in rows]
+        elif path.suffix == ".csv":
+            content = path.read_text()
+        found[str(path.relative_to(runs))] = hashlib.sha256(repr(content).encode()).hexdigest()
+    return found
+
+
+def kill_and_compare(
+    kills: int, commands: Commands, *, seed: int = 0, kinds: tuple[str, ...] = tuple(COMMANDS)
+) -> dict[str, Any]:
+    """Kill `kills` processes; a command that survives is compared and followed by the other one."""
+    draw, started = random.Random(seed), time.monotonic()
+    whole, lengths = {}, {}
+    for kind in kinds:
+        runs = commands.folder / f"whole-{kind}"
+        _, lengths[kind] = commands.watch(kind, runs)
+        whole[kind] = fingerprint(runs)
+    places, differences, half_written, finished, hits = Counter(), [], 0, 0, 0
+    while hits < kills:
+        kind, runs = kinds[finished % len(kinds)], commands.folder / f"runs-{finished}"
+        while hits < kills:
+            aim = draw.choice([name for name in PHASES if lengths[kind][name]])
+            process, _ = commands.watch(kind, runs, until=aim)
+            process.join(draw.uniform(0.0, lengths[kind][aim]))
+            process.kill()
+            process.join()
+            if process.exitcode == 0:
+                break
             hits += 1
-            _locate(runs, tally)
-            if progress:
-                print(f"\r{tally.kills} kills, {tally.runs} runs finished", end="", file=sys.stderr)
-        _finish(context, words)
-        tally.differences += [f"run {tally.runs}: {d}" for d in Result(runs).differences(whole)]
-        tally.runs, tally.most = tally.runs + 1, max(tally.most, hits)
-    tally.seconds = time.monotonic() - started
-    return tally
-
-
-def _killed(context, words: list[str], generator: random.Random, tally: Tally) -> bool:
-    """Start, wait a random while, kill. False when the run had finished by then."""
-    process = context.Process(target=execute, args=(words,))
-    process.start()
-    process.join(generator.uniform(0.0, tally.whole_s))
-    process.kill()
-    process.join()
-    if process.exitcode == 0:
-        return False
-    if process.exitcode != -9:
-        raise RuntimeError(f"the run ended by itself with status {process.exitcode}")
-    tally.kills += 1
-    return True
-
-
-def _finish(context, words: list[str]) -> None:
-    process = context.Process(target=execute, args=(words,))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise RuntimeError(f"the run ended with status {process.exitcode}")
-
-
-def _locate(runs: Path, tally: Tally) -> None:
-    """Count where a kill fell."""
-    tally.half_written += any(runs.rglob(TEMPORARY))
-    if any(runs.glob("*/checkpoints/best.pt")):
-        tally.after += 1
-    elif any(runs.glob("*/checkpoints/last.pt")):
-        tally.training += 1
-    else:
-        tally.before += 1
-
-
-def to_markdown(result: dict[str, Any]) -> str:
-    """Table for `benchmarks/results`."""
-    rows = "\n".join(
-        f"| {label} | {result[key]} |"
-        for key, label in (
-            ("kills", "processes killed (SIGKILL)"),
-            ("runs", "runs finished, each resumed after every kill"),
-            ("most", "most kills of one run"),
-            ("before", "kills before the first checkpoint"),
-            ("training", "kills during training"),
-            ("after", "kills during test and report"),
-            ("half_written", "kills that left a half-written file"),
-            ("identical", "runs identical to the one never killed"),
-            ("whole_s", "s that a run takes without kills"),
-            ("seconds", "s in all"),
-        )
-    )
-    return (
-        f"# Killed and resumed, {result['date']}\n\n"
-        f"`{result['command']}`\n\n"
-        "Identical means: weights bit for bit, predictions, report, history of every epoch, and\n"
-        "the same files in the run folder.\n\n"
-        f"| | |\n|---|---:|\n{rows}\n"
-    )
+            places[phase(runs, kind)] += 1
+            half_written += any(runs.rglob(TEMPORARY))
+            print(f"\r{hits} kills, {finished} finished", end="", file=sys.stderr, flush=True)
+        commands.watch(kind, runs)[0].join()
+        found = fingerprint(runs)
+        names = sorted(found.keys() | whole[kind].keys())
+        wrong = [n for n in names if found.get(n) != whole[kind].get(n)]
+        differences += [f"{kind} {finished}: {', '.join(wrong)}"] if wrong else []
+        finished += 1
+    return {
+        "kills": hits,
+        "finished": finished,
+        "identical": finished - len(differences),
+        **{f"killed in {name}": places[name] for name in PHASES},
+        "kills that left a half-written file": half_written,
+        "differences": differences,
+        "seconds": round(time.monotonic() - started),
+    }
 
 
 def main() -> int:
@@ -277,23 +198,17 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="folder for kill_resume.json and .md")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        tally = kill_and_compare(args.kills, Path(folder), seed=args.seed, progress=True)
-    wrong = {text.split(":")[0] for text in tally.differences}
-    result = {
-        "benchmark": "kill_resume",
-        "date": date.today().isoformat(),
-        "command": f"python -m benchmarks.kill_resume --kills {args.kills} --seed {args.seed}",
-        **asdict(tally),
-        "identical": tally.runs - len(wrong),
-    }
-    result["whole_s"], result["seconds"] = round(tally.whole_s, 1), round(tally.seconds)
-    table = to_markdown(result)
-    print(f"\n{table}")
+        result = kill_and_compare(args.kills, Commands(Path(folder)), seed=args.seed)
+    command = f"python -m benchmarks.kill_resume --kills {args.kills} --seed {args.seed}"
+    result = {"command": command, "date": date.today().isoformat(), **result}
+    page = f"# Killed and resumed, {result['date']}\n\n`{command}`\n\n"
+    page += table({key: {"": value} for key, value in list(result.items())[2:]}) + "\n"
+    print(f"\n{page}")
     if args.output:
         write_text(args.output / "kill_resume.json", json.dumps(result, indent=1) + "\n")
-        write_text(args.output / "kill_resume.md", table)
+        write_text(args.output / "kill_resume.md", page)
     print(json.dumps(result))
-    return int(bool(tally.differences))
+    return int(bool(result["differences"]))
 
 
 if __name__ == "__main__":

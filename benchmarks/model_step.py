@@ -7,33 +7,36 @@ The paper's size (128 x 1,024, 12 blocks of width 768), the same weights, the sa
 forward pass, loss, backward pass and fused AdamW. Two kinds of work: `same work` computes the last
 block for all tokens, as transformers does; `ours` computes there only what the pooled vector needs.
 A round holds every contestant once and a large matrix product, the measure of what the machine can
-do: `of matmul` is the contestant's FLOP/s (utils.runs.model_summary) over the product's.
-Ratios are medians over the rounds; +- is their interquartile range over the median. On a machine
-that does other things too the ratios hold, `of matmul` suffers.
+do: `of_matmul` is the contestant's FLOP/s (counted by torch) over the product's. `spread` is the
+interquartile range of the rounds' ratios over their median. On a machine that runs other jobs the
+ratios hold, `of_matmul` suffers.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 from collections.abc import Callable, Collection, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import ASTConfig, ASTForAudioClassification
 
-from benchmarks.timing import Timing, interleave
+from benchmarks.harness import interleave, rounded, spread, table
 from data.batch import DEVICES, FIELDS, SITES, Metadata
 from models.build import build_model
 from models.conditioned_ast import ConditionedAST
 from models.pretrained import Weights, from_transformers, load_into
 from models.registry import VARIANTS
-from utils.runs.model_summary import Flops, backbone_flops, small_parts_flops
 
 N_MELS, N_OUTPUTS = 128, 2
 SAME_WORK, OURS, SDPA, EAGER, MATMUL = "same work", "ours", "transformers", "eager", "matmul"
+#: what the others of a group are compared with
+BASE = {"peers": SDPA, "variants": "ast"}
 
 
 class Size(NamedTuple):
@@ -73,24 +76,26 @@ class Conditioned(nn.Module):
 class Transformers(nn.Module):
     """transformers' model behind our input layout."""
 
-    def __init__(self, model: ASTForAudioClassification):
+    def __init__(self, size: Size, attention: str):
         super().__init__()
-        self.model = model
+        config = ASTConfig(
+            num_hidden_layers=size.depth,
+            hidden_size=size.embed_dim,
+            num_attention_heads=size.heads,
+            intermediate_size=4 * size.embed_dim,
+            max_length=size.n_frames,
+            num_labels=N_OUTPUTS,
+            attn_implementation=attention,
+        )
+        self.model = ASTForAudioClassification(config)
 
     def forward(self, spectrogram: Tensor) -> Tensor:
         """[B, 1, F, T] -> logits [B, K]."""
         return self.model(spectrogram[:, 0].transpose(1, 2)).logits
 
 
-def our_model(
-    variant: str,
-    size: Size,
-    *,
-    trainable_blocks: int | None = None,
-    gradient_checkpointing: bool = False,
-    activation: str = "relu",
-) -> ConditionedAST:
-    """A variant with random weights, all blocks trainable unless told otherwise."""
+def our_model(variant: str, size: Size, activation: str = "relu", **backbone: Any):
+    """A variant with random weights; all blocks are trainable unless `backbone` says otherwise."""
     return build_model(
         variant,
         VARIANTS[variant].config_class(activation=activation),
@@ -106,46 +111,30 @@ def our_model(
         n_outputs=N_OUTPUTS,
         weights="none",
         weights_path=None,
-        trainable_blocks=size.depth if trainable_blocks is None else trainable_blocks,
-        gradient_checkpointing=gradient_checkpointing,
+        **{"trainable_blocks": size.depth, **backbone},
     )
 
 
-def transformers_model(size: Size, attention: str) -> ASTForAudioClassification:
-    """The published configuration, at another size perhaps."""
-    config = ASTConfig(
-        num_hidden_layers=size.depth,
-        hidden_size=size.embed_dim,
-        num_attention_heads=size.heads,
-        intermediate_size=4 * size.embed_dim,
-        max_length=size.n_frames,
-        num_labels=N_OUTPUTS,
-        attn_implementation=attention,
-    )
-    return ASTForAudioClassification(config)
+def without_casts(model: ConditionedAST, x: Tensor, metadata: Metadata) -> tuple[Tensor, Tensor]:
+    """(logits [B, K], regularisation) as `model(x, metadata)`, in the parameters' own precision."""
+    state = model.conditioner.encode(metadata)
+    pooled = model.backbone(x, state.modulation)
+    return model.head(model.conditioner.fuse(pooled, state)), model.conditioner.regularisation()
 
 
-def peers(size: Size, metadata: Metadata) -> dict[str, nn.Module]:
-    """Our AST with both kinds of work and transformers' with both kinds of attention; all of them
-    hold the same backbone weights."""
-    sdpa, eager = transformers_model(size, "sdpa"), transformers_model(size, "eager")
+def make_models(group: str, size: Size, metadata: Metadata) -> dict[str, nn.Module]:
+    """`variants`: every one there is. `peers`: our AST with both kinds of work and transformers'
+    with both kinds of attention, all with the same backbone weights."""
+    if group == "variants":
+        return {name: Conditioned(our_model(name, size), metadata) for name in VARIANTS}
+    sdpa, eager = Transformers(size, "sdpa"), Transformers(size, "eager")
     eager.load_state_dict(sdpa.state_dict())
     same, ours = our_model("ast", size), our_model("ast", size)
-    state = from_transformers(sdpa.state_dict())
+    state = from_transformers(sdpa.model.state_dict())
     for model in (same, ours):
         weights = Weights(state, 1e-12, model.backbone.grid, size.heads, "transformers")
         load_into(model.backbone, weights)
-    return {
-        SAME_WORK: AllTokens(same),
-        OURS: Conditioned(ours, metadata),
-        SDPA: Transformers(sdpa),
-        EAGER: Transformers(eager),
-    }
-
-
-def variants(size: Size, metadata: Metadata) -> dict[str, nn.Module]:
-    """Every variant there is."""
-    return {name: Conditioned(our_model(name, size), metadata) for name in VARIANTS}
+    return {SAME_WORK: AllTokens(same), OURS: Conditioned(ours, metadata), SDPA: sdpa, EAGER: eager}
 
 
 def some_metadata(batch: int, device: str) -> Metadata:
@@ -175,16 +164,12 @@ def precision(name: str, device: str) -> Iterator[None]:
         yield
 
 
-def actions(module: nn.Module, x: Tensor, kind: str, name: str, device: str) -> Callable[[], None]:
+def action(module: nn.Module, x: Tensor, kind: str, name: str, device: str) -> Callable[[], None]:
     """What is timed: one forward pass without gradients, or one training step."""
-    if kind == "forward":
 
-        def forward() -> None:
-            with torch.no_grad(), precision(name, device):
-                module(x)
-
-        return forward
-    optimiser = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
+    def forward() -> None:
+        with torch.no_grad(), precision(name, device):
+            module(x)
 
     def step() -> None:
         with precision(name, device):
@@ -193,129 +178,78 @@ def actions(module: nn.Module, x: Tensor, kind: str, name: str, device: str) -> 
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
+    if kind == "forward":
+        return forward
+    optimiser = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
     return step
 
 
-def flops_of(models: dict[str, nn.Module], size: Size) -> dict[str, Flops]:
-    """FLOPs per clip of each contestant; transformers does the same work as `same work`."""
-    flops = {}
-    for label, module in models.items():
-        model = models[SAME_WORK].model if isinstance(module, Transformers) else module.model
-        everything = label in (SAME_WORK, SDPA, EAGER)
-        flops[label] = backbone_flops(model.backbone, all_tokens=everything)
-        if not everything:
-            with torch.device("meta"):
-                name = label if label in VARIANTS else "ast"
-                flops[label] += small_parts_flops(our_model(name, size))
-    return flops
+def flops(module: nn.Module, x: Tensor, kind: str) -> float:
+    """Of one forward pass, or of one training step (without the optimiser)."""
+    module, x = copy.deepcopy(module).to("meta"), x.to("meta")
+    with FlopCounterMode(display=False) as counter:
+        if isinstance(module, Conditioned):  # meta tensors know no autocast
+            logits, _ = without_casts(module.model, x, module.metadata.to("meta"))
+        else:
+            logits = module(x)
+        if kind == "step":
+            logits.sum().backward()
+    return float(counter.get_total_flops())
 
 
-def contestants(
-    models: dict[str, nn.Module],
+def compare(
+    group: str,
     kind: str,
     name: str,
-    *,
     size: Size,
     batch: int,
     device: str,
-    compiled: Collection[str] = (),
+    *,
+    rounds: int,
+    warmup: int = 1,
+    compiled: Collection[str] | None = (),
     matmul_size: int | None = None,
-) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
-    """What takes turns: every model's forward pass or step, and the matrix product.
+) -> dict[str, dict[str, Any]]:
+    """One table: the models of a group and the matrix product in turn.
 
     Args:
         kind, name: "forward" or "step"; "fp32" or "bf16".
-        compiled: labels of the models that torch.compile shall have.
-
-    Returns:
-        Calls by label (`matmul` among them), and FLOPs per call by label.
+        compiled: labels that torch.compile gets too, as further contestants; None: all, in place
+            of the eager ones.
     """
+    models = make_models(group, size, some_metadata(batch, device))
     x = torch.randn(batch, 1, N_MELS, size.n_frames, device=device)
-    flops = {
-        label: batch * (f.forward if kind == "forward" else f.training)
-        for label, f in flops_of(models, size).items()
-    }
-    calls: dict[str, Callable[[], object]] = {}
-    for label, module in models.items():
-        module.to(device).train(kind == "step")
-        called = torch.compile(module) if label in compiled else module
-        calls[label] = actions(called, x, kind, name, device)
     dtype = torch.bfloat16 if name == "bf16" else torch.float32
-    calls[MATMUL], flops[MATMUL] = large_matmul(device, dtype, matmul_size)
-    return calls, flops
-
-
-def report(
-    title: str, timings: dict[str, Timing], flops: dict[str, float], base: str, batch: int
-) -> dict[str, dict[str, float]]:
-    """Print one table, times relative to `base`; give its figures back."""
-    product = timings[MATMUL]
-    print(f"\n{title}")
-    print(f"{'':22}{'s/clip':>10}{'GFLOP/s':>10}{'of matmul':>11}{f'time / {base}':>22}{'+-':>7}")
-    rows = {}
-    for label, timing in timings.items():
-        per_call = flops[label]
-        # (flops / time) / (product flops / product time), round by round
-        share = per_call / flops[MATMUL] * timing.ratio(product)
+    calls, cost, rows = {}, {}, {}
+    for label, module in models.items():
+        cost[label] = flops(module, x, kind)
+        module.to(device).train(kind == "step")
+        eager = torch.compile(module) if compiled is None else module
+        calls[label] = action(eager, x, kind, name, device)
+        if label in (compiled or ()):
+            cost[f"{label}, compiled"] = cost[label]
+            calls[f"{label}, compiled"] = action(torch.compile(module), x, kind, name, device)
+    for label, call in list(calls.items()):
+        try:
+            call()
+        except torch.OutOfMemoryError:
+            rows[label] = {"note": "out of memory"}
+            del calls[label]
+            torch.cuda.empty_cache()
+    calls[MATMUL], cost[MATMUL] = large_matmul(device, dtype, matmul_size)
+    times, base = interleave(calls, rounds=rounds, warmup=warmup), BASE[group]
+    for label, own in times.items():
+        over = times[base].faster(own)
         rows[label] = {
-            "seconds_per_clip": timing.median / (1 if label == MATMUL else batch),
-            "gflops_per_second": per_call / timing.median / 1e9,
-            "of_matmul": share,
-            "time_over_base": timings[base].ratio(timing),
-            "spread": timings[base].ratio_spread(timing),
-            "seconds_spread": timing.spread,
+            "seconds_per_clip": own.clock.median / (1 if label == MATMUL else batch),
+            "gflops_per_second": cost[label] / own.clock.median / 1e9,
+            # (flops / time) / (product flops / product time), round by round
+            "of_matmul": cost[label] / cost[MATMUL] * own.faster(times[MATMUL]).median,
+            "time_over_base": over.median,
+            "spread": spread(over),
+            "seconds_spread": spread(own.clock),
         }
-        seconds = "" if label == MATMUL else f"{rows[label]['seconds_per_clip']:.4g}"
-        relative = "" if label == MATMUL else f"{rows[label]['time_over_base']:.3f}"
-        spread = "" if label == MATMUL else f"{rows[label]['spread']:.3f}"
-        print(
-            f"{label:22}{seconds:>10}{rows[label]['gflops_per_second']:>10.1f}"
-            f"{share:>11.1%}{relative:>22}{spread:>7}",
-            flush=True,
-        )
     return rows
-
-
-def run(options: argparse.Namespace) -> dict:
-    """All tables; the figures by table and contestant."""
-    torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = options.tf32
-    torch.backends.cudnn.allow_tf32 = options.tf32
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    metadata = some_metadata(options.batch, options.device)
-    size = Size(depth=options.depth)
-    results: dict = {
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "batch": options.batch,
-        "depth": options.depth,
-        "compile": options.compile,
-        "rounds": options.rounds,
-    }
-    groups = {"peers": (peers, SDPA), "variants": (variants, "ast")}
-    for group in options.groups:
-        make, base = groups[group]
-        for name in options.precision:
-            for kind in options.kind:
-                models = make(size, metadata)
-                calls, flops = contestants(
-                    models,
-                    kind,
-                    name,
-                    size=size,
-                    batch=options.batch,
-                    device=options.device,
-                    compiled=models if options.compile else (),
-                )
-                timings = interleave(
-                    calls, rounds=options.rounds, warmup=options.warmup, device=options.device
-                )
-                title = f"{group}, {kind}, {name}, batch {options.batch}"
-                key = f"{group}_{kind}_{name}"
-                results[key] = report(title, timings, flops, base, options.batch)
-                del models, calls
-    return results
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -330,7 +264,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name, values in (
         ("precision", ["fp32", "bf16"]),
         ("kind", ["forward", "step"]),
-        ("groups", ["peers", "variants"]),
+        ("groups", list(BASE)),
     ):
         parser.add_argument(f"--{name}", nargs="+", default=values, choices=values)
     parser.add_argument("--compile", action="store_true", help="torch.compile for all contestants")
@@ -338,14 +272,37 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _rounded(value):
-    if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
 def main() -> None:
-    print(json.dumps(_rounded(run(parse()))))
+    """Measure, print one table per comparison, and all of them as JSON in the last line."""
+    options = parse()
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = options.tf32
+    torch.backends.cudnn.allow_tf32 = options.tf32
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        **{key: getattr(options, key) for key in ("batch", "depth", "compile", "rounds")},
+    }
+    for group in options.groups:
+        for name in options.precision:
+            for kind in options.kind:
+                rows = compare(
+                    group,
+                    kind,
+                    name,
+                    Size(depth=options.depth),
+                    options.batch,
+                    options.device,
+                    rounds=options.rounds,
+                    warmup=options.warmup,
+                    compiled=None if options.compile else (),
+                )
+                result[f"{group}_{kind}_{name}"] = rows
+                title = f"{group}, {kind}, {name}, batch {options.batch}, base {BASE[group]}"
+                print(f"\n{title}\n\n{table(rows)}", flush=True)
+    print(json.dumps(rounded(result)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Sound for the benchmarks: real cycles where there are some, else noise shaped like breathing."""
+"""Sound for the benchmarks: real cycles where there are some, otherwise noise like breathing."""
 
 from __future__ import annotations
 
@@ -11,12 +11,19 @@ import soundfile
 import torch
 from torch import Tensor
 
+from data.augment import Augmentation
+from data.frontend import AudioFrontend
 from data.store import StorePlan
 from data.store_build import cut_cycles
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_RATE = 16000
 COLUMNS = ["Filename", "CycleIndex", "CycleStart", "CycleEnd", "Recording"]
+
+
+def paper_frontend(augmented: bool = False) -> AudioFrontend:
+    """The front end at the paper's settings."""
+    return AudioFrontend(augmentation=Augmentation() if augmented else None)
 
 
 def real_table(limit: int | None = None) -> pd.DataFrame | None:
@@ -41,7 +48,7 @@ def synthetic_clip(seed: int, seconds: float = 10.0) -> np.ndarray:
 def written_table(
     folder: Path, *, recordings: int, cycles: int, rate: int = SAMPLE_RATE, seconds: float = 4.0
 ) -> pd.DataFrame:
-    """Write noise recordings of so many cycles in all; their cycle table."""
+    """Write noise recordings with that many cycles in total; their cycle table."""
     folder.mkdir(parents=True, exist_ok=True)
     noise = np.resize(synthetic_clip(0), int(seconds * rate))
     rows = []

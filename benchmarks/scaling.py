@@ -13,65 +13,46 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from benchmarks.frozen_cache import frozen_trainer
-from benchmarks.loop_overhead import corpus
-from benchmarks.timing import interleave, print_result
-
-ROOT = Path(__file__).resolve().parent.parent
-EPOCHS = 3
+from benchmarks.harness import interleave, print_result, spread
+from benchmarks.loop import ROOT, configure, corpus, rates, some_rows, trainer_of
+from utils.training.assemble import build_data
+from utils.training.device import Runtime
 
 
 def worker(args: argparse.Namespace) -> None:
     """Train some epochs in this process (and its peers); the first process writes the rate."""
     torch.set_num_threads(1)
-    config, data = corpus(
-        args.folder,
-        "augment.enabled=false",
-        "backbone.weights=none",
-        f"backbone.embed_dim={args.width}",
-        f"backbone.depth={args.depth}",
-        "training.frozen_cache=false",
-    )
-    trainer = frozen_trainer(
-        config, data, args.folder / "run", np.resize(data.split.train, args.clips)
-    )
-    seconds = []
-    for _ in range(EPOCHS):
-        trainer.progress.step, trainer.seen = 0, []
-        trainer.runtime.barrier()
-        began = time.perf_counter()
-        trainer._train_epoch()
-        trainer.runtime.barrier()
-        seconds.append(time.perf_counter() - began)
-    if trainer.runtime.is_main:
-        rate = args.clips * (EPOCHS - 1) / sum(seconds[1:])
-        content = {"processes": trainer.runtime.world, "clips_per_s": rate}
+    size = (f"backbone.embed_dim={args.width}", f"backbone.depth={args.depth}")
+    config = configure("ast", args.folder, "augment.enabled=false", "training.epochs=3", *size)
+    runtime = Runtime("cpu", "fp32", "false")
+    found = rates(trainer_of(config, some_rows(build_data(config), args.clips), runtime))
+    if runtime.is_main:
+        content = {"processes": runtime.world, "clips_per_s": statistics.harmonic_mean(found)}
         (args.folder / "rate.json").write_text(json.dumps(content))
-    if trainer.runtime.world > 1:
+    if runtime.world > 1:
         torch.distributed.destroy_process_group()
 
 
-def run(processes: int, args: argparse.Namespace, rates: list[float]) -> None:
-    """One contestant's turn; its rate is appended to `rates`."""
+def seconds_per_clip(processes: int, args: argparse.Namespace) -> float:
+    """One contestant's turn."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={processes}", "-m", "benchmarks.scaling"]
-    command += ["--folder", str(args.folder), "--clips", str(args.clips)]
-    command += ["--width", str(args.width), "--depth", str(args.depth)]
+    for name in ("folder", "clips", "width", "depth"):
+        command += [f"--{name}", str(getattr(args, name))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stderr=subprocess.DEVNULL)
     found = json.loads((args.folder / "rate.json").read_text())
     if found["processes"] != processes:
         raise RuntimeError(f"{found['processes']} processes trained, not {processes}")
-    rates.append(found["clips_per_s"])
+    return 1 / found["clips_per_s"]
 
 
 def main() -> None:
@@ -83,26 +64,22 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=6, help="blocks (paper: 12)")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.folder:  # started by `run`
+    if args.folder:  # started by `seconds_per_clip`
         worker(args)
         return
-    rates: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         args.folder = Path(folder)
-        corpus(args.folder)  # the store is built once
-        interleave(
-            {str(n): lambda n=n: run(n, args, rates[n]) for n in rates},
-            rounds=args.rounds,
-            warmup=0,
-        )
-    speed_ups = [two / one for one, two in zip(rates[1], rates[2], strict=True)]
+        corpus(configure("ast", args.folder))  # the store is built once
+        calls = {str(n): lambda n=n: seconds_per_clip(n, args) for n in (1, 2)}
+        times = interleave(calls, rounds=args.rounds, warmup=0)
+    speed_up = times["2"].faster(times["1"])
     print_result(
         {
-            "clips_per_s_one": float(np.median(rates[1])),
-            "clips_per_s_two": float(np.median(rates[2])),
-            "speed_up": float(np.median(speed_ups)),
-            "efficiency": float(np.median(speed_ups)) / 2,
-            "spread": float(np.ptp(speed_ups) / np.median(speed_ups)),
+            "clips_per_s_one": 1 / times["1"].clock.median,
+            "clips_per_s_two": 1 / times["2"].clock.median,
+            "speed_up": speed_up.median,
+            "efficiency": speed_up.median / 2,
+            "spread": spread(speed_up),
             "cores": os.cpu_count() or 1,
         }
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -307,49 +306,3 @@ def test_sigterm_in_the_report_keeps_the_training(tmp_path, synthetic_corpus, mo
     monkeypatch.setattr(Trainer, "_train_epoch", None)
     assert once().folder.finished
     assert not folder.last.exists()
-
-
-# ------------------------------------------------------------------ real processes
-
-
-@pytest.mark.slow
-def test_sigkill_at_random_moments_loses_nothing(tmp_path):
-    from benchmarks.kill_resume import OVERRIDES, kill_and_compare
-
-    short = (*OVERRIDES, "training.epochs=4", "training.early_stopping_patience=0")
-    tally = kill_and_compare(5, tmp_path, seed=3, overrides=short)
-    assert tally.kills == 5
-    assert tally.runs >= 1
-    assert tally.differences == []
-
-
-@pytest.mark.slow
-def test_sigterm_exits_with_75_and_the_same_command_goes_on(tmp_path, synthetic_corpus):
-    from benchmarks.kill_resume import OVERRIDES, Result, arguments, execute, processes
-
-    context = processes()
-
-    def start(runs):
-        overrides = (*OVERRIDES, "training.epochs=4", "training.early_stopping_patience=0")
-        words = arguments(synthetic_corpus, tmp_path / "cache", runs, overrides)
-        process = context.Process(target=execute, args=(words,))
-        process.start()
-        return process
-
-    whole = start(tmp_path / "whole")
-    whole.join()
-    assert whole.exitcode == 0
-    stopped = start(tmp_path / "parts")
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "parts").glob("*/checkpoints/last.pt")):
-        assert time.monotonic() < deadline and stopped.is_alive()
-        time.sleep(0.01)
-    stopped.terminate()
-    stopped.join()
-    assert stopped.exitcode == 75
-    again = start(tmp_path / "parts")
-    again.join()
-    assert again.exitcode == 0
-    (log,) = (tmp_path / "parts").glob("*/run.log")
-    assert "resuming after epoch" in log.read_text()
-    assert Result(tmp_path / "parts").differences(Result(tmp_path / "whole")) == []

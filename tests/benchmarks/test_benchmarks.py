@@ -1,0 +1,221 @@
+"""The benchmarks' own arithmetic, and the GPU program at a tiny size on the CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import gpu, harness, loop, model_step
+from utils.common.cli import command
+from utils.common.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+#: what a machine with a card may lack although requirements.txt names it
+ABSENT = ("mlflow", "librosa", "seaborn", "jupyter", "notebook", "nbclient", "IPython")
+BLOCKED = """
+import runpy, sys
+from importlib.machinery import PathFinder
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.split(".")[0] not in {absent}:
+            return PathFinder.find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+sys.argv[0] = "gpu"
+runpy.run_module("benchmarks.gpu", run_name="__main__")
+"""
+SMALL = ("--device", "cpu", "--small")
+
+
+# ---------------------------------------------------------------------- harness
+
+
+def test_contestants_take_turns():
+    calls = []
+    contestants = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    times = harness.interleave(contestants, rounds=2, warmup=1)
+    assert calls == ["a", "b"] * 3
+    assert len(times["a"].clock.times) == len(times["b"].processor.times) == 2
+
+
+def test_a_contestant_may_time_itself():
+    values = iter([9.0, 2.0, 4.0, 6.0])
+    times = harness.interleave({"own": lambda: next(values)}, rounds=3, warmup=1)
+    assert times["own"].clock.times == [2.0, 4.0, 6.0]
+    assert harness.spread(times["own"].clock) == pytest.approx(0.5)
+
+
+def test_ratios_are_taken_round_by_round():
+    fast, slow = (
+        harness.Rounds(harness.measurement("s", s), harness.measurement("s", s))
+        for s in ([1.0, 2.0, 1.0], [2.0, 4.0, 3.0])
+    )
+    assert fast.faster(slow).times == [2.0, 2.0, 3.0]
+
+
+def test_sleep_costs_time_but_no_processor():
+    times = harness.interleave({"sleep": lambda: time.sleep(0.05)}, rounds=1, warmup=0)
+    assert times["sleep"].clock.median >= 0.05 > times["sleep"].processor.median
+
+
+def test_last_line_is_json(capsys):
+    harness.print_result({"a": 1 / 3, "b": {"c": 2.0}, "d": "x"})
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found == {"a": 0.3333, "b": {"c": 2.0}, "d": "x"}
+
+
+def test_tables_have_all_columns():
+    lines = harness.table({"x": {"a": 1 / 3}, "y": {"b_c": "z"}}).splitlines()
+    assert lines[0] == "| | a | b c |" and lines[2:] == ["| x | 0.3333 |  |", "| y |  | z |"]
+
+
+# ---------------------------------------------------------------------- model step
+
+
+@pytest.mark.parametrize("kind", ["forward", "step"])
+def test_flops_follow_the_formula(kind):
+    """A block costs 24 N D^2 + 4 N^2 D per clip, the patch embedding 2 D 256 per patch."""
+    size = model_step.Size(depth=2, embed_dim=24, heads=2, n_frames=64)
+    model = model_step.AllTokens(model_step.our_model("ast", size))
+    x = torch.zeros(2, 1, model_step.N_MELS, size.n_frames)
+    patches, d = 12 * 5, size.embed_dim
+    n = 2 + patches
+    head = sum(2 * m.weight.numel() for m in model.model.head if hasattr(m, "in_features"))
+    products, embedding = 2 * (24 * n * d**2 + 4 * n**2 * d) + head, 2 * 256 * d * patches
+    # backward: twice the forward pass, but no gradient of the spectrogram
+    expected = products + embedding if kind == "forward" else 3 * products + 2 * embedding
+    assert model_step.flops(model, x, kind) == 2 * expected
+
+
+def test_contestants_out_of_memory_leave(monkeypatch):
+    action = model_step.action
+
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def failing(module, *arguments):
+        return full if isinstance(module, model_step.AllTokens) else action(module, *arguments)
+
+    monkeypatch.setattr(model_step, "action", failing)
+    size = model_step.Size(depth=1, embed_dim=24, heads=2, n_frames=32)
+    rows = model_step.compare("peers", "forward", "fp32", size, 1, "cpu", rounds=1, matmul_size=16)
+    assert rows.pop("same work") == {"note": "out of memory"}
+    assert rows["transformers"]["time_over_base"] == 1
+    assert all(row["gflops_per_second"] > 0 for row in rows.values())
+
+
+# ---------------------------------------------------------------------- loop
+
+
+def test_the_loop_is_timed_around_a_stub(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "STEPS", 4)
+    config = loop.configure("ast", tmp_path, "training.device=cpu")
+    data = loop.corpus(config)
+    classes = data.classes(loop.some_rows(data, 8).split.train)
+    assert len(set(np.bincount(classes).tolist())) == 1
+    found = loop.overhead(config, data, loop.Runtime("cpu", "fp32", "false"), rounds=1)
+    assert found["loop_ms_per_batch"] > found["bare_ms_per_batch"] > 0
+
+
+# ---------------------------------------------------------------------- gpu
+
+
+def test_without_cuda_one_sentence_and_no_file(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command(lambda: gpu.main(["--output", str(tmp_path)]))() == 2
+    assert "no CUDA device was found" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(SMALL[:2], "add --small"), (SMALL, "--output"), (SMALL[2:], "--output")],
+)
+def test_misleading_figures_are_refused(monkeypatch, words, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=message):
+        gpu.parse(list(words))
+
+
+def test_sections_fail_alone_and_files_stay(monkeypatch, tmp_path, capsys):
+    def good(_):
+        yield "a", {"x": 1 / 3}
+
+    def bad(_):
+        yield "b", {"x": 2.0}
+        raise ValueError("tensor of 3 rows\nand more of it")
+
+    def slow(_):
+        yield "c", {"x": 3.0}
+        yield "d", {"x": 4.0}
+
+    sections = {"good": (good, 1.0), "bad": (bad, 1.0), "slow": (slow, 0.0)}
+    monkeypatch.setattr(gpu, "SECTIONS", {**sections, "last": (good, 1.0)})
+    words = [*SMALL, "--output", str(tmp_path)]
+    gpu.main(words)
+    (path,) = tmp_path.glob("*-cpu.json")
+    content = json.loads(path.read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == content
+    found = {n: (s["status"], s["message"], s["results"]) for n, s in content["sections"].items()}
+    assert found["good"] == found["last"] == ("done", "", {"a": {"x": 0.3333}})
+    assert found["bad"] == ("failed", "ValueError: tensor of 3 rows", {"b": {"x": 2.0}})
+    assert found["slow"][0] == "stopped" and list(found["slow"][2]) == ["c"]
+    page = path.with_suffix(".md").read_text()
+    assert "## bad: failed" in page and "| a | 0.3333 |" in page
+    gpu.main([*words, "--sections", "good"])  # the others stay
+    assert json.loads(path.read_text())["sections"].keys() == gpu.SECTIONS.keys()
+    path.write_text(json.dumps({**content, "torch": "1.0"}))  # figures of another torch do not
+    gpu.main([*words, "--sections", "good"])
+    assert json.loads(path.read_text())["sections"].keys() == {"good"}
+
+
+def test_files_carry_date_and_card(monkeypatch, tmp_path):
+    card = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=2**36)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(gpu, "SECTIONS", {"one": (lambda _: iter([("a", {"x": 1})]), 1.0)})
+    gpu.main(["--output", str(tmp_path)])
+    (path,) = tmp_path.glob("20*-nvidia-h100-80gb-hbm3.json")
+    assert json.loads(path.read_text())["memory_gib"] == 64
+
+
+def test_waits_are_counted_by_place(monkeypatch):
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def steps():
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    line = steps.__code__.co_firstlineno + 2
+    assert gpu._waits(steps) == {f"tests/benchmarks/test_benchmarks.py:{line}": 3}
+    assert modes == ["warn", "default"]
+
+
+@pytest.mark.slow
+def test_the_whole_gpu_program_runs_on_a_cpu(tmp_path):
+    code = BLOCKED.format(absent=set(ABSENT))
+    own = [name for name in gpu.SECTIONS if name != "resume"]  # test_kill_resume does the same
+    words = [*SMALL, "--minutes", "60", "--output", str(tmp_path), "--sections", *own]
+    run = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    sections = json.loads(run.stdout.splitlines()[-1])["sections"]
+    states = {name: section["status"] for name, section in sections.items()}
+    assert states == dict.fromkeys(own, "done"), run.stderr
+    checked = [row for part in sections["correctness"]["results"].values() for row in part.values()]
+    assert len(checked) == 1 + 2 * 5 and all(row["met"] for row in checked), checked
+    trained = sections["training"]["results"]
+    assert sorted(trained) == ["ast", "ast_film", "ast_grf", "ast_softfilm", "ast_tafilm"]
