@@ -1,6 +1,6 @@
 """One recording: read, check, mix to mono, centre, resample.
 
-Whatever makes a recording useless raises `BadRecording` with the file's name, the reason and the
+Whatever makes a recording unusable raises `BadRecording` with the file's name, the reason and the
 remedy. Nothing is repaired silently.
 """
 
@@ -25,7 +25,7 @@ MAX_FILTER_TAPS = 50_000_000
 
 
 class BadRecording(UserError):
-    """A recording that can not be used as it is."""
+    """A recording that cannot be used as it is."""
 
 
 def read_recording(path: str | Path) -> tuple[np.ndarray, int]:
@@ -44,7 +44,7 @@ def read_recording(path: str | Path) -> tuple[np.ndarray, int]:
             samples = file.read(dtype="float32", always_2d=True)  # [n, channels]
     except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
         raise BadRecording(
-            f"{path} can not be read as audio ({error}); get the file again or leave it out"
+            f"{path} cannot be read as audio ({error}); get the file again or leave it out"
         ) from error
     problem = _cut_off(path) or _unusable(samples, declared, rate)
     if not problem:
@@ -109,7 +109,7 @@ def resample(samples: np.ndarray, rate: int, sample_rate: int, resampler: str) -
     """Samples [n] at `rate` -> [ceil(n sample_rate / rate)] float32 at `sample_rate` (Hz).
 
     "torchaudio": torchaudio.transforms.Resample with its defaults (sinc_interp_hann, width 6,
-    rolloff .99). "soxr_hq": libsoxr's HQ recipe, librosa's default.
+    rolloff 0.99). "soxr_hq": libsoxr's HQ recipe, librosa's default.
     """
     if rate == sample_rate:
         return samples
@@ -129,14 +129,14 @@ def _torchaudio_resampler(rate: int, sample_rate: int):
     common = math.gcd(rate, sample_rate)
     if (rate // common) * (sample_rate // common) > MAX_FILTER_TAPS:
         raise BadRecording(
-            f"torchaudio's resampler can not go from {rate} to {sample_rate} Hz in reasonable "
+            f"torchaudio's resampler cannot go from {rate} to {sample_rate} Hz in reasonable "
             f"memory (no common factor); set audio.resampler: soxr_hq"
         )
     try:
         from torchaudio.transforms import Resample
     except (ImportError, OSError) as error:
         raise UserError(
-            f"torchaudio can not be imported ({error}); install the build that matches torch, or "
+            f"torchaudio cannot be imported ({error}); install the build that matches torch, or "
             f"set audio.resampler: soxr_hq"
         ) from error
     return Resample(rate, sample_rate)

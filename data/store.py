@@ -2,15 +2,12 @@
 
 Decoding and resampling take minutes, an epoch should not. One pass over the recordings writes all
 cycles as float32 into `<cache_dir>/waveforms-<key>/`; later runs open that at once. The key is a
-hash of everything that the samples depend on, so a changed recording, annotation or setting makes
-a new store, never a wrong one.
+hash of everything that the samples depend on, the recordings' content included, so a changed
+recording, annotation or setting makes a new store, never a wrong one.
 
     samples.f32   the cycles one after another; cycle i begins at offsets[i]
-    cycles.npy    [2, N] int64: offsets and lengths in samples (length 0: left out)
-    index.json    what the store was made from, and the recordings that were left out
-
-Where a cycle begins in the file follows from the annotations alone. So several processes can
-write at once, and a build that was killed goes on where it stood (store_build.py).
+    cycles.i64    [3, N] int64: offsets, lengths in samples (0: left out), CRC-32 of the samples
+    index.json    what the store was made from, the recordings that were left out, checksums
 """
 
 from __future__ import annotations
@@ -18,8 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pandas as pd
@@ -29,7 +28,9 @@ from utils.common.errors import UserError
 log = logging.getLogger(__name__)
 
 #: Part of every key; raise it when samples or layout change.
-STORE_VERSION = 1
+STORE_VERSION = 2
+#: Bytes that a fingerprint reads at the head, at the tail, and at each of BLOCKS places between.
+ENDS, BLOCK, BLOCKS = 8192, 4096, 6
 
 
 @dataclass
@@ -43,6 +44,7 @@ class WaveformStore:
     Attributes:
         folder: where the store lies.
         lengths: [N] int64, samples of each cycle; 0 where `bad`.
+        checksums: [N] int64, CRC-32 of each cycle; compared when a process first reads it.
         bad: [N] bool, cycles of recordings that were left out (on_bad_recording="skip" only).
         report: one line per recording that was left out.
     """
@@ -50,8 +52,12 @@ class WaveformStore:
     folder: Path
     offsets: np.ndarray
     lengths: np.ndarray
-    bad: np.ndarray
+    checksums: np.ndarray
     report: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.bad = self.lengths == 0
+        self._checked = np.zeros(len(self.lengths), bool)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -64,31 +70,35 @@ class WaveformStore:
 
     def read(self, cycles: np.ndarray, out: np.ndarray) -> None:
         """Copy the first samples of the cycles [n] into the rows of out [n, S] float32; what lies
-        behind the end of a shorter cycle stays as it is.
+        after the end of a shorter cycle stays as it is.
 
         Raises:
-            UserError: a cycle was left out, or the file is shorter than it was.
+            UserError: a cycle was left out, or the file is not what was written.
         """
         for cycle in cycles[self.bad[cycles]]:
             raise UserError(f"cycle {cycle} was left out of {self.folder}: {self.report}")
-        sizes = np.minimum(self.lengths[cycles], out.shape[1])
         with (self.folder / "samples.f32").open("rb", buffering=0) as file:
-            for row, start, size in zip(out, self.offsets[cycles], sizes, strict=True):
-                file.seek(4 * int(start))
-                if file.readinto(row[:size]) != 4 * size:
-                    raise UserError(
-                        f"{self.folder} is damaged (cut off); delete it and start again"
-                    )
+            for row, cycle in zip(out, cycles, strict=True):
+                length = int(self.lengths[cycle])
+                samples = row[:length]
+                file.seek(4 * int(self.offsets[cycle]))
+                if file.readinto(samples) != samples.nbytes:
+                    damaged(self.folder, "samples.f32 is cut off")
+                if not self._checked[cycle]:
+                    rest = file.read(4 * length - samples.nbytes)
+                    if zlib.crc32(rest, zlib.crc32(samples)) != self.checksums[cycle]:
+                        damaged(self.folder, f"cycle {cycle} has another checksum")
+                    self._checked[cycle] = True
 
 
 @dataclass
 class StorePlan:
-    """What a store of a table consists of, before any sound is read.
+    """What a store of a table consists of, before any sound is decoded.
 
     Attributes:
         settings: what else the samples depend on.
         recordings: path of each recording, in the table's order of appearance.
-        prints: (file name, size, mtime in ns) of each, or None where the file is not there.
+        prints: `fingerprint` of each.
         cycles: row numbers of each recording's cycles.
         starts, ends: [N] int64, first sample and the one after the last, at the working rate.
         offsets: [N] int64, where each cycle begins in the file.
@@ -96,7 +106,7 @@ class StorePlan:
 
     settings: dict
     recordings: list[str]
-    prints: list[tuple[str, int, int] | None]
+    prints: list[list]
     cycles: list[np.ndarray]
     starts: np.ndarray
     ends: np.ndarray
@@ -104,7 +114,7 @@ class StorePlan:
 
     @classmethod
     def of(cls, table: pd.DataFrame, sample_rate: int, resampler: str) -> StorePlan:
-        """Plan from a cycle table; reads the files' sizes and times, not the files."""
+        """Plan from a cycle table; reads the fingerprints of the files, not the files."""
         starts = (table["CycleStart"].to_numpy(np.float64) * sample_rate).astype(np.int64)
         ends = (table["CycleEnd"].to_numpy(np.float64) * sample_rate).astype(np.int64)
         empty = np.flatnonzero((ends <= starts) | (starts < 0))
@@ -112,26 +122,24 @@ class StorePlan:
             row = table.iloc[empty[0]]
             raise UserError(
                 f"cycle from {row.CycleStart} s to {row.CycleEnd} s of {row.Filename} is empty; "
-                f"mend its annotation ({len(empty)} such cycles)"
+                f"fix its annotation ({len(empty)} such cycles)"
             )
         groups = table.groupby("Recording", sort=False).indices
         if "" in groups:
             raise UserError("the cycle table was made without audio; read it with its recordings")
         sizes = ends - starts
-        offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]]) if len(sizes) else sizes
-        recordings = list(groups)
         return cls(
             settings={
                 "version": STORE_VERSION,
                 "sample_rate": sample_rate,
                 "resampler": resampler,
             },
-            recordings=recordings,
-            prints=[fingerprint(Path(path)) for path in recordings],
-            cycles=[groups[path] for path in recordings],
+            recordings=list(groups),
+            prints=[fingerprint(Path(path)) for path in groups],
+            cycles=list(groups.values()),
             starts=starts,
             ends=ends,
-            offsets=offsets,
+            offsets=np.cumsum(sizes) - sizes,
         )
 
     def job(self, number: int) -> dict:
@@ -154,84 +162,73 @@ class StorePlan:
         return int((self.ends - self.starts).sum())
 
     @property
-    def table_key(self) -> str:
-        """Hash of settings, file names and cycles: all but the recordings' content."""
-        names = [[Path(path).name, rows.tolist()] for path, rows in self._named()]
-        digest = hashlib.sha256(json.dumps([self.settings, names]).encode())
+    def name(self) -> str:
+        """Of the store's folder: a hash of settings, recordings' content and cycles."""
+        rows = [rows.tolist() for rows in self.cycles]
+        digest = hashlib.sha256(json.dumps([self.settings, self.prints, rows]).encode())
         digest.update(self.starts.tobytes() + self.ends.tobytes())
-        return digest.hexdigest()[:12]
+        return f"waveforms-{digest.hexdigest()[:24]}"
 
-    def _named(self):
-        return zip(self.recordings, self.cycles, strict=True)
 
-    @property
-    def key(self) -> str:
-        """Name of the store: hash of the table, then of the recordings' fingerprints."""
-        content = hashlib.sha256(json.dumps(self.prints).encode()).hexdigest()[:12]
-        return f"{self.table_key}-{content}"
+def fingerprint(path: Path) -> list:
+    """[file name, size, hash of its head, its tail and some blocks between]: 40 kB are read.
 
-    def find(self, cache_dir: Path) -> Path | None:
-        """Finished store of this plan, if there is one.
-
-        Recordings that are gone by now do not matter: any store of the same table will do whose
-        other recordings are unchanged.
-        """
-        if None not in self.prints:
-            folder = cache_dir / f"waveforms-{self.key}"
-            return folder if folder.is_dir() else None
-        missing = [p for p, print_ in zip(self.recordings, self.prints, strict=True) if not print_]
-        for folder in sorted(cache_dir.glob(f"waveforms-{self.table_key}-????????????")):
-            stored = [tuple(p) for p in _read_index(folder)["prints"]]
-            pairs = zip(self.prints, stored, strict=True)
-            if all(here is None or here == there for here, there in pairs):
-                log.warning(
-                    "%d recordings are gone (%s, ...); their cycles come from %s",
-                    len(missing), missing[0], folder,
-                )  # fmt: skip
-                return folder
+    Raises:
+        UserError: the file is missing or cannot be read.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = file.seek(0, 2)
+            digest = hashlib.blake2b(digest_size=12)
+            step = max(1, (size - BLOCK) // (BLOCKS + 1))
+            for start in (0, *range(step, step * (BLOCKS + 1), step), max(0, size - ENDS)):
+                file.seek(start)
+                digest.update(file.read(ENDS if start in (0, size - ENDS) else BLOCK))
+    except OSError as error:
         raise UserError(
-            f"{len(missing)} recordings are missing, the first is {missing[0]}; restore them or "
-            f"leave them out of the table"
-        )
+            f"recording {path} cannot be read ({error.strerror}); restore it or leave it out"
+        ) from error
+    return [path.name, size, digest.hexdigest()]
 
 
-def fingerprint(path: Path) -> tuple[str, int, int] | None:
-    """Name, size and modification time: they change when the content does."""
-    try:
-        stat = path.stat()
-    except FileNotFoundError:
-        return None
-    return path.name, stat.st_size, stat.st_mtime_ns
+def damaged(folder: Path, reason: object) -> NoReturn:
+    """Every damage of a store ends here."""
+    raise UserError(f"{folder} is damaged ({reason}); delete it to have it built again")
 
 
-def _read_index(folder: Path) -> dict:
-    try:
-        return json.loads((folder / "index.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is damaged ({error}); delete it, it will be built again") from (
-            error
-        )
+def checksum(index: dict) -> int:
+    """CRC-32 of the index, without its own entry for it."""
+    return zlib.crc32(json.dumps({**index, "checksum": 0}).encode())
 
 
 def open_folder(folder: Path, plan: StorePlan, on_bad_recording: str) -> WaveformStore:
-    """Open a finished store and check it against its plan."""
-    index = _read_index(folder)
+    """Open a finished store and check it against its plan.
+
+    Raises:
+        UserError: it is damaged, or lacks bad recordings under on_bad_recording "error".
+    """
+    try:
+        index = json.loads((folder / "index.json").read_bytes())
+        if not isinstance(index, dict) or index.get("checksum") != checksum(index):
+            raise ValueError("index.json has another checksum")
+        content = (folder / "cycles.i64").read_bytes()
+        if index["cycles"] != zlib.crc32(content):
+            raise ValueError("cycles.i64 has another checksum")
+        size = (folder / "samples.f32").stat().st_size
+    except (OSError, ValueError) as error:
+        damaged(folder, error)
+    if index["settings"] != plan.settings or index["prints"] != plan.prints:
+        damaged(folder, "it was made from other recordings")
+    offsets, lengths, checksums = np.frombuffer(content, np.int64).reshape(3, -1)
+    if size != 4 * plan.samples:
+        damaged(folder, f"samples.f32 has {size} bytes instead of {4 * plan.samples}")
     report = index["bad"]
     if report and on_bad_recording == "error":
         raise UserError(
-            f"{len(report)} recordings can not be used; the first: {report[0]}. Mend or remove "
+            f"{len(report)} recordings cannot be used; the first: {report[0]}. Repair or remove "
             f"them, or set dataset.on_bad_recording: skip"
         )
-    try:
-        offsets, lengths = np.load(folder / "cycles.npy")
-        size = (folder / "samples.f32").stat().st_size
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder} is damaged ({error}); delete it, it will be built again"
-        ) from error
-    if len(lengths) != len(plan.starts) or size != 4 * plan.samples:
-        raise UserError(f"{folder} is damaged (wrong size); delete it, it will be built again")
-    bad = lengths == 0
+    store = WaveformStore(folder, offsets, lengths, checksums, report)
     if report:
-        log.warning("%d recordings (%d cycles) are left out", len(report), bad.sum())
-    return WaveformStore(folder, offsets, lengths, bad, list(report))
+        log.warning("%d recordings (%d cycles) are left out", len(report), store.bad.sum())
+    return store

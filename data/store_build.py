@@ -1,24 +1,22 @@
-"""Building a waveform store: once, in parallel, resumable, all or nothing.
+"""Building a waveform store: once, in parallel, all or nothing.
 
 The store grows in `<name>.building/` beside its final place, under a lock that a second process
-waits for, and is renamed when everything is on the disk. `done.jsonl` there has one line per
-finished recording; a line is written after the samples it speaks of have been synced, so a
-killed build goes on behind the last line.
+waits for, and is renamed when everything is on the disk. A build that was killed starts again
+from scratch: the whole database takes about five minutes on two cores.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import logging
 import multiprocessing
 import os
 import shutil
-import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +25,15 @@ import soundfile
 from tqdm import tqdm
 
 from data.audio import RESAMPLERS, BadRecording, read_recording, resample, silent_cycles
-from data.store import StorePlan, WaveformStore, fingerprint, open_folder
-from utils.common.errors import UserError
+from data.store import StorePlan, WaveformStore, checksum, fingerprint, open_folder
+from utils.common.errors import Busy, UserError
+from utils.common.lock import held
 
 log = logging.getLogger(__name__)
 
 #: An annotation may end this much (s) after its recording: times are rounded to the millisecond,
 #: some by hand. Of the real recordings at hand none ends late at all.
 END_TOLERANCE = 0.05
-#: Seconds between two syncs, so what a power cut costs.
-SYNC_SECONDS = 5.0
 #: Recordings per process below which starting one costs more than it saves.
 MIN_PER_WORKER = 8
 
@@ -59,155 +56,79 @@ def open_store(
         sample_rate: Hz.
         resampler: "torchaudio" or "soxr_hq".
         workers: processes that build; 0: one per core.
-        on_bad_recording: "error" stops at the first recording that can not be used; "skip" leaves
+        on_bad_recording: "error" stops at the first recording that cannot be used; "skip" leaves
             its cycles out, and says so.
         progress: show a bar while building (on a terminal only).
 
     Raises:
-        UserError: a bad or missing recording, no room, a cache folder that can not be written.
+        UserError: a bad or missing recording, no room, a cache folder that cannot be written.
     """
     if resampler not in RESAMPLERS or on_bad_recording not in ("error", "skip"):
         raise ValueError(f"resampler {resampler!r}, on_bad_recording {on_bad_recording!r}?")
     plan = StorePlan.of(table, sample_rate, resampler)
-    folder = plan.find(Path(cache_dir))
-    if folder is None:
-        folder = build_store(plan, Path(cache_dir), workers, on_bad_recording, progress)
-    return open_folder(folder, plan, on_bad_recording)
-
-
-def build_store(
-    plan: StorePlan, cache_dir: Path, workers: int, on_bad_recording: str, progress: bool
-) -> Path:
-    """Build the store of a plan in cache_dir and return its folder; arguments as `open_store`."""
-    final = cache_dir / f"waveforms-{plan.key}"
-    needed = 4 * plan.samples
-    with _storage_errors(cache_dir, needed):
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(cache_dir / f"{final.name}.lock"):
-            if final.is_dir():  # another process was faster
-                return final
-            building = cache_dir / f"{final.name}.building"
-            building.mkdir(exist_ok=True)
-            _reserve(building / "samples.f32", needed)
-            results = _fill(plan, building, workers, on_bad_recording, progress)
-            _finish(plan, building, results)
-            building.rename(final)
-            _sync(cache_dir)
-        _remove_abandoned(plan, cache_dir)
-    log.info("waveform store of %d cycles written to %s", len(plan.starts), final)
-    return final
-
-
-@contextlib.contextmanager
-def _storage_errors(cache_dir: Path, needed: int) -> Iterator[None]:
-    """Say what to do when the cache folder can not take the store."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"the waveform store can not be written to {cache_dir} ({error.strerror or error}); it "
-            f"needs {needed / 1e9:.2f} GB. Make room or set dataset.cache_dir to another folder"
-        ) from error
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock that the system releases when the process ends, however it ends."""
-    with path.open("w") as file:
+    final = Path(cache_dir) / plan.name
+    if not final.is_dir():
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.warning("another process builds this waveform store; waiting for it (%s)", path)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            _build(plan, final, workers, on_bad_recording, progress)
+        except OSError as error:
+            raise UserError(
+                f"the waveform store cannot be written to {cache_dir} ({error.strerror or error}); "
+                f"it needs {4 * plan.samples / 1e9:.2f} GB. Make room or set dataset.cache_dir to "
+                "another folder"
+            ) from error
+    return open_folder(final, plan, on_bad_recording)
 
 
-def _remove_abandoned(plan: StorePlan, cache_dir: Path) -> None:
-    """Remove unfinished stores of the same cycles, of recordings that have changed since."""
-    for building in cache_dir.glob(f"waveforms-{plan.table_key}-*.building"):
-        with (cache_dir / f"{building.stem}.lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # somebody is at it
-                continue
-            shutil.rmtree(building, ignore_errors=True)  # it may just have been finished
+def _build(
+    plan: StorePlan, final: Path, workers: int, on_bad_recording: str, progress: bool
+) -> None:
+    """Build the store of a plan in the folder `final`; arguments as `open_store`."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for left in final.parent.glob("waveforms-*.building"):  # by a killed build
+        with suppress(Busy), held(left.with_suffix("")):
+            shutil.rmtree(left, ignore_errors=True)
+    with held(final, "the waveform store being built", wait=True):
+        if final.is_dir():  # another process was faster
+            return
+        building = final.with_suffix(".building")
+        building.mkdir()
+        try:
+            _reserve(building / "samples.f32", 4 * plan.samples)
+            results = {}
+            bar = tqdm(total=len(plan.recordings), unit="recording", desc="waveform store",
+                       disable=None if progress else True)  # fmt: skip
+            with bar:
+                for result in _process(plan, building / "samples.f32", workers):
+                    if result["bad"] and on_bad_recording == "error":
+                        raise BadRecording(
+                            f"{result['bad']}, or set dataset.on_bad_recording: skip"
+                        )
+                    results[result["number"]] = result
+                    bar.update()
+            _finish(plan, building, [results[n] for n in range(len(results))])
+            building.rename(final)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    log.info("waveform store of %d cycles written to %s", len(plan.starts), final)
 
 
 def _reserve(path: Path, size: int) -> None:
-    """Make the file its full size, with blocks behind it: a full disk shows now, not later."""
-    with path.open("ab") as file:
-        present = os.fstat(file.fileno()).st_blocks * 512
-        free = shutil.disk_usage(path.parent).free
-        if free < size - present:
-            raise OSError(f"{free / 1e9:.2f} GB are free")
+    """Make the file its full size, with blocks allocated: a full disk shows now, not later."""
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise OSError(f"{free / 1e9:.2f} GB are free")
+    with path.open("wb") as file:
         if size and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
         else:  # macOS has none; the check above must do
             file.truncate(size)
 
 
-def _fill(
-    plan: StorePlan, building: Path, workers: int, on_bad_recording: str, progress: bool
-) -> dict[int, dict]:
-    """Write the cycles of all recordings that are not done yet; results by recording number."""
-    journal = building / "done.jsonl"
-    results = _read_journal(journal)
-    todo = [number for number in range(len(plan.recordings)) if number not in results]
-    if results:
-        log.info("%d of %d recordings are done already", len(results), len(plan.recordings))
-    bar = tqdm(total=len(plan.recordings), initial=len(results), unit="recording",
-               desc="waveform store", disable=None if progress else True)  # fmt: skip
-    samples = building / "samples.f32"
-    fresh: list[dict] = []
-    last = time.monotonic()
-    with bar, samples.open("r+b") as file, journal.open("a") as lines:
-
-        def commit() -> None:
-            os.fsync(file.fileno())
-            lines.writelines(json.dumps(result) + "\n" for result in fresh)
-            lines.flush()
-            os.fsync(lines.fileno())
-            fresh.clear()
-
-        try:
-            for result in _process(plan, todo, samples, workers):
-                if result["bad"] and on_bad_recording == "error":
-                    raise BadRecording(f"{result['bad']}, or set dataset.on_bad_recording: skip")
-                results[result["number"]] = result
-                fresh.append(result)
-                bar.update()
-                if time.monotonic() - last > SYNC_SECONDS:
-                    commit()
-                    last = time.monotonic()
-        finally:
-            commit()
-    return results
-
-
-def _read_journal(path: Path) -> dict[int, dict]:
-    """Results of an earlier, unfinished build; a half-written last line does not count."""
-    results = {}
-    if path.exists():
-        text = path.read_text()
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            path.write_text(whole)
-        for line in whole.splitlines():
-            try:
-                result = json.loads(line)
-                results[result["number"]] = result
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(
-                    f"{path.parent} is damaged ({path.name}: {error}); delete it, it will be "
-                    "built again"
-                ) from error
-    return results
-
-
-def _process(plan: StorePlan, todo: list[int], samples: Path, workers: int) -> Iterator[dict]:
+def _process(plan: StorePlan, samples: Path, workers: int) -> Iterator[dict]:
     """Results as they come, from worker processes, or from this one when there is little to do."""
-    workers = min(workers or os.cpu_count() or 1, max(1, len(todo) // MIN_PER_WORKER))
-    jobs = ({**plan.job(number), "samples": str(samples)} for number in todo)
+    n = len(plan.recordings)
+    workers = min(workers or os.cpu_count() or 1, max(1, n // MIN_PER_WORKER))
+    jobs = ({**plan.job(number), "samples": str(samples)} for number in range(n))
     if workers == 1:
         yield from map(write_recording, jobs)
         return
@@ -219,8 +140,8 @@ def _process(plan: StorePlan, todo: list[int], samples: Path, workers: int) -> I
                 yield future.result()
         except BrokenProcessPool as error:
             raise UserError(
-                "a process that built the waveform store died (out of memory?); start again, it "
-                "goes on where it stood; dataset.store_workers: 1 needs the least memory"
+                "a process that built the waveform store died (out of memory?); run the command "
+                "again; dataset.store_workers: 1 needs the least memory"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
@@ -237,36 +158,33 @@ def write_recording(job: dict) -> dict:
     """Decode one recording and write its cycles to their places in the samples file.
 
     Returns:
-        {"number", "lengths": samples of each cycle, "bad": reason or None, "channels", "silent":
-        cycles of equal samples}.
+        {"number", "bad": reason or None, "lengths", "checksums": samples and CRC-32 of each
+        cycle, "channels", "silent": cycles of equal samples}.
 
     Raises:
-        UserError: the file is no longer the one that the store's key speaks of.
+        UserError: the file is no longer the one that the store's name depends on.
     """
-    bad, cycles, silent = None, [], 0
+    result = {"number": job["number"], "bad": None, "channels": 0, "silent": 0}
+    cycles = []
     try:
-        cycles, silent = cut_cycles(job)
+        cycles, result["silent"] = cut_cycles(job)
     except BadRecording as error:
-        bad = str(error)
+        result["bad"] = str(error)
     if fingerprint(Path(job["path"])) != job["print"]:
         raise UserError(
-            f"{job['path']} changed while the waveform store was built; start again when nothing "
-            f"writes to the recordings any more"
+            f"{job['path']} changed while the waveform store was built; run the command again "
+            "when nothing writes to the recordings any more"
         )
-    lengths = [len(cycle) for cycle in cycles] or [0] * len(job["starts"])
-    if bad:
-        return {"number": job["number"], "lengths": lengths, "bad": bad, "channels": 0, "silent": 0}
+    if cycles:
+        result["channels"] = soundfile.info(job["path"]).channels
     with Path(job["samples"]).open("r+b") as file:
-        for offset, cycle in zip(job["offsets"], cycles, strict=True):
+        for offset, cycle in zip(job["offsets"], cycles, strict=False):
             file.seek(4 * offset)
             file.write(cycle.tobytes())
-    return {
-        "number": job["number"],
-        "lengths": lengths,
-        "bad": None,
-        "channels": soundfile.info(job["path"]).channels,
-        "silent": silent,
-    }
+    empty = [0] * len(job["starts"])
+    result["lengths"] = [len(cycle) for cycle in cycles] or empty
+    result["checksums"] = [zlib.crc32(cycle.tobytes()) for cycle in cycles] or empty
+    return result
 
 
 def cut_cycles(job: dict) -> tuple[list[np.ndarray], int]:
@@ -285,43 +203,39 @@ def cut_cycles(job: dict) -> tuple[list[np.ndarray], int]:
     late = max(job["ends"]) - len(samples)
     if late > END_TOLERANCE * sample_rate or max(job["starts"]) >= len(samples):
         raise BadRecording(
-            f"{job['path']} is {len(samples) / sample_rate:.3f} s long, but its annotation goes on "
-            f"to {max(job['ends']) / sample_rate:.3f} s; get both files again or leave them out"
+            f"{job['path']} is {len(samples) / sample_rate:.3f} s long, but its annotation ends "
+            f"at {max(job['ends']) / sample_rate:.3f} s; get both files again or leave them out"
         )
     cycles = [samples[a:b] for a, b in zip(job["starts"], job["ends"], strict=True)]
     return cycles, silent
 
 
-def _finish(plan: StorePlan, building: Path, results: dict[int, dict]) -> None:
+def _finish(plan: StorePlan, building: Path, results: list[dict]) -> None:
     """Write the index and bring everything to the disk."""
-    lengths = np.zeros(len(plan.starts), np.int64)
-    for number, rows in enumerate(plan.cycles):
-        lengths[rows] = results[number]["lengths"]
-    np.save(building / "cycles.npy", np.stack([plan.offsets, lengths]))
-    mixed = [plan.recordings[n] for n in results if results[n]["channels"] > 1]
-    if mixed:
+    table = np.zeros((3, len(plan.starts)), np.int64)
+    table[0] = plan.offsets
+    for rows, result in zip(plan.cycles, results, strict=True):
+        table[1:, rows] = result["lengths"], result["checksums"]
+    pairs = list(zip(plan.recordings, results, strict=True))
+    if mixed := [path for path, result in pairs if result["channels"] > 1]:
         log.warning(
-            "%d recordings have several channels, whose mean is used: %s%s",
-            len(mixed),
-            mixed[0],
-            ", ..." if len(mixed) > 1 else "",
+            "%d recordings have several channels, whose mean is used: %s", len(mixed), mixed[0]
         )
-    muted = [plan.recordings[n] for n in results if results[n]["silent"]]
-    if muted:
-        count = sum(result["silent"] for result in results.values())
+    if muted := [path for path, result in pairs if result["silent"]]:
+        count = sum(result["silent"] for result in results)
         log.warning("%d cycles are silent throughout, the first in %s", count, muted[0])
-    bad = [results[n]["bad"] for n in range(len(plan.recordings)) if results[n]["bad"]]
-    index = {"settings": plan.settings, "prints": plan.prints, "bad": bad}
+    (building / "cycles.i64").write_bytes(table.tobytes())
+    index = {
+        "settings": plan.settings,
+        "prints": plan.prints,
+        "bad": [result["bad"] for result in results if result["bad"]],
+        "cycles": zlib.crc32(table.tobytes()),
+    }
+    index["checksum"] = checksum(index)
     (building / "index.json").write_text(json.dumps(index))
-    (building / "done.jsonl").unlink()
-    for path in (building / "cycles.npy", building / "index.json", building):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    for path in (*sorted(building.iterdir()), building):  # fsync
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import select
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import data.store_build as store_build
 from data.store_build import open_store
-from tests.data.sounds import (
-    open_in,
-    recording_table,
-    spoil,
-    stores_in,
-    tone_in_noise,
-    write,
-)
+from tests.data.sounds import open_in, recording_table, spoil, stores_in, tone_in_noise, write
 from utils.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+FILES = ("samples.f32", "cycles.i64", "index.json")
 
 
 def test_processes_write_what_one_process_writes(tmp_path):
@@ -40,7 +32,7 @@ def test_processes_write_what_one_process_writes(tmp_path):
     one = open_in(table, tmp_path, on_bad_recording="skip")
     keys = dict(workers=2, on_bad_recording="skip", progress=False)
     two = open_store(table, cache_dir=tmp_path / "other", **keys)
-    for name in ("samples.f32", "cycles.npy", "index.json"):
+    for name in FILES:
         assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
     assert two.bad.sum() == 2
 
@@ -48,136 +40,107 @@ def test_processes_write_what_one_process_writes(tmp_path):
 def test_no_room(corpus, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
-    with pytest.raises(UserError, match=r"cache.*needs 0\.00 GB.*dataset\.cache_dir"):
+    with pytest.raises(UserError, match=r"needs 0\.00 GB.*dataset\.cache_dir"):
         open_in(corpus, tmp_path)
-    assert not stores_in(tmp_path)
+    assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_disk_that_fills_up_while_writing_leaves_no_store(corpus, tmp_path, monkeypatch):
-    finish = store_build._finish
-
+def test_a_disk_that_fills_up_leaves_no_store(corpus, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store_build, "_finish", full)
-    with pytest.raises(UserError, match="No space left"):
-        open_in(corpus, tmp_path)
-    assert not stores_in(tmp_path)
-    monkeypatch.setattr(store_build, "_finish", finish)
+    with monkeypatch.context() as patch:
+        patch.setattr(store_build, "_finish", full)
+        with pytest.raises(UserError, match="No space left"):
+            open_in(corpus, tmp_path)
+    assert not list((tmp_path / "cache").iterdir())
     assert len(open_in(corpus, tmp_path)[5]) == int(0.99 * 16000) - 6400
 
 
-def test_cache_folder_that_can_not_be_written(corpus, tmp_path):
+def test_cache_folder_that_cannot_be_written(corpus, tmp_path):
     (tmp_path / "cache").write_text("a file, not a folder")
     with pytest.raises(UserError, match=r"cache.*dataset\.cache_dir"):
         open_in(corpus, tmp_path)
 
 
 CHILD = """
-import os, signal, sys, time
+import os, sys, time
 import pandas as pd
 import data.store_build as build
-from data.store import open_store
 
-table, cache, log, gate, kill_at = sys.argv[1:]
-work, build.SYNC_SECONDS, done = build.write_recording, 0.0, 0
+table, cache, log, gate = sys.argv[1:]
+work = build.write_recording
 
 def watched(job):
-    global done
-    if done == int(kill_at):
-        os.kill(os.getpid(), signal.SIGKILL)
-    done += 1
     with open(log, "a") as file:
         print(job["number"], file=file)
-    while gate and not os.path.exists(gate):
+    while job["number"] == 1 and not os.path.exists(gate):
         time.sleep(0.02)
     return work(job)
 
 build.write_recording = watched
-store = open_store(pd.read_pickle(table), cache_dir=cache, workers=1)
-print(store.folder)
+print(build.open_store(pd.read_pickle(table), cache_dir=cache, workers=1).folder)
 """
 
 
-def _child(tmp_path: Path, kill_at: int = -1, gate: Path | str = "") -> subprocess.Popen:
-    """A process that builds the store, kills itself at a recording, or waits for the gate file."""
-    files = [str(tmp_path / name) for name in ("table.pkl", "cache", "log.txt")]
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, *files, str(gate), str(kill_at)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture
+def child(corpus, tmp_path):
+    """Starts a process that builds the store and stops in the middle until `gate` exists."""
+    corpus.to_pickle(tmp_path / "table.pkl")
+    files = [str(tmp_path / name) for name in ("table.pkl", "cache", "log.txt", "gate")]
+    command, pipe = [sys.executable, "-c", CHILD, *files], subprocess.PIPE
+    children = []
+
+    def start(halfway: bool) -> subprocess.Popen:
+        children.append(subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
+        log, deadline = tmp_path / "log.txt", time.monotonic() + 60
+        while halfway and not (log.exists() and "1" in log.read_text()):
+            assert time.monotonic() < deadline and children[-1].poll() is None
+            time.sleep(0.02)
+        return children[-1]
+
+    yield start
+    for process in children:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.slow
-def test_a_killed_build_goes_on_where_it_stood(corpus, tmp_path):
-    corpus.to_pickle(tmp_path / "table.pkl")
-    child = _child(tmp_path, kill_at=2)
-    child.communicate(timeout=120)
-    assert child.returncode == -9
-    assert not stores_in(tmp_path)
-    building = next((tmp_path / "cache").glob("*.building"))
-    with (building / "done.jsonl").open("a") as journal:
-        journal.write('{"number": 2, "len')  # as if killed while writing the line
-    child = _child(tmp_path)
-    out, errors = child.communicate(timeout=120)
-    assert child.returncode == 0, errors
-    assert (tmp_path / "log.txt").read_text().split() == ["0", "1", "2"]  # nothing twice
-
+def test_a_killed_build_starts_again(corpus, tmp_path, child):
+    process = child(halfway=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+    assert not stores_in(tmp_path) and list((tmp_path / "cache").glob("*.building"))
+    store = open_in(corpus, tmp_path)
     untouched = open_store(corpus, cache_dir=tmp_path / "other", workers=1, progress=False)
-    for name in ("samples.f32", "cycles.npy", "index.json"):
-        assert (Path(out.strip()) / name).read_bytes() == (untouched.folder / name).read_bytes()
+    for name in FILES:
+        assert (store.folder / name).read_bytes() == (untouched.folder / name).read_bytes()
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [store.folder.name]
 
 
 @pytest.mark.slow
-def test_two_processes_build_one_store(corpus, tmp_path):
-    corpus.to_pickle(tmp_path / "table.pkl")
-    gate = tmp_path / "gate"
-    first, second = children = [_child(tmp_path, gate=gate) for _ in range(2)]
-    waits = False
-    while not waits:  # whichever came second says so
-        ready = select.select([first.stderr, second.stderr], [], [], 60)[0]
-        assert ready, "neither process waits for the other"
-        lines = [pipe.readline() for pipe in ready]
-        assert all(lines), "a process died"
-        waits = any("waiting for it" in line for line in lines)
-    gate.touch()
-    results = [child.communicate(timeout=120) for child in children]
-    assert [child.returncode for child in children] == [0, 0], results
+def test_a_killed_build_of_changed_recordings_goes(corpus, tmp_path, child):
+    process = child(halfway=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+    write(Path(corpus.Recording[0]), tone_in_noise(1.0, 44100, seed=9), 44100)
+    folder = open_in(corpus, tmp_path).folder
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
+
+
+@pytest.mark.slow
+def test_two_processes_build_one_store(tmp_path, child):
+    first, second = child(halfway=True), child(halfway=False)
+    time.sleep(1)
+    (tmp_path / "gate").touch()
+    results = [process.communicate(timeout=120) for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], results
     assert results[0][0] == results[1][0] != ""
-    assert sorted((tmp_path / "log.txt").read_text().split()) == ["0", "1", "2"]
+    assert (tmp_path / "log.txt").read_text().split() == ["0", "1", "2"]  # built once
 
 
-def test_index_says_what_the_store_was_made_from(corpus, tmp_path, caplog):
-    with caplog.at_level(logging.INFO):
-        folder = open_in(corpus, tmp_path).folder
-    index = json.loads((folder / "index.json").read_text())
-    assert index["settings"]["resampler"] == "torchaudio"
-    assert [name for name, _, _ in index["prints"]] == ["r0.wav", "r1.wav", "r2.wav"]
-    assert "6 cycles written" in caplog.text
-
-
-def test_an_abandoned_build_goes_when_its_recordings_have_been_replaced(corpus, tmp_path):
-    path = Path(corpus.Recording[2])
-    good = path.read_bytes()
-    spoil(path, "nan")
-    for _ in range(2):
-        with pytest.raises(UserError, match=r"r1\.wav"):
-            open_in(corpus, tmp_path)
-    (left,) = (tmp_path / "cache").glob("*.building")
-    path.write_bytes(good)
-    os.utime(path, ns=(1, 1))
-    open_in(corpus, tmp_path)
-    assert not left.exists() and not list((tmp_path / "cache").glob("*.building"))
-
-
-def test_a_damaged_journal_is_named(corpus, tmp_path):
-    spoil(Path(corpus.Recording[5]), "nan")
-    with pytest.raises(UserError, match=r"r2\.wav"):
+def test_bad_recordings_leave_no_unfinished_build(corpus, tmp_path):
+    spoil(Path(corpus.Recording[2]), "nan")
+    with pytest.raises(UserError, match=r"r1\.wav"):
         open_in(corpus, tmp_path)
-    (journal,) = (tmp_path / "cache").glob("*.building/done.jsonl")
-    journal.write_text("garbage\n")
-    with pytest.raises(UserError, match=r"building is damaged .done\.jsonl.*delete it"):
-        open_in(corpus, tmp_path)
+    assert not list((tmp_path / "cache").iterdir())
