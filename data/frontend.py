@@ -151,23 +151,30 @@ class AudioFrontend(nn.Module):
 
         seed: of this batch's augmentation; None: no augmentation.
         """
-        return self._run(self._spectrogram, waveform, length, seed)
+        shape = (1, self.n_mels, self.n_frames)
+        return self._run(self._spectrogram, shape, waveform, length, seed)
 
     def clips(self, waveform: Tensor, length: Tensor, seed: int | None = None) -> Tensor:
         """What `forward` hears: [B, clip_samples], padded, noisy, stretched, louder."""
-        return self._run(self._clip, waveform, length, seed)
+        return self._run(self._clip, (self.clip_samples,), waveform, length, seed)
 
     @torch.no_grad()
     def _run(
-        self, stage: Callable[..., Tensor], waveform: Tensor, length: Tensor, seed: int | None
+        self,
+        stage: Callable[..., Tensor],
+        shape: tuple[int, ...],
+        waveform: Tensor,
+        length: Tensor,
+        seed: int | None,
     ) -> Tensor:
-        """A stage of the front end, by the way that suits the device."""
+        """A stage of the front end, [B, *shape], by the way that suits the device."""
         batch = (waveform.float(), length)
         if seed is not None and self.augmentation is not None:
             batch += (self.augmentation.draw(len(waveform), seed),)
         with torch.autocast(waveform.device.type, enabled=False):
             if waveform.device.type == "cpu":
-                return for_each_clip(partial(stage, Way(pad_clip, self._clip_log_mel)), *batch)
+                way = Way(pad_clip, self._clip_log_mel)
+                return for_each_clip(partial(stage, way), shape, *batch)
             return stage(Way(pad_batch, self._batch_log_mel), *batch)
 
     def _clip(self, way: Way, waveform: Tensor, length: Tensor, plan: Plan | None = None) -> Tensor:
@@ -197,7 +204,8 @@ class AudioFrontend(nn.Module):
     def log_mel(self, clip: Tensor) -> Tensor:
         """[B, S] -> [B, T, F] float32, natural logarithm of the mel energies."""
         if clip.device.type == "cpu":
-            return for_each_clip(self._clip_log_mel, clip)
+            frames = (clip.shape[1] - self.frame_length) // self.frame_shift + 1
+            return for_each_clip(self._clip_log_mel, (frames, self.n_mels), clip)
         return self._batch_log_mel(clip)
 
     def _warped_banks(self, plan: Plan) -> dict[int, Tensor]:
@@ -293,26 +301,32 @@ class AudioFrontend(nn.Module):
         return mel.unsqueeze(1).contiguous()
 
 
-def for_each_clip(function: Callable[..., Tensor], *batch: Tensor | Plan) -> Tensor:
-    """`function` of every clip of a batch by itself, as a batch of one, on torch's CPU threads.
+def for_each_clip(
+    function: Callable[..., Tensor], shape: tuple[int, ...], *batch: Tensor | Plan
+) -> Tensor:
+    """`function` of every clip of a batch as a batch of one, [B, *shape], on torch's CPU threads.
 
     Within such a thread torch computes alone, without gradients. Threads that share every single
     operation, torch's way, wait for each other some hundred times a clip, which on a busy machine
     takes most of the time.
     """
-
-    def one(clip: int) -> Tensor:
-        return function(*(part[clip : clip + 1] for part in batch))
-
     clips, threads = len(batch[0]), torch.get_num_threads()
+    with torch.inference_mode(False):  # other threads may not write to an inference tensor
+        out = torch.empty(clips, *shape)
+
+    def one(clip: int) -> None:  # each thread frees what it took: keeping it costs page faults
+        out[clip] = function(*(part[clip : clip + 1] for part in batch))[0]
+
     if min(threads, clips) < 2:
-        return torch.cat([one(clip) for clip in range(clips)])
+        for clip in range(clips):
+            one(clip)
+        return out
     # The number of threads is each thread's own; it is also the default of threads yet to come,
     # which is put back.
     with ThreadPoolExecutor(min(threads, clips), initializer=_alone) as pool:
-        results = list(pool.map(one, range(clips)))
+        list(pool.map(one, range(clips)))
     torch.set_num_threads(threads)
-    return torch.cat(results)
+    return out
 
 
 def _alone() -> None:
