@@ -124,12 +124,3 @@ def test_nothing_to_inspect(tmp_path, caplog):
     (tmp_path / "empty").mkdir()
     assert main(["--data-folder", str(tmp_path / "empty")]) == 2
     assert "https://" in caplog.text  # where the tables come from
-
-
-def test_figures_are_written(icbhi_folder, tmp_path, capsys):
-    figures = tmp_path / "figures"
-    assert main(["--data-folder", str(icbhi_folder), "--figures", str(figures)]) == 0
-    written = sorted(path.name for path in figures.iterdir())
-    assert written == ["data_overview.pdf", "data_overview.png"]
-    assert all((figures / name).stat().st_size > 10_000 for name in written)
-    assert "data_overview.png" in capsys.readouterr().out
