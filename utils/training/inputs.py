@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,6 +22,7 @@ from data.loader import Cycles, read_ahead
 from models.build import ConditionedAST
 from models.conditioner import Features
 from utils.common.files import atomic_write, write_error
+from utils.common.lock import held
 from utils.training.device import Runtime
 
 logger = logging.getLogger(__name__)
@@ -61,14 +63,15 @@ class Inputs:
 class FrozenInputs(Inputs):
     """Rows -> the frozen prefix's tokens [B, N, D], computed once per clip and stored on disk.
 
-    The store is one file per (waveforms, front end, frozen weights, precision) and a table of the
-    rows that are in it. Rows are computed when they are first asked for, so that the test half is
-    not read before its time. Two runs may fill the same store: they write the same values.
+    The store is one file per (waveforms, front end, frozen weights, precision) and a table with a
+    CRC-32 of every clip in it. Rows are computed when they are first asked for, so that the test
+    half is not read before its time; what was stored before is checked at that moment, and
+    computed again if it is damaged: 0.8 ms per clip of 1214 x 768 tokens, once per process.
     """
 
-    DTYPE = torch.bfloat16  # half the disk and reading time; the residual stream goes on in fp32
+    DTYPE = torch.bfloat16  # half the disk and reading time; the residual stream stays in fp32
     PART = 256  # clips between two entries in the table
-    VERSION = 1  # part of every name; raise it when front end or backbone compute something else
+    VERSION = 2  # part of every name; raise it when front end or backbone compute something else
 
     def __init__(
         self,
@@ -92,7 +95,8 @@ class FrozenInputs(Inputs):
         )
         name = f"frozen-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         self.path = Path(cache_dir) / f"{name}.features"
-        self.table = Path(cache_dir) / f"{name}.rows"
+        self.table = Path(cache_dir) / f"{name}.crc32"
+        self.checked = np.zeros(len(data.table), bool)  # rows that this process may read
         self._open()
 
     def _open(self) -> None:
@@ -109,59 +113,81 @@ class FrozenInputs(Inputs):
             raise write_error(self.path, error, size) from error
 
     def prepare(self, rows: np.ndarray) -> None:
-        """Compute what is not stored yet; the processes share the work."""
-        # one process looks and tells the others: another run may be filling the same table
-        missing = broadcast_object_list([rows[~self._stored()[rows]]])[0]
-        if len(missing) == 0:
+        """Compute what is not stored yet or damaged; the processes share the work."""
+        rows = rows[~self.checked[rows]]
+        if len(rows) == 0:
             return
-        logger.info(
-            "frozen backbone: storing %d clips (%.2f GB) in %s",
-            len(missing),
-            len(missing) * self.clip_bytes / 1e9,
-            self.path,
-        )
-        # a killed filling goes on behind its last part
-        parts = [missing[i : i + self.PART] for i in range(0, len(missing), self.PART)]
-        with tqdm(
-            total=len(missing), desc="frozen features", disable=None, leave=False, ncols=100
-        ) as bar:
-            for number, part in enumerate(parts):
-                self._fill(part, (len(missing) - number * self.PART) * self.clip_bytes, bar)
+        main = self.runtime.is_main
+        # another run may be filling the same file: whoever comes second finds it filled
+        with held(self.path, wait=True) if main else nullcontext():
+            batches = broadcast_object_list([self._missing(rows) if main else None])[0]
+            clips = sum(map(len, batches))
+            size = clips * self.clip_bytes
+            if clips:
+                text = "frozen backbone: storing %d clips (%.2f GB) in %s"
+                logger.info(text, clips, size / 1e9, self.path)
+            with tqdm(total=clips, desc="frozen features", disable=None, leave=False) as bar:
+                step = -(-self.PART // self.batch_size)
+                for start in range(0, len(batches), step):
+                    size -= self._fill(batches[start : start + step], size, bar)
+        self.checked[rows] = True
 
-    def _fill(self, rows: np.ndarray, needed: int, bar: tqdm) -> None:
-        """Compute and store the given rows, and enter them in the table once they are on the disk.
+    def _missing(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The batches that hold those of the given rows that are not stored, or damaged.
+
+        A clip is always computed in the same batch, whatever else is missing: rounding depends on
+        it, and what is computed again must be what was computed before.
+        """
+        crc = self._stored()
+        stored = rows[crc[rows] >= 0]
+        good = [row for row in stored if zlib.crc32(self.features[row]) == crc[row]]
+        if len(good) < len(stored):
+            text = "%s: %d of %d stored clips are damaged; they are computed again"
+            logger.warning(text, self.path, len(stored) - len(good), len(stored))
+        part = np.zeros(len(crc), np.int64)
+        for number, name in enumerate(("train", "val", "test"), start=1):
+            part[getattr(self.data.split, name)] = number
+        batches = [
+            own[start : start + self.batch_size]
+            for own in (np.flatnonzero(part == number) for number in range(4))
+            for start in range(0, len(own), self.batch_size)
+        ]
+        missing = np.setdiff1d(rows, good)
+        return [batch for batch in batches if np.isin(batch, missing).any()]
+
+    def _fill(self, batches: list[np.ndarray], needed: int, bar: tqdm) -> int:
+        """Compute and store some batches of rows, and enter them in the table; returns the bytes.
 
         needed: bytes of these and of all that are still to come, for the message of a full disk.
         """
-        own = rows[self.runtime.rank :: self.runtime.world]
+        done = []
         try:
             # written, not assigned to the map: there, a full disk would be a SIGBUS
             with self.path.open("r+b") as file:
-                for start in range(0, len(own), self.batch_size):
-                    part = own[start : start + self.batch_size]
-                    for row, tokens in zip(part, self._prefix(part).cpu(), strict=True):
-                        file.seek(int(row) * self.clip_bytes)
-                        file.write(tokens.contiguous().view(torch.uint8).numpy())
-                    bar.update(len(part) * self.runtime.world)
-                file.flush()
-                os.fsync(file.fileno())  # the table below must not outlive the features
+                for rows in batches[self.runtime.rank :: self.runtime.world]:
+                    for row, tokens in zip(rows.tolist(), self._prefix(rows).cpu(), strict=True):
+                        content = tokens.contiguous().view(torch.uint8).numpy()
+                        file.seek(row * self.clip_bytes)
+                        file.write(content)
+                        done.append((row, zlib.crc32(content)))
         except OSError as error:
             raise write_error(self.path, error, needed) from error
-        self.runtime.barrier()
+        done = gather_object(done)
+        bar.update(len(done))
         if self.runtime.is_main:
-            stored = self._stored()
-            stored[rows] = True
+            crc = self._stored()
+            for row, value in done:
+                crc[row] = value
             with atomic_write(self.table) as file:
-                file.write(np.packbits(stored).tobytes())
-        self.runtime.barrier()
+                file.write(crc.tobytes())
+        return len(done) * self.clip_bytes
 
     def _stored(self) -> np.ndarray:
-        """Which rows are stored, [N] bool."""
-        count = len(self.data.table)
-        bits = np.frombuffer(self.table.read_bytes() if self.table.is_file() else b"", np.uint8)
-        if len(bits) != -(-count // 8):
-            return np.zeros(count, bool)
-        return np.unpackbits(bits, count=count).astype(bool)
+        """CRC-32 of each row that is stored, -1 of any other: [N] int64."""
+        content = self.table.read_bytes() if self.table.is_file() else b""
+        if len(content) != 8 * len(self.data.table):
+            return np.full(len(self.data.table), -1)
+        return np.frombuffer(content, np.int64).copy()
 
     @torch.no_grad()
     def _prefix(self, rows: np.ndarray) -> Tensor:
