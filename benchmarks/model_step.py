@@ -27,9 +27,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ASTConfig, ASTForAudioClassification
 
 from benchmarks.harness import interleave, rounded, spread, table
-from data.batch import DEVICES, FIELDS, SITES, Metadata
+from data.batch import DEVICES, SITES, Metadata
+from data.task import FIELDS
 from models.build import build_model
 from models.conditioned_ast import ConditionedAST
+from models.config import BackboneConfig
 from models.pretrained import Weights, from_transformers, load_into
 from models.registry import VARIANTS
 
@@ -96,22 +98,14 @@ class Transformers(nn.Module):
 
 def our_model(variant: str, size: Size, activation: str = "relu", **backbone: Any):
     """A variant with random weights; all blocks are trainable unless `backbone` says otherwise."""
+    sizes = {"embed_dim": size.embed_dim, "depth": size.depth, "num_heads": size.heads}
     return build_model(
         variant,
         VARIANTS[variant].config_class(activation=activation),
-        embed_dim=size.embed_dim,
-        depth=size.depth,
-        num_heads=size.heads,
-        mlp_ratio=4.0,
-        patch_size=16,
-        freq_stride=10,
-        time_stride=10,
+        BackboneConfig(weights="none", **{**sizes, "trainable_blocks": size.depth, **backbone}),
         n_mels=N_MELS,
         n_frames=size.n_frames,
         n_outputs=N_OUTPUTS,
-        weights="none",
-        weights_path=None,
-        **{"trainable_blocks": size.depth, **backbone},
     )
 
 

@@ -11,16 +11,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from data.task import FIELDS
+
 #: Vocabulary order is part of every checkpoint; the index after the last name means "unknown".
 DEVICES: tuple[str, ...] = ("AKGC417L", "Litt3200", "LittC2SE", "Meditron")
 SITES: tuple[str, ...] = ("Al", "Ar", "Ll", "Lr", "Pl", "Pr", "Tc")
 UNKNOWN_DEVICE: int = len(DEVICES)
 UNKNOWN_SITE: int = len(SITES)
-
-#: Order of the scalars in `Metadata.rest` and their units.
-SCALARS: tuple[str, ...] = ("age", "bmi", "duration")  # years, kg/m2, s
-#: Order of the columns in `Metadata.known`.
-FIELDS: tuple[str, ...] = ("device", "site", *SCALARS)
 
 
 class TensorRecord:

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from data.batch import FIELDS, SCALARS, Metadata
+from data.batch import Metadata
 from data.cycle_table import SCALAR_COLUMNS
+from data.task import FIELDS, SCALARS
 from utils.common.errors import UserError
 
 log = logging.getLogger(__name__)

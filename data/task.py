@@ -10,6 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+#: Order of the scalars in `Metadata.rest` and their units.
+SCALARS: tuple[str, ...] = ("age", "bmi", "duration")  # years, kg/m2, s
+#: Order of the columns in `Metadata.known`.
+FIELDS: tuple[str, ...] = ("device", "site", *SCALARS)
+
 #: The two events of an annotation, and the four exclusive classes made of them.
 EVENTS: tuple[str, str] = ("crackle", "wheeze")
 CLASSES: tuple[str, ...] = ("normal", "crackle", "wheeze", "both")

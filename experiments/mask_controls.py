@@ -29,13 +29,7 @@ def main() -> None:
     warmup, total = round(training.warmup_epochs * per_epoch), training.epochs * per_epoch
     rows = {}
     for multiplier in MULTIPLIERS:
-        masks = SoftMasks(
-            ("device", "site", "rest"),
-            config.backbone.embed_dim,
-            init_scale=model.mask_init_scale,
-            temperature=model.mask_temperature,
-            overlap_lambda=model.mask_overlap_lambda,
-        )
+        masks = SoftMasks(("device", "site", "rest"), config.backbone.embed_dim, model)
         rows[multiplier] = mask_controls(
             masks,
             lr=training.lr * multiplier,

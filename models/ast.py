@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.conditioner import Modulation
+from models.config import BackboneConfig
 
 N_SPECIAL = 2  # CLS and DIST
 
@@ -121,44 +122,40 @@ class AST(nn.Module):
     """The backbone all variants share.
 
     Args:
-        embed_dim, depth, num_heads, mlp_ratio: of the transformer (DeiT-base: 768, 12, 12, 4).
-        patch_size, freq_stride, time_stride: of the patches, in bands and frames.
+        config: sizes (DeiT-base: 768 wide, 12 blocks, 12 heads), patches and their strides.
         n_mels, n_frames: size F x T of the spectrogram.
         layer_norm_eps: follows the source of the weights.
-        gradient_checkpointing: recompute every block's activations in the backward pass.
     """
 
     def __init__(
         self,
+        config: BackboneConfig,
         *,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        patch_size: int = 16,
-        freq_stride: int = 10,
-        time_stride: int = 10,
         n_mels: int = 128,
         n_frames: int = 1024,
         layer_norm_eps: float = 1e-6,
-        gradient_checkpointing: bool = False,
     ):
         super().__init__()
-        self.embed_dim, self.depth = embed_dim, depth
+        self.embed_dim, self.depth = embed_dim, depth = config.embed_dim, config.depth
         self.input_size = (n_mels, n_frames)
         self.grid = (
-            grid_size(n_mels, patch_size, freq_stride),
-            grid_size(n_frames, patch_size, time_stride),
+            grid_size(n_mels, config.patch_size, config.freq_stride),
+            grid_size(n_frames, config.patch_size, config.time_stride),
         )
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing = config.gradient_checkpointing
         self.frozen_blocks: int | None = None  # None: nothing is frozen; else also the embedding
-        self.patch_embed = PatchEmbed(embed_dim, patch_size, freq_stride, time_stride)
+        self.patch_embed = PatchEmbed(
+            embed_dim, config.patch_size, config.freq_stride, config.time_stride
+        )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         n_tokens = N_SPECIAL + self.grid[0] * self.grid[1]
         self.pos_embed = nn.Parameter(torch.zeros(1, n_tokens, embed_dim))
         self.blocks = nn.ModuleList(
-            [Block(embed_dim, num_heads, mlp_ratio, layer_norm_eps) for _ in range(depth)]
+            [
+                Block(embed_dim, config.num_heads, config.mlp_ratio, layer_norm_eps)
+                for _ in range(depth)
+            ]
         )
         self.norm = nn.LayerNorm(embed_dim, eps=layer_norm_eps)
         self._initialise()

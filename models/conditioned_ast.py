@@ -19,6 +19,7 @@ from models.conditioner import (
     ModelOutput,
     ParameterGroup,
 )
+from models.config import ModelConfig
 from models.encoders import activation
 
 
@@ -31,19 +32,17 @@ def full_precision(tensor: Tensor) -> torch.autocast:
 class Head(nn.Sequential):
     """LN, Dropout, Linear D -> hidden, act, Dropout, Linear hidden -> K (PyTorch's default start).
 
-    Width-64 hidden layer and dropout .4 are the paper's.
+    Width-64 hidden layer and dropout 0.4 are the paper's.
     """
 
-    def __init__(
-        self, dim: int, n_outputs: int, *, hidden: int = 64, dropout: float = 0.4, act: str = "relu"
-    ):
+    def __init__(self, config: ModelConfig, dim: int, n_outputs: int):
         super().__init__(
             nn.LayerNorm(dim),
-            nn.Dropout(dropout),
-            nn.Linear(dim, hidden),
-            activation(act),
-            nn.Dropout(dropout),
-            nn.Linear(hidden, n_outputs),
+            nn.Dropout(config.dropout),
+            nn.Linear(dim, config.head_hidden_dim),
+            activation(config.activation),
+            nn.Dropout(config.dropout),
+            nn.Linear(config.head_hidden_dim, n_outputs),
         )
 
 

@@ -8,7 +8,6 @@ G token groups (1: all tokens alike; 2: group 0 is CLS and DIST, group 1 the pat
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -83,22 +82,6 @@ class ModelOutput(NamedTuple):
     regularisation: Tensor
 
 
-@dataclass
-class ModelConfig:
-    """Keys of `models.<variant>` that every variant has.
-
-    label_dim, input_fdim and input_tdim follow from the dataset section; when they are given they
-    are checked against it.
-    """
-
-    label_dim: int | None = None  # logits; follows from dataset.n_cls and training.loss
-    input_fdim: int | None = None  # mel bands; follows from dataset.h
-    input_tdim: int | None = None  # frames; follows from dataset.w
-    dropout: float = 0.4  # in the head and in the metadata encoders
-    activation: str = "relu"  # relu | gelu, in the head and in the metadata encoders
-    head_hidden_dim: int = 64  # width of the head's hidden layer
-
-
 class Conditioner(nn.Module):
     """Base class, and the plain AST's conditioner: it changes nothing.
 
@@ -155,25 +138,3 @@ class Conditioner(nn.Module):
             schedule: step (from 0) -> factor on `lr`.
         """
         return {}
-
-
-class Variant(NamedTuple):
-    """One model variant; a module in `models/` that holds one as `VARIANT` is discovered.
-
-    Attributes:
-        name: key under `models` in a configuration, such as ast_film.
-        short: name of its checkpoint and in tables, such as film.
-        title: name in figures, such as FiLM-AST.
-        config_class: dataclass of the keys of `models.<name>`, a subclass of `ModelConfig`.
-        build: build(config, *, embed_dim, depth, device_counts, site_counts) -> Conditioner.
-            The counts (lists as long as the vocabularies with their unknown entry, or None) say
-            how many training cycles have each value.
-        order: place in lists and tables; the paper's variants are 0..4.
-    """
-
-    name: str
-    short: str
-    title: str
-    config_class: type[ModelConfig]
-    build: Callable[..., Conditioner]
-    order: int = 100

@@ -6,93 +6,59 @@ B batch, E embedding width, H hidden width, S enabled scalars.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from data.batch import (
-    DEVICES,
-    FIELDS,
-    SCALARS,
-    SITES,
-    UNKNOWN_DEVICE,
-    UNKNOWN_SITE,
-    Metadata,
-)
-from models.conditioner import Conditioner, ModelConfig
+from data.batch import DEVICES, SITES, UNKNOWN_DEVICE, UNKNOWN_SITE, Metadata
+from data.task import FIELDS, SCALARS
+from models.conditioner import Conditioner
+from models.config import ConditionedConfig
 from utils.common.errors import UserError
 
 #: The three metadata factors; "rest" is the vector of scalars.
 FACTORS: tuple[str, ...] = ("device", "site", "rest")
 
 
-@dataclass
-class ConditionedConfig(ModelConfig):
-    """Keys that every metadata-conditioned variant has."""
-
-    dev_embed_dim: int = 8  # width of the device embedding
-    site_embed_dim: int = 8  # width of the auscultation-site embedding
-    rest_dim: int = 3  # scalars: age, BMI, duration; checked
-    metadata_dropout: float = 0.0  # probability per field and clip of hiding it in training
-    # fields that are conditioned on; a subset is a factor ablation
-    metadata_fields: list[str] = field(default_factory=lambda: list(FIELDS))
-
-
 def activation(name: str) -> nn.Module:
     """relu | gelu (exact)."""
-    try:
-        return {"relu": nn.ReLU, "gelu": nn.GELU}[name]()
-    except KeyError:
-        raise UserError(f"models.*.activation: {name!r} is not known; use relu or gelu") from None
+    return {"relu": nn.ReLU, "gelu": nn.GELU}[name]()
 
 
 class MetadataEmbeddings(nn.Module):
     """Device and site embeddings and the vector of scalars, with a meaning for "unknown".
 
-    Each table has one row more than its vocabulary. With `dropout` 0 the unknown row, and any row
-    whose value no training cycle has, is the frequency-weighted mean of the trained rows, set by
-    `finalise`; with dropout > 0 each field of each clip is hidden with that probability in
+    Each table has one row more than its vocabulary. With metadata_dropout 0 the unknown row, and
+    any row whose value no training cycle has, is the frequency-weighted mean of the trained rows,
+    set by `finalise`; with dropout > 0 each field of each clip is hidden with that probability in
     training, so the unknown row is learned. An unknown scalar is z = 0, the training mean.
 
     Args:
+        config: widths, dropout and the enabled fields; nothing is built for the others.
         device_counts, site_counts: training cycles per value, as long as the vocabularies with
             their unknown entry; None: all values alike.
-        fields: the enabled ones of `data.batch.FIELDS`; nothing is built for the others.
     """
 
     def __init__(
         self,
-        *,
-        dev_embed_dim: int = 8,
-        site_embed_dim: int = 8,
-        fields: Sequence[str] = FIELDS,
-        dropout: float = 0.0,
+        config: ConditionedConfig,
         device_counts: Sequence[float] | None = None,
         site_counts: Sequence[float] | None = None,
     ):
         super().__init__()
-        unknown = [name for name in fields if name not in FIELDS]
-        if unknown or not fields:
-            raise UserError(
-                f"models.*.metadata_fields: {unknown or 'empty'}; name at least one of "
-                f"{', '.join(FIELDS)}"
-            )
-        if not 0 <= dropout < 1:
-            raise UserError(f"models.*.metadata_dropout: {dropout} is not in [0, 1)")
-        self.dropout = dropout
+        fields, self.dropout = config.metadata_fields, config.metadata_dropout
         self.fields = tuple(name for name in FIELDS if name in fields)
         self.scalars = tuple(name for name in SCALARS if name in fields)
         self._scalar_columns = [SCALARS.index(name) for name in self.scalars]
         #: factor -> width, enabled ones only, in the order of FACTORS
         self.widths: dict[str, int] = {}
         if "device" in fields:
-            self.device = nn.Embedding(len(DEVICES) + 1, dev_embed_dim)
-            self.widths["device"] = dev_embed_dim
+            self.device = nn.Embedding(len(DEVICES) + 1, config.dev_embed_dim)
+            self.widths["device"] = config.dev_embed_dim
             self._register_counts("device", device_counts, len(DEVICES))
         if "site" in fields:
-            self.site = nn.Embedding(len(SITES) + 1, site_embed_dim)
-            self.widths["site"] = site_embed_dim
+            self.site = nn.Embedding(len(SITES) + 1, config.site_embed_dim)
+            self.widths["site"] = config.site_embed_dim
             self._register_counts("site", site_counts, len(SITES))
         if self.scalars:
             self.widths["rest"] = len(self.scalars)
@@ -214,26 +180,3 @@ class MetadataConditioner(Conditioner):
         known = torch.ones(n, len(FIELDS), dtype=torch.bool, device=pairs.device)
         rest = torch.zeros(n, len(SCALARS), device=pairs.device)
         return Metadata(device=pairs[:, 0], site=pairs[:, 1], rest=rest, known=known)
-
-
-def build_embeddings(
-    config: ConditionedConfig,
-    *,
-    device_counts: Sequence[float] | None,
-    site_counts: Sequence[float] | None,
-) -> MetadataEmbeddings:
-    """`MetadataEmbeddings` from a variant's section of the configuration."""
-    if config.rest_dim != len(SCALARS):
-        raise UserError(
-            f"models.*.rest_dim: {config.rest_dim}; there are {len(SCALARS)} scalars "
-            f"({', '.join(SCALARS)}), so leave it out or set it to {len(SCALARS)} "
-            "(metadata_fields selects among them)"
-        )
-    return MetadataEmbeddings(
-        dev_embed_dim=config.dev_embed_dim,
-        site_embed_dim=config.site_embed_dim,
-        fields=config.metadata_fields,
-        dropout=config.metadata_dropout,
-        device_counts=device_counts,
-        site_counts=site_counts,
-    )

@@ -13,6 +13,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
+from models.config import SoftFiLMConfig
 from models.encoders import FACTORS
 
 MIN_TEMPERATURE = 0.1
@@ -27,51 +28,42 @@ class SoftMasks(nn.Module):
 
     Args:
         factors: the enabled ones of `FACTORS`.
-        n_sets: 1, or the number of conditioned blocks for masks of their own.
-        mode: sigmoid | softmax.
-        temperature: tau.
-        annealing_epochs: 0: tau is constant; else tau stays for five epochs and then falls along
-            a cosine to .2 in the last of this many epochs.
-        overlap_lambda, coverage_lambda: weights of the two regularisers.
+        config: temperature, annealing (tau stays for five epochs, then falls along a cosine to
+            0.2 in the last of mask_annealing_epochs) and weights of the regularisers.
+        n_sets: 1, or the number of conditioned blocks with per_layer_masks.
     """
 
     def __init__(
         self,
         factors: Sequence[str],
         dim: int,
+        config: SoftFiLMConfig,
         *,
         n_sets: int = 1,
-        init_scale: float = 2.0,
-        mode: str = "sigmoid",
-        temperature: float = 1.0,
-        annealing_epochs: int = 0,
-        overlap_lambda: float = 0.01,
-        coverage_lambda: float = 0.0,
     ):
         super().__init__()
-        self.factors, self.mode = tuple(factors), mode
-        self.first_temperature, self.annealing_epochs = temperature, annealing_epochs
-        self.overlap_lambda, self.coverage_lambda = overlap_lambda, coverage_lambda
+        self.factors, self.config = tuple(factors), config
+        scale = config.mask_init_scale
         third = torch.arange(dim) * len(FACTORS) // dim
         own = torch.stack([third == FACTORS.index(name) for name in self.factors])  # [K, D]
-        logits = torch.where(own, init_scale, -init_scale)
+        logits = torch.where(own, scale, -scale)
         self.logits = nn.Parameter(logits[:, None].repeat(1, n_sets, 1))  # [K, L, D]
         self.register_buffer("initial_logits", self.logits.detach().clone())
-        self.register_buffer("temperature", torch.tensor(float(temperature)))
+        self.register_buffer("temperature", torch.tensor(float(config.mask_temperature)))
 
     def forward(self) -> Tensor:
         """Weights [K, L, D] in 0..1."""
         scaled = self.logits / self.temperature.clamp(min=MIN_TEMPERATURE)
-        return scaled.softmax(dim=0) if self.mode == "softmax" else scaled.sigmoid()
+        return scaled.softmax(dim=0) if self.config.mask_mode == "softmax" else scaled.sigmoid()
 
     def set_epoch(self, epoch: int) -> None:
         """Set tau for training epoch `epoch` (from 0)."""
-        if not self.annealing_epochs:
+        if not self.config.mask_annealing:
             return
-        span = max(self.annealing_epochs - 1 - ANNEALING_START, 1)
+        span = max(self.config.mask_annealing_epochs - 1 - ANNEALING_START, 1)
         progress = min(max((epoch - ANNEALING_START) / span, 0.0), 1.0)
         weight = 0.5 * (1 + math.cos(math.pi * progress))
-        first, last = self.first_temperature, ANNEALING_END
+        first, last = self.config.mask_temperature, ANNEALING_END
         self.temperature.fill_(last + (first - last) * weight)
 
     def pair_overlaps(self, weights: Tensor | None = None) -> dict[tuple[str, str], Tensor]:
@@ -85,17 +77,17 @@ class SoftMasks(nn.Module):
         pairs = list(self.pair_overlaps(weights).values())
         return torch.stack(pairs).mean() if pairs else self.logits.new_zeros(())
 
-    def lack_of_coverage(self, weights: Tensor | None = None) -> Tensor:
+    def coverage_penalty(self, weights: Tensor | None = None) -> Tensor:
         """mean(1 - max_k w_k): dimensions that no factor claims."""
         w = self() if weights is None else weights
         return (1 - w.amax(dim=0)).mean()
 
     def regularisation(self) -> Tensor:
-        """overlap_lambda * overlap + coverage_lambda * lack of coverage."""
+        """mask_overlap_lambda * overlap + mask_coverage_lambda * coverage penalty."""
         w = self()
-        loss = self.overlap_lambda * self.overlap(w)
-        if self.coverage_lambda:
-            loss = loss + self.coverage_lambda * self.lack_of_coverage(w)
+        loss = self.config.mask_overlap_lambda * self.overlap(w)
+        if self.config.mask_coverage_lambda:
+            loss = loss + self.config.mask_coverage_lambda * self.coverage_penalty(w)
         return loss
 
     def changed_owners(self) -> Tensor:
@@ -108,20 +100,10 @@ class SoftMasks(nn.Module):
         w = self()
         out = {f"masks/overlap_{i}_{j}": float(v) for (i, j), v in self.pair_overlaps(w).items()}
         out["masks/overlap"] = float(self.overlap(w))
-        out["masks/coverage"] = 1 - float(self.lack_of_coverage(w))
+        out["masks/coverage"] = 1 - float(self.coverage_penalty(w))
         out["masks/changed_owners"] = float(self.changed_owners())
         out["masks/temperature"] = float(self.temperature)
         return out
-
-
-def sigmoid_overlap(scale: float, temperature: float) -> float:
-    """Overlap of three sigmoid masks that start by thirds at +-scale, in closed form.
-
-    Two of the three thirds belong to one factor of a pair, the last one to neither:
-    (2 sigma(s/tau) sigma(-s/tau) + sigma(-s/tau)^2) / 3.
-    """
-    low = 1 / (1 + math.exp(scale / max(temperature, MIN_TEMPERATURE)))
-    return (2 * (1 - low) * low + low * low) / 3
 
 
 def mask_controls(
@@ -154,7 +136,7 @@ def mask_controls(
         control.logits.copy_(control.initial_logits)
         initial = control.overlap()
     optimiser = torch.optim.AdamW([control.logits], lr=lr, weight_decay=weight_decay)
-    has_gradient = len(masks.factors) > 1 or control.coverage_lambda > 0
+    has_gradient = len(masks.factors) > 1 or control.config.mask_coverage_lambda > 0
     with torch.enable_grad():
         for step in range(steps if has_gradient else 0):
             if step % steps_per_epoch == 0:

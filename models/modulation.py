@@ -5,44 +5,15 @@ B batch, L conditioned blocks, D width, H hidden width.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.conditioner import ConditionState, Modulation
+from models.config import FiLMConfig, resolve_layers
 from models.encoders import MetadataConditioner, MetadataEmbeddings
-from utils.common.errors import UserError
-
-
-def resolve_layers(value: Any, depth: int, variant: str) -> tuple[int, ...]:
-    """`conditioned_layers` -> ascending block indices.
-
-    Args:
-        value: a list of indices in 0..depth-1, or "all", "last_2", "last_6" (any last_<n>).
-        depth: blocks of the backbone.
-        variant: named in the error message.
-
-    Raises:
-        UserError: for anything else.
-    """
-    layers: list[Any] | None = None
-    if value == "all":
-        layers = list(range(depth))
-    elif isinstance(value, str) and (match := re.fullmatch(r"last_(\d+)", value)):
-        layers = list(range(depth - int(match[1]), depth))
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        layers = list(value)
-    valid = layers and all(type(i) is int and 0 <= i < depth for i in layers)
-    if not valid:
-        raise UserError(
-            f"models.{variant}.conditioned_layers: {value!r} does not name blocks of a backbone "
-            f"with {depth}; give a list of indices in 0..{depth - 1}, all, last_2 or last_6"
-        )
-    return tuple(sorted(set(layers)))
 
 
 class Generators(nn.Module):
@@ -75,11 +46,11 @@ def per_block(
 
 
 class ModulatingConditioner(MetadataConditioner):
-    """A conditioner that modulates the blocks `layers` of a backbone with `depth` of them."""
+    """A conditioner that modulates some blocks of a backbone with `depth` of them."""
 
-    def __init__(self, embeddings: MetadataEmbeddings, *, layers: Sequence[int], depth: int):
+    def __init__(self, embeddings: MetadataEmbeddings, config: FiLMConfig, depth: int):
         super().__init__(embeddings)
-        self.conditioned_layers = tuple(sorted(layers))
+        self.conditioned_layers = resolve_layers(config.conditioned_layers, depth)
         self.depth = depth
 
     def state(self, entries: Iterable[Modulation]) -> ConditionState:

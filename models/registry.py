@@ -1,6 +1,7 @@
-"""The variants there are: every module in `models/conditioners/` that holds a `VARIANT` is one.
+"""The variants there are: the shipped ones, and every further module in `models/conditioners/`.
 
-A new variant is one new file; nothing here or elsewhere names it (docs/adding_a_variant.md).
+A new variant is one new file with a `VARIANT`; nothing here or elsewhere names it
+(docs/adding_a_variant.md).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 
 from models import conditioners
-from models.conditioner import Variant
+from models.config import SHIPPED, Variant
 
 __all__ = ["VARIANTS", "Variant"]
 
@@ -18,8 +19,8 @@ __all__ = ["VARIANTS", "Variant"]
 class Registry(Mapping):
     """Name -> `Variant`, in the order of `Variant.order`.
 
-    The modules are imported at the first look, not at import time, so that any of them may import
-    this one.
+    Modules of further variants are imported at the first look, not at import time, so that any of
+    them may import this one.
     """
 
     def __init__(self):
@@ -27,17 +28,16 @@ class Registry(Mapping):
 
     def _load(self) -> dict[str, Variant]:
         if self._variants is None:
-            found = {}
-            for info in pkgutil.iter_modules(conditioners.__path__):
-                module = importlib.import_module(f"{conditioners.__name__}.{info.name}")
-                variant = getattr(module, "VARIANT", None)
-                if isinstance(variant, Variant):
-                    if variant.name in found:
-                        raise ValueError(f"two conditioners are named {variant.name!r}")
-                    found[variant.name] = variant
-            self._variants = {
-                v.name: v for v in sorted(found.values(), key=lambda v: (v.order, v.name))
-            }
+            shipped = {variant.module for variant in SHIPPED}
+            names = (
+                f"{conditioners.__name__}.{i.name}"
+                for i in pkgutil.iter_modules(conditioners.__path__)
+            )
+            modules = [importlib.import_module(name) for name in names if name not in shipped]
+            found = [*SHIPPED, *(m.VARIANT for m in modules if hasattr(m, "VARIANT"))]
+            self._variants = {v.name: v for v in sorted(found, key=lambda v: (v.order, v.name))}
+            if len(self._variants) < len(found):
+                raise ValueError(f"two variants have one name: {[v.name for v in found]}")
         return self._variants
 
     def __getitem__(self, name: str) -> Variant:

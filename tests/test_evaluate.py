@@ -14,10 +14,9 @@ import pytest
 import torch
 
 import evaluate
-from data.batch import FIELDS
 from data.frontend import AudioFrontend
 from data.synthetic.corpus import MARKER, write_corpus
-from data.task import Task
+from data.task import FIELDS, Task
 from tests.test_real import HANDFUL, TABLES
 from tests.utils.tiny import tiny_config
 from utils.evaluation import compare as comparison

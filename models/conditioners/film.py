@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from data.batch import Metadata
-from models.conditioner import ConditionState, Modulation, Variant
-from models.encoders import (
-    ConditionedConfig,
-    FactorEncoder,
-    MetadataEmbeddings,
-    ScalarEncoder,
-    build_embeddings,
-)
-from models.modulation import Generators, ModulatingConditioner, resolve_layers
-
-
-@dataclass
-class FiLMConfig(ConditionedConfig):
-    """Keys of `models.ast_film`."""
-
-    film_hidden_dim: int = 64  # width of h_m
-    conditioned_layers: Any = "all"  # list of block indices, or all | last_2 | last_6
+from models.conditioner import ConditionState, Modulation
+from models.config import FiLMConfig
+from models.encoders import FactorEncoder, MetadataEmbeddings, ScalarEncoder
+from models.modulation import Generators, ModulatingConditioner
 
 
 class FiLM(ModulatingConditioner):
@@ -40,21 +23,19 @@ class FiLM(ModulatingConditioner):
     def __init__(
         self,
         embeddings: MetadataEmbeddings,
+        config: FiLMConfig,
         *,
         embed_dim: int,
         depth: int,
-        layers: Sequence[int],
-        hidden_dim: int = 64,
-        dropout: float = 0.4,
-        act: str = "relu",
     ):
-        super().__init__(embeddings, layers=layers, depth=depth)
+        super().__init__(embeddings, config, depth)
+        hidden, dropout, act = config.film_hidden_dim, config.dropout, config.activation
         widths = dict(embeddings.widths)
         if embeddings.scalars:
             self.scalar_encoder = ScalarEncoder(len(embeddings.scalars), dropout=dropout, act=act)
             widths["rest"] = ScalarEncoder.WIDTH
-        self.encoder = FactorEncoder(sum(widths.values()), hidden_dim, dropout=dropout, act=act)
-        self.generators = Generators(len(layers), hidden_dim, embed_dim)
+        self.encoder = FactorEncoder(sum(widths.values()), hidden, dropout=dropout, act=act)
+        self.generators = Generators(len(self.conditioned_layers), hidden, embed_dim)
 
     def hidden(self, metadata: Metadata) -> Tensor:
         """h_m [B, H]."""
@@ -69,21 +50,6 @@ class FiLM(ModulatingConditioner):
         return self.state(map(Modulation, scale.unbind(1), shift.unbind(1)))
 
 
-def film_arguments(config: FiLMConfig, variant: str, *, embed_dim: int, depth: int) -> dict:
-    """Arguments that FiLM, TAFiLM and SoftFiLM take from their section of the configuration."""
-    return {
-        "embed_dim": embed_dim,
-        "depth": depth,
-        "layers": resolve_layers(config.conditioned_layers, depth, variant),
-        "hidden_dim": config.film_hidden_dim,
-        "dropout": config.dropout,
-        "act": config.activation,
-    }
-
-
-def _build(config: FiLMConfig, *, embed_dim, depth, device_counts, site_counts) -> FiLM:
-    embeddings = build_embeddings(config, device_counts=device_counts, site_counts=site_counts)
-    return FiLM(embeddings, **film_arguments(config, "ast_film", embed_dim=embed_dim, depth=depth))
-
-
-VARIANT = Variant("ast_film", "film", "FiLM-AST", FiLMConfig, _build, order=2)
+def build(config: FiLMConfig, *, embed_dim, depth, device_counts, site_counts) -> FiLM:
+    embeddings = MetadataEmbeddings(config, device_counts, site_counts)
+    return FiLM(embeddings, config, embed_dim=embed_dim, depth=depth)

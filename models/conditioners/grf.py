@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from data.batch import Metadata
-from models.conditioner import ConditionState, Variant
-from models.encoders import (
-    ConditionedConfig,
-    MetadataConditioner,
-    MetadataEmbeddings,
-    activation,
-    build_embeddings,
-)
-
-
-@dataclass
-class GRFConfig(ConditionedConfig):
-    """Keys of `models.ast_grf`."""
-
-    gate_init: float = 0.5  # start of the learned gate g
+from models.conditioner import ConditionState
+from models.config import GRFConfig
+from models.encoders import MetadataConditioner, MetadataEmbeddings, activation
 
 
 class GRF(MetadataConditioner):
@@ -36,23 +22,21 @@ class GRF(MetadataConditioner):
     def __init__(
         self,
         embeddings: MetadataEmbeddings,
+        config: GRFConfig,
         *,
         embed_dim: int,
-        dropout: float = 0.4,
-        act: str = "relu",
-        gate_init: float = 0.5,
     ):
         super().__init__(embeddings)
         width = sum(embeddings.widths.values())
         self.project = nn.Sequential(
             nn.Linear(width, embed_dim),
             nn.LayerNorm(embed_dim),
-            activation(act),
-            nn.Dropout(dropout),
+            activation(config.activation),
+            nn.Dropout(config.dropout),
             nn.Linear(embed_dim, embed_dim),
             nn.LayerNorm(embed_dim),
         )
-        self.gate = nn.Parameter(torch.tensor(float(gate_init)))
+        self.gate = nn.Parameter(torch.tensor(float(config.gate_init)))
 
     def encode(self, metadata: Metadata) -> ConditionState:
         m = torch.cat(list(self.embeddings(metadata).values()), dim=1)
@@ -65,14 +49,6 @@ class GRF(MetadataConditioner):
         return {"grf/gate": float(self.gate.detach())}
 
 
-def _build(config: GRFConfig, *, embed_dim, depth, device_counts, site_counts) -> GRF:
-    return GRF(
-        build_embeddings(config, device_counts=device_counts, site_counts=site_counts),
-        embed_dim=embed_dim,
-        dropout=config.dropout,
-        act=config.activation,
-        gate_init=config.gate_init,
-    )
-
-
-VARIANT = Variant("ast_grf", "grf", "GRF-AST", GRFConfig, _build, order=1)
+def build(config: GRFConfig, *, embed_dim, depth, device_counts, site_counts) -> GRF:
+    embeddings = MetadataEmbeddings(config, device_counts, site_counts)
+    return GRF(embeddings, config, embed_dim=embed_dim)

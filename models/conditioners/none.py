@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from models.conditioner import Conditioner, ModelConfig, Variant
+from models.conditioner import Conditioner
+from models.config import ModelConfig
 
 
-def _build(config: ModelConfig, **_) -> Conditioner:
+def build(config: ModelConfig, **_) -> Conditioner:
     return Conditioner()
-
-
-VARIANT = Variant("ast", "ast", "AST", ModelConfig, _build, order=0)

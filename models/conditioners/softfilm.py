@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from data.batch import Metadata
-from models.conditioner import ConditionState, Modulation, ParameterGroup, Variant
-from models.conditioners.film import FiLMConfig, film_arguments
-from models.encoders import FactorEncoder, MetadataEmbeddings, build_embeddings
+from models.conditioner import ConditionState, Modulation, ParameterGroup
+from models.config import SoftFiLMConfig
+from models.encoders import FactorEncoder, MetadataEmbeddings
 from models.masks import SoftMasks, mask_controls
 from models.modulation import Generators, ModulatingConditioner
-from utils.common.errors import UserError
-
-
-@dataclass
-class SoftFiLMConfig(FiLMConfig):
-    """Keys of `models.ast_softfilm`."""
-
-    mask_init_scale: float = 2.0  # mask logits: + on a factor's own third of D, - elsewhere
-    mask_overlap_lambda: float = 0.01  # weight of the mean pairwise overlap in the loss
-    mask_coverage_lambda: float = 0.0  # weight of mean(1 - max_k w_k); the authors' code: .005
-    per_layer_masks: bool = False  # masks of their own for every conditioned block
-    mask_mode: str = "sigmoid"  # sigmoid (factors independent) | softmax (over factors)
-    mask_temperature: float = 1.0  # tau, at least .1
-    mask_annealing: bool = False  # tau: constant for five epochs, then along a cosine to .2
-    mask_annealing_epochs: int = 100  # epoch count of that schedule; set it to training.epochs
-    mask_lr_multiplier: float = 10.0  # on training.lr; masks have no weight decay
 
 
 class SoftFiLM(ModulatingConditioner):
@@ -47,30 +30,31 @@ class SoftFiLM(ModulatingConditioner):
     def __init__(
         self,
         embeddings: MetadataEmbeddings,
-        masks: SoftMasks,
+        config: SoftFiLMConfig,
         *,
         embed_dim: int,
         depth: int,
-        layers,
-        hidden_dim: int = 64,
-        dropout: float = 0.4,
-        act: str = "relu",
-        mask_lr_multiplier: float = 10.0,
     ):
-        super().__init__(embeddings, layers=layers, depth=depth)
-        self.masks = masks
-        self.mask_lr_multiplier = mask_lr_multiplier
+        super().__init__(embeddings, config, depth)
+        layers, hidden = len(self.conditioned_layers), config.film_hidden_dim
+        sets = layers if config.per_layer_masks else 1
+        self.masks = SoftMasks(tuple(embeddings.widths), embed_dim, config, n_sets=sets)
+        self.mask_lr_multiplier = config.mask_lr_multiplier
         self.encoders = nn.ModuleDict(
             {
                 name: FactorEncoder(
-                    width, hidden_dim, dropout=dropout, act=act, norm=name != "rest"
+                    width,
+                    hidden,
+                    dropout=config.dropout,
+                    act=config.activation,
+                    norm=name != "rest",
                 )
                 for name, width in embeddings.widths.items()
             }
         )
         self.generators = nn.ModuleDict(
             {
-                name: Generators(len(layers), hidden_dim, embed_dim, gain=self.GENERATOR_GAIN)
+                name: Generators(layers, hidden, embed_dim, gain=self.GENERATOR_GAIN)
                 for name in embeddings.widths
             }
         )
@@ -149,32 +133,6 @@ class SoftFiLM(ModulatingConditioner):
         return out.flatten(3).norm(dim=-1).mean(dim=1)
 
 
-def _build(config: SoftFiLMConfig, *, embed_dim, depth, device_counts, site_counts) -> SoftFiLM:
-    if config.mask_mode not in ("sigmoid", "softmax"):
-        raise UserError(
-            f"models.ast_softfilm.mask_mode: {config.mask_mode!r} is not known; "
-            "use sigmoid or softmax"
-        )
-    embeddings = build_embeddings(config, device_counts=device_counts, site_counts=site_counts)
-    if config.mask_mode == "softmax" and len(embeddings.widths) == 1:
-        raise UserError(
-            "models.ast_softfilm.mask_mode: softmax over one factor is 1 whatever its mask, which "
-            "then never trains; use sigmoid, or metadata_fields of more than one factor (device, "
-            "site, and age, BMI and duration together)"
-        )
-    arguments = film_arguments(config, "ast_softfilm", embed_dim=embed_dim, depth=depth)
-    masks = SoftMasks(
-        tuple(embeddings.widths),
-        embed_dim,
-        n_sets=len(arguments["layers"]) if config.per_layer_masks else 1,
-        init_scale=config.mask_init_scale,
-        mode=config.mask_mode,
-        temperature=config.mask_temperature,
-        annealing_epochs=config.mask_annealing_epochs if config.mask_annealing else 0,
-        overlap_lambda=config.mask_overlap_lambda,
-        coverage_lambda=config.mask_coverage_lambda,
-    )
-    return SoftFiLM(embeddings, masks, mask_lr_multiplier=config.mask_lr_multiplier, **arguments)
-
-
-VARIANT = Variant("ast_softfilm", "softfilm", "SoftFiLM-AST", SoftFiLMConfig, _build, order=4)
+def build(config: SoftFiLMConfig, *, embed_dim, depth, device_counts, site_counts) -> SoftFiLM:
+    embeddings = MetadataEmbeddings(config, device_counts, site_counts)
+    return SoftFiLM(embeddings, config, embed_dim=embed_dim, depth=depth)

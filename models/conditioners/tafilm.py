@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from data.batch import Metadata
-from models.conditioner import ConditionState, Modulation, Variant
-from models.conditioners.film import FiLM, FiLMConfig, film_arguments
-from models.encoders import MetadataEmbeddings, build_embeddings
+from models.conditioner import ConditionState, Modulation
+from models.conditioners.film import FiLM
+from models.config import TAFiLMConfig
+from models.encoders import MetadataEmbeddings
 from models.modulation import Generators
-
-
-@dataclass
-class TAFiLMConfig(FiLMConfig):
-    """Keys of `models.ast_tafilm`."""
 
 
 class TAFiLM(FiLM):
@@ -30,11 +24,14 @@ class TAFiLM(FiLM):
     parameters.
     """
 
-    def __init__(self, embeddings: MetadataEmbeddings, **film):
-        super().__init__(embeddings, **film)
+    def __init__(
+        self, embeddings: MetadataEmbeddings, config: TAFiLMConfig, *, embed_dim: int, depth: int
+    ):
+        super().__init__(embeddings, config, embed_dim=embed_dim, depth=depth)
         n_patch = sum(layer < self.depth - 1 for layer in self.conditioned_layers)
-        hidden, width = film.get("hidden_dim", 64), film["embed_dim"]
-        self.patch_generators = Generators(n_patch, hidden, width) if n_patch else None
+        self.patch_generators = (
+            Generators(n_patch, config.film_hidden_dim, embed_dim) if n_patch else None
+        )
 
     def encode(self, metadata: Metadata) -> ConditionState:
         h = self.hidden(metadata)
@@ -50,10 +47,6 @@ class TAFiLM(FiLM):
         return self.state(entries)
 
 
-def _build(config: TAFiLMConfig, *, embed_dim, depth, device_counts, site_counts) -> TAFiLM:
-    embeddings = build_embeddings(config, device_counts=device_counts, site_counts=site_counts)
-    arguments = film_arguments(config, "ast_tafilm", embed_dim=embed_dim, depth=depth)
-    return TAFiLM(embeddings, **arguments)
-
-
-VARIANT = Variant("ast_tafilm", "tafilm", "TAFiLM-AST", TAFiLMConfig, _build, order=3)
+def build(config: TAFiLMConfig, *, embed_dim, depth, device_counts, site_counts) -> TAFiLM:
+    embeddings = MetadataEmbeddings(config, device_counts, site_counts)
+    return TAFiLM(embeddings, config, embed_dim=embed_dim, depth=depth)

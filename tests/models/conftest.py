@@ -7,25 +7,17 @@ import dataclasses
 import pytest
 import torch
 
-from data.batch import DEVICES, FIELDS, SITES, Metadata
+from data.batch import DEVICES, SITES, Metadata
+from data.task import FIELDS
 from models.build import build_model
+from models.config import BackboneConfig
 from models.registry import VARIANTS
+from utils.common.settings import check_section
 
-SMALL = {
-    "embed_dim": 48,
-    "depth": 3,
-    "num_heads": 4,
-    "mlp_ratio": 2.0,
-    "patch_size": 16,
-    "freq_stride": 10,
-    "time_stride": 10,
-    "n_mels": 32,
-    "n_frames": 64,
-    "n_outputs": 2,
-    "weights": "none",
-    "weights_path": None,
-    "trainable_blocks": 3,
-}
+BACKBONE = BackboneConfig(
+    weights="none", embed_dim=48, depth=3, num_heads=4, mlp_ratio=2.0, trainable_blocks=3
+)
+SMALL = {"n_mels": 32, "n_frames": 64, "n_outputs": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +36,12 @@ def make_model():
     def make(variant: str, config: dict | None = None, seed: int = 0, **overrides):
         torch.manual_seed(seed)
         model_config = dataclasses.replace(VARIANTS[variant].config_class(), **(config or {}))
-        return build_model(variant, model_config, **{**SMALL, **overrides})
+        keys = BackboneConfig.__dataclass_fields__.keys() & overrides.keys()
+        backbone = dataclasses.replace(BACKBONE, **{k: overrides.pop(k) for k in keys})
+        check_section(backbone, "backbone")
+        check_section(model_config, f"models.{variant}")
+        model_config.check(f"models.{variant}", backbone.depth)
+        return build_model(variant, model_config, backbone, **{**SMALL, **overrides})
 
     return make
 

@@ -19,16 +19,17 @@ from data.batch import Metadata
 from models.registry import VARIANTS
 from utils.runs.model_summary import model_for_summary, summarise
 from models.build import build_model
+from models.config import BackboneConfig
 from utils.config.schema import load_config
 
 assert list(VARIANTS)[-1] == "ast_shift", list(VARIANTS)
 config = load_config(["configs/ast_shift_config.yaml", "configs/demo.yaml"])
 print(summarise(config))
 n, torch_seed = 16, torch.manual_seed(0)
-sizes = dict(embed_dim=24, depth=3, num_heads=2, mlp_ratio=2.0, patch_size=16, freq_stride=16,
-             time_stride=16, n_mels=32, n_frames=48, n_outputs=2, weights="none",
-             weights_path=None, trainable_blocks=3)
-model = build_model("ast_shift", config.model, **sizes).eval()
+backbone = BackboneConfig(weights="none", embed_dim=24, depth=3, num_heads=2, mlp_ratio=2.0,
+                          freq_stride=16, time_stride=16, trainable_blocks=3)
+sizes = dict(n_mels=32, n_frames=48, n_outputs=2)
+model = build_model("ast_shift", config.model, backbone, **sizes).eval()
 x = torch.randn(n, 1, 32, 48)
 metadata = Metadata(torch.randint(0, 4, (n,)), torch.randint(0, 7, (n,)), torch.randn(n, 3),
                     torch.ones(n, 5, dtype=torch.bool))
@@ -51,7 +52,7 @@ def checkout(tmp_path) -> Path:
     """A copy of the repository's code with the page's three files added to it."""
     for name in ("data", "utils", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for name in ("models", "configs"):
+    for name in ("models", "models/conditioners", "configs"):
         folder = tmp_path / name
         if folder.is_symlink():
             folder.unlink()
@@ -62,7 +63,7 @@ def checkout(tmp_path) -> Path:
     page = (ROOT / "docs" / "adding_a_variant.md").read_text(encoding="utf-8")
     added = re.findall(r"^`([\w/.]+)`[^\n]*:\n\n```\w+\n(.*?)^```", page, re.M | re.S)
     assert [name for name, _ in added] == [
-        "models/shift.py",
+        "models/conditioners/shift.py",
         "configs/ast_shift_config.yaml",
         "ast_shift_train.py",
     ]

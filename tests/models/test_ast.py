@@ -10,6 +10,7 @@ from torch import nn
 from transformers import ASTConfig, ASTForAudioClassification
 
 from models.ast import AST
+from models.config import BackboneConfig
 from models.pretrained import Weights, from_original, from_transformers, load_into
 
 SIZES = [  # bands, frames, stride over bands, over frames
@@ -17,6 +18,10 @@ SIZES = [  # bands, frames, stride over bands, over frames
     (48, 80, 16, 16),
     (40, 70, 8, 12),
 ]
+
+
+def small_ast(**sizes) -> AST:
+    return AST(BackboneConfig(embed_dim=48, num_heads=4, **sizes), n_mels=32, n_frames=64)
 
 
 def transformers_model(f, t, fs, ts, attention="sdpa"):
@@ -44,12 +49,14 @@ def ours_like(model) -> AST:
     """Our backbone with the weights of a transformers model."""
     c = model.config
     ast = AST(
-        embed_dim=c.hidden_size,
-        depth=c.num_hidden_layers,
-        num_heads=c.num_attention_heads,
-        mlp_ratio=c.intermediate_size / c.hidden_size,
-        freq_stride=c.frequency_stride,
-        time_stride=c.time_stride,
+        BackboneConfig(
+            embed_dim=c.hidden_size,
+            depth=c.num_hidden_layers,
+            num_heads=c.num_attention_heads,
+            mlp_ratio=c.intermediate_size / c.hidden_size,
+            freq_stride=c.frequency_stride,
+            time_stride=c.time_stride,
+        ),
         n_mels=c.num_mel_bins,
         n_frames=c.max_length,
         layer_norm_eps=c.layer_norm_eps,
@@ -115,7 +122,9 @@ def test_original_layout_equals_the_distilled_transformer_of_timm(make_spectrogr
         "deit_base_distilled_patch16_384",
         **{"embed_dim": 48, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0, "img_size": 48},
     ).eval()
-    ast = AST(embed_dim=48, depth=3, num_heads=4, mlp_ratio=2.0, n_mels=32, n_frames=64)
+    ast = AST(
+        BackboneConfig(embed_dim=48, depth=3, num_heads=4, mlp_ratio=2.0), n_mels=32, n_frames=64
+    )
     deit.patch_embed = StridedPatches(deit.patch_embed.proj, (10, 10))
     deit.pos_embed = nn.Parameter(torch.randn_like(ast.pos_embed))
     state = {f"module.v.{k}": v for k, v in deit.state_dict().items()}
@@ -130,7 +139,7 @@ def test_original_layout_equals_the_distilled_transformer_of_timm(make_spectrogr
 
 @pytest.mark.parametrize("n_queries", [None, 2])
 def test_attention_equals_the_explicit_softmax(n_queries):
-    attention = AST(embed_dim=48, depth=1, num_heads=4, n_mels=32, n_frames=64).blocks[0].attn
+    attention = small_ast(depth=1).blocks[0].attn
     nn.init.normal_(attention.qkv.weight)
     x = torch.randn(2, 9, 48)
     q, k, v = attention.qkv(x).chunk(3, dim=-1)
@@ -145,7 +154,7 @@ def test_attention_equals_the_explicit_softmax(n_queries):
 
 def test_the_pooled_vector_comes_from_all_tokens_of_the_full_computation(make_spectrogram):
     """The last block is computed for CLS and DIST only; that must change nothing."""
-    ast = AST(embed_dim=48, depth=2, num_heads=4, n_mels=32, n_frames=64)
+    ast = small_ast(depth=2)
     x = make_spectrogram(2)
     expected = ast.tokens(x)[:, :2].mean(dim=1)
     assert torch.allclose(ast(x), expected, atol=1e-6)
@@ -157,13 +166,13 @@ def test_attention_is_fused(make_spectrogram, monkeypatch):
     monkeypatch.setattr(
         F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k)
     )
-    AST(embed_dim=48, depth=3, num_heads=4, n_mels=32, n_frames=64)(make_spectrogram(1))
+    small_ast(depth=3)(make_spectrogram(1))
     assert len(calls) == 3
 
 
 def test_full_size_grid_and_parameter_count():
     with torch.device("meta"):
-        ast = AST()
+        ast = AST(BackboneConfig())
     assert ast.grid == (12, 101)
     assert ast.pos_embed.shape == (1, 1214, 768)
     assert sum(p.numel() for p in ast.parameters()) == 86_187_264
@@ -182,7 +191,7 @@ def test_random_weights_start_as_deit_does(make_model):
 
 
 def test_spectrogram_of_another_size_is_refused(make_spectrogram):
-    ast = AST(embed_dim=48, depth=1, num_heads=4, n_mels=32, n_frames=64)
+    ast = small_ast(depth=1)
     with pytest.raises(ValueError, match="expected"):
         ast(make_spectrogram(1, 64, 32))
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from models.ast import AST
 from models.conditioner import Modulation
+from models.config import BackboneConfig
 from models.registry import VARIANTS
 
 CONDITIONED = ("ast_grf", "ast_film", "ast_tafilm", "ast_softfilm")
@@ -60,7 +61,7 @@ def plain_block(block, x, gamma, beta):
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("layers", [(0, 1, 2), (2,), (0, 1), ()])
 def test_modulation_acts_after_ln2_inside_the_residual_branch(groups, layers, make_spectrogram):
-    ast = AST(embed_dim=48, depth=3, num_heads=4, n_mels=32, n_frames=64)
+    ast = AST(BackboneConfig(embed_dim=48, depth=3, num_heads=4), n_mels=32, n_frames=64)
     for norm in [m for m in ast.modules() if isinstance(m, torch.nn.LayerNorm)]:
         torch.nn.init.normal_(norm.weight)
     x = make_spectrogram(2)

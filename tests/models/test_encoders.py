@@ -7,7 +7,9 @@ import itertools
 import pytest
 import torch
 
-from data.batch import DEVICES, FIELDS, SITES, UNKNOWN_DEVICE, UNKNOWN_SITE, Metadata
+from data.batch import DEVICES, SITES, UNKNOWN_DEVICE, UNKNOWN_SITE, Metadata
+from data.task import FIELDS
+from models.config import ConditionedConfig
 from models.encoders import MetadataEmbeddings
 from utils.common.errors import UserError
 
@@ -16,7 +18,7 @@ COUNTS = {"device_counts": [10, 2, 0, 4, 0], "site_counts": [1, 1, 1, 1, 1, 1, 2
 
 
 def test_unknown_and_unseen_rows_become_the_frequency_weighted_mean():
-    embeddings = MetadataEmbeddings(**COUNTS)
+    embeddings = MetadataEmbeddings(ConditionedConfig(), **COUNTS)
     device = embeddings.device.weight.detach().clone()
     site = embeddings.site.weight.detach().clone()
     embeddings.finalise()
@@ -34,8 +36,8 @@ def test_unknown_and_unseen_rows_become_the_frequency_weighted_mean():
 
 def test_an_unknown_row_that_was_trained_stays():
     counts = {**COUNTS, "device_counts": [10, 2, 0, 4, 3]}  # missing in 3 training cycles
-    for arguments in (counts, {**COUNTS, "dropout": 0.1}):
-        embeddings = MetadataEmbeddings(**arguments)
+    for dropout, arguments in ((0.0, counts), (0.1, COUNTS)):
+        embeddings = MetadataEmbeddings(ConditionedConfig(metadata_dropout=dropout), **arguments)
         before = embeddings.device.weight.detach().clone()
         embeddings.finalise()
         assert torch.equal(embeddings.device.weight[[0, 1, 3, 4]], before[[0, 1, 3, 4]])
@@ -89,7 +91,7 @@ def test_any_combination_of_missing_fields_is_answered(
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_metadata_dropout_hides_each_field_at_its_rate(field):
-    embeddings = MetadataEmbeddings(dropout=0.25)
+    embeddings = MetadataEmbeddings(ConditionedConfig(metadata_dropout=0.25))
     n, column = 4000, FIELDS.index(field)
     metadata = Metadata(
         torch.zeros(n, dtype=torch.long),
@@ -115,7 +117,7 @@ def test_metadata_dropout_hides_each_field_at_its_rate(field):
 
 def test_metadata_dropout_hides_fields_and_clips_independently():
     """Hidden together at the product of the rates, and not in all clips of a batch at once."""
-    embeddings, n = MetadataEmbeddings(dropout=0.5).train(), 4000
+    embeddings, n = MetadataEmbeddings(ConditionedConfig(metadata_dropout=0.5)).train(), 4000
     out = embeddings(
         Metadata(
             torch.zeros(n, dtype=torch.long),
@@ -164,19 +166,18 @@ def test_factors_of_softfilm_keep_their_thirds(make_model):
     assert positive[1].nonzero().flatten().tolist() == list(range(32, 48))
 
 
-def test_wrong_settings_are_refused_by_key():
-    with pytest.raises(UserError, match=r"metadata_fields.*weight"):
-        MetadataEmbeddings(fields=["device", "weight"])
-    with pytest.raises(UserError, match="metadata_fields"):
-        MetadataEmbeddings(fields=[])
+def test_wrong_settings_are_refused_by_key(make_model):
+    for fields in (["device", "weight"], []):
+        with pytest.raises(UserError, match=r"metadata_fields.*name at least one"):
+            make_model("ast_grf", {"metadata_fields": fields})
     with pytest.raises(UserError, match="metadata_dropout"):
-        MetadataEmbeddings(dropout=1.0)
+        make_model("ast_grf", {"metadata_dropout": 1.0})
     with pytest.raises(ValueError, match="device_counts"):
-        MetadataEmbeddings(device_counts=[1, 2])
+        MetadataEmbeddings(ConditionedConfig(), device_counts=[1, 2])
 
 
 def test_tables_have_an_unknown_row():
-    embeddings = MetadataEmbeddings()
+    embeddings = MetadataEmbeddings(ConditionedConfig())
     assert embeddings.device.weight.shape == (len(DEVICES) + 1, 8)
     assert embeddings.site.weight.shape == (len(SITES) + 1, 8)
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ASTConfig, ASTForAudioClassification, ASTModel
 
 from models.ast import AST
+from models.config import BackboneConfig
 from models.pretrained import AUDIOSET_HUB_NAME, adapt_positions, load_into, read_weights
 from utils.common.errors import UserError
 
@@ -42,8 +43,10 @@ def original_file(tmp_path):
     """A small file as the AST authors write it (positions of the 128 x 1,024 input, stride 16),
     and the backbone it holds."""
     ast = AST(
-        **{"embed_dim": 48, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0},
-        **{"freq_stride": 16, "time_stride": 16},
+        BackboneConfig(
+            **{"embed_dim": 48, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0},
+            **{"freq_stride": 16, "time_stride": 16},
+        )
     )
     state = {f"module.v.{k}": v for k, v in ast.state_dict().items()}
     for name in ("module.v.head.weight", "module.v.head_dist.weight", "module.mlp_head.1.weight"):
@@ -206,7 +209,7 @@ def test_another_architecture_is_refused(arguments, message, transformers_folder
 def test_a_refused_file_leaves_the_backbone_as_it_was(change, transformers_folder):
     folder, _ = transformers_folder
     sizes = {"embed_dim": 48, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0} | change
-    backbone = AST(**sizes, n_mels=32, n_frames=64)
+    backbone = AST(BackboneConfig(**sizes), n_mels=32, n_frames=64)
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     with pytest.raises(UserError):
         load_into(backbone, read_weights("audioset", str(folder)))
@@ -315,6 +318,6 @@ def test_transformers_model_alone_has_the_defaults_of_the_published_one():
     """The published checkpoint is the default configuration; our full size must be the same."""
     with torch.device("meta"):
         theirs = ASTModel(ASTConfig())
-        ours = AST()
+        ours = AST(BackboneConfig())
     assert theirs.embeddings.position_embeddings.shape == ours.pos_embed.shape
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())

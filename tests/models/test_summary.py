@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.ast import AST
 from models.conditioner import Features
+from models.config import BackboneConfig
 from utils.config.schema import load_config
 from utils.runs.model_summary import (
     backbone_flops,
@@ -24,7 +25,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 def test_totals_of_the_full_size_backbone():
     with torch.device("meta"):
-        ast = AST()
+        ast = AST(BackboneConfig())
     usual, ours = backbone_flops(ast, all_tokens=True), backbone_flops(ast)
     assert usual.forward / 1e9 == pytest.approx(261.03, abs=0.005)
     assert usual.training / 1e9 == pytest.approx(782.6, abs=0.05)

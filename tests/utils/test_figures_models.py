@@ -1,5 +1,7 @@
 """Masks, FiLM parameters and embeddings: the numbers behind the figures are the model's own."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,8 @@ from data.batch import DEVICES, Metadata
 from models.conditioners.film import FiLM
 from models.conditioners.softfilm import SoftFiLM
 from models.conditioners.tafilm import TAFiLM
+from models.config import FiLMConfig, SoftFiLMConfig
 from models.encoders import MetadataEmbeddings
-from models.masks import SoftMasks, sigmoid_overlap
 from utils.common.errors import UserError
 from utils.figures.embeddings import (
     Measured,
@@ -33,6 +35,12 @@ from utils.figures.masks import analyse_masks, mask_caption, mask_figure, sorted
 WIDTH, DEPTH = 24, 3
 
 
+def sigmoid_overlap(scale: float, temperature: float) -> float:
+    """Overlap of three sigmoid masks that start by thirds at +-scale, in closed form."""
+    low = 1 / (1 + math.exp(scale / max(temperature, 0.1)))
+    return (2 * (1 - low) * low + low * low) / 3
+
+
 def metadata(n=40, seed=0) -> Metadata:
     g = torch.Generator().manual_seed(seed)
     return Metadata(
@@ -52,9 +60,9 @@ def randomise(module):
 
 
 def soft(n_sets=1, temperature=1.0):
-    masks = SoftMasks(("device", "site", "rest"), WIDTH, n_sets=n_sets, temperature=temperature)
-    arguments = {"embed_dim": WIDTH, "depth": DEPTH, "layers": range(DEPTH)}
-    return randomise(SoftFiLM(MetadataEmbeddings(), masks, **arguments))
+    config = SoftFiLMConfig(mask_temperature=temperature, per_layer_masks=n_sets > 1)
+    embeddings = MetadataEmbeddings(config)
+    return randomise(SoftFiLM(embeddings, config, embed_dim=WIDTH, depth=DEPTH))
 
 
 def analyse(conditioner, steps=4, **changes):
@@ -127,7 +135,8 @@ def test_effect_is_the_norm_of_the_factors_own_modulation():
 
 
 def film(kind=FiLM):
-    return randomise(kind(MetadataEmbeddings(), embed_dim=WIDTH, depth=DEPTH, layers=range(DEPTH)))
+    config = FiLMConfig()
+    return randomise(kind(MetadataEmbeddings(config), config, embed_dim=WIDTH, depth=DEPTH))
 
 
 def groupings(cycles):

@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.batch import FIELDS
 from data.corpora.icbhi import DEVICES, SITES
 from data.statistics import MetadataStatistics
-from data.task import Task
+from data.task import FIELDS, Task
 from tests.utils.evaluation_tables import cycle_table
 from utils.evaluation.metadata_test import (
     conditions,

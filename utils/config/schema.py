@@ -1,6 +1,6 @@
 """Configuration: one schema, strict loading, one place for every default.
 
-The dataclasses below (and the variants' own, beside their conditioners in `models/`) hold every
+The dataclasses below and those of `data.config` and `models.config` hold every
 key, its default, its unit and its meaning. YAML files show what a reader wants to change.
 OmegaConf's structured configurations reject unknown keys and wrong types; `validate` rejects
 contradictions before anything is read.
@@ -16,12 +16,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.config import AudioConfig, AugmentConfig, DatasetConfig
 from data.task import Task
+from models.config import BackboneConfig
+from models.registry import VARIANTS
 from utils.common.errors import UserError
+from utils.common.settings import MAX_COUNT, MAX_SEED, MAX_SIZE, paths, setting
 from utils.config.merge import (
     ANY_VARIANT,
     first_line,
@@ -35,116 +38,48 @@ from utils.config.validation import validate
 
 
 @dataclass
-class DatasetConfig:
-    """What is read, how it is split, what a batch is."""
-
-    name: str = "icbhi"  # the one dataset there is
-    data_folder: str = MISSING  # folder that holds wavs, annotations and tables
-    cycle_metadata_path: str | None = None  # icbhi_metadata.csv: written if absent, else checked
-    class_split: str = "lungsound"  # the one label set there is
-    split_strategy: str = "official"  # official | official_disjoint | foldwise | random
-    test_fold: int = 0  # foldwise: which of the 5 folds is the test part (0..4)
-    split_seed: int = 0  # random: seed of the patient-wise split
-    test_fraction: float = 0.4  # random: share of the patients' cycles that is tested
-    val_fraction: float = 0.2  # share of the training cycles held out for validation
-    val_seed: int = 0  # fixes the validation patients, apart from training.seed
-    n_cls: int = 4  # 4: crackle and wheeze logits; 2: normal against abnormal
-    batch_size: int = 16  # cycles per optimiser step, over all processes and accumulation steps
-    h: int = 128  # mel bands
-    w: int = 1024  # frames the spectrogram is fitted to
-    cache_dir: str = "cache"  # waveform stores and frozen-backbone features
-    on_bad_recording: str = "error"  # error | skip (counted and reported)
-    store_workers: int = 0  # processes that build the waveform store; 0: one per core
-
-
-@dataclass
-class AudioConfig:
-    """Recording -> log-mel spectrogram (SI units unless the key says otherwise)."""
-
-    sample_rate: int = 16000  # Hz, of the waveform store
-    resampler: str = "torchaudio"  # torchaudio (sinc_interp_hann) | soxr_hq (librosa's)
-    clip_seconds: float = 10.0  # s; longer cycles are cut, shorter ones padded
-    pad_type: str = "repeat"  # repeat (with faded junctions) | zero (centred)
-    frame_length_ms: float = 40.0  # of the analysis frames
-    frame_shift_ms: float = 10.0  # from one frame to the next
-    low_freq: float = 100.0  # Hz, lower edge of the mel bank
-    high_freq: float = 8000.0  # Hz, upper edge of the mel bank
-    mean: float = -4.2677393  # AudioSet statistics: (x - mean) / (2 * std)
-    std: float = 4.5689974  # see mean
-    fit: str = "stretch"  # stretch (bilinear) | pad, to dataset.w frames
-
-
-@dataclass
-class AugmentConfig:
-    """Each probability is per clip; 1 means always. Ranges are uniform."""
-
-    enabled: bool = True  # the one switch for all of it
-    noise_probability: float = 0.1  # of white noise
-    noise_rms: float = 3.2e-3  # of the white noise, full scale = 1
-    noise_snr_db: list[float] | None = None  # [low, high]: noise by SNR instead of by rms
-    speed_probability: float = 0.1  # of time-stretching
-    speed_range: list[float] = field(default_factory=lambda: [0.9, 1.1])  # tempo factor
-    loudness_probability: float = 0.1  # of another loudness
-    loudness_range: list[float] = field(default_factory=lambda: [0.5, 2.0])  # amplitude factor
-    vtlp_probability: float = 0.1  # of vocal-tract-length perturbation
-    vtlp_range: list[float] = field(default_factory=lambda: [0.9, 1.1])  # warp factor
-    vtlp_fhi: float = 4800.0  # Hz, boundary of the warp
-    specaugment_probability: float = 0.3  # of masking the spectrogram
-    freq_masks: int = 2  # per masked clip
-    freq_mask_width: int = 48  # bands, exclusive upper bound
-    time_masks: int = 2  # per masked clip
-    time_mask_width: int = 160  # frames, exclusive upper bound
-
-
-@dataclass
-class BackboneConfig:
-    """The Audio Spectrogram Transformer all variants share."""
-
-    weights: str = "audioset"  # audioset | imagenet | none
-    # audioset: hub name, local folder (transformers layout) or .pth file (original layout);
-    # imagenet: a local timm file, or null for timm's hub
-    weights_path: str | None = "MIT/ast-finetuned-audioset-10-10-0.4593"
-    embed_dim: int = 768  # width D
-    depth: int = 12  # blocks L
-    num_heads: int = 12  # attention heads per block
-    mlp_ratio: float = 4.0  # hidden width of the MLP over D
-    patch_size: int = 16  # bands and frames
-    freq_stride: int = 10  # bands from one patch to the next
-    time_stride: int = 10  # frames from one patch to the next
-    trainable_blocks: int = 12  # the last n train; n >= depth freezes nothing
-    gradient_checkpointing: bool = False  # trades a third more compute for memory
-
-
-@dataclass
 class TrainingConfig:
     """The loop."""
 
-    epochs: int = 100  # passes over the training cycles
-    lr: float = 3e-5  # of AdamW, at the top of the schedule
-    warmup_epochs: float = 10  # linear, per step; then cosine to 0
-    weight_decay: float = 0.01  # of AdamW
-    sensitivity_bias: float = 1.5  # times negatives / positives is BCE's pos_weight
-    grad_clip: float = 1.0  # gradient norm; 0: off
-    accumulation_steps: int = 1  # micro-batches per optimiser step; they share batch_size
-    loss: str = "bce"  # bce | focal | asymmetric | ce (4 exclusive classes)
-    focal_gamma: float = 2.0  # focal: exponent
-    asymmetric_gamma_pos: float = 1.0  # asymmetric: exponent of positives
-    asymmetric_gamma_neg: float = 4.0  # asymmetric: exponent of negatives
-    asymmetric_clip: float = 0.05  # asymmetric: probability margin of negatives
-    label_smoothing: float = 0.0  # ce: share of the label spread over all classes
-    sampler: str = "shuffle"  # shuffle | balanced (classes drawn alike)
-    selection: str = "validation"  # validation | fixed | test (marked everywhere)
-    min_sensitivity: float = 0.0  # thresholds must reach this Se on the selection part, in 0..1
-    early_stopping_patience: int = 0  # epochs without a better score; 0: off
-    seed: int = 0  # of weights, order, dropout and augmentation
-    device: str = "auto"  # auto | cpu | cuda
-    precision: str = "auto"  # auto (bf16 where the hardware has it, else fp32) | fp32 | bf16 | fp16
-    compile: str = "auto"  # auto (on CUDA) | true | false
-    resume: str = "auto"  # auto: go on where an equal run stopped | never: start anew
-    checkpoint_minutes: float = 10.0  # between checkpoints; 0: after every step
+    epochs: int = setting(100, low=1, high=MAX_COUNT)  # passes over the training cycles
+    lr: float = setting(3e-5, low=0, ends="(]")  # of AdamW, at the top of the schedule
+    warmup_epochs: float = setting(10, low=0)  # linear, per step; then cosine to 0
+    weight_decay: float = setting(0.01, low=0)  # of AdamW
+    # times negatives / positives is BCE's pos_weight
+    sensitivity_bias: float = setting(1.5, low=0, ends="(]")
+    grad_clip: float = setting(1.0, low=0)  # gradient norm; 0: off
+    # micro-batches per optimiser step; they share batch_size
+    accumulation_steps: int = setting(1, low=1, high=MAX_SIZE)
+    # bce | focal | asymmetric | ce (4 exclusive classes)
+    loss: str = setting("bce", choices=("bce", "focal", "asymmetric", "ce"))
+    focal_gamma: float = setting(2.0, low=0)  # focal: exponent
+    asymmetric_gamma_pos: float = setting(1.0, low=0)  # asymmetric: exponent of positives
+    asymmetric_gamma_neg: float = setting(4.0, low=0)  # asymmetric: exponent of negatives
+    # asymmetric: probability margin of negatives
+    asymmetric_clip: float = setting(0.05, low=0, high=1, ends="[)")
+    # ce: share of the label spread over all classes
+    label_smoothing: float = setting(0.0, low=0, high=1, ends="[)")
+    # shuffle | balanced (classes drawn alike)
+    sampler: str = setting("shuffle", choices=("shuffle", "balanced"))
+    # validation | fixed | test (marked everywhere)
+    selection: str = setting("validation", choices=("validation", "fixed", "test"))
+    # thresholds must reach this Se on the selection part, in 0..1
+    min_sensitivity: float = setting(0.0, low=0, high=1)
+    # epochs without a better score; 0: off
+    early_stopping_patience: int = setting(0, low=0, high=MAX_COUNT)
+    seed: int = setting(0, low=0, high=MAX_SEED)  # of weights, order, dropout and augmentation
+    device: str = setting("auto", choices=("auto", "cpu", "cuda"))  # auto | cpu | cuda
+    # auto (bf16 where the hardware has it, else fp32) | fp32 | bf16 | fp16
+    precision: str = setting("auto", choices=("auto", "fp32", "bf16", "fp16"))
+    # auto (on CUDA) | true | false
+    compile: str = setting("auto", choices=("auto", "true", "false"))
+    # auto: go on where an equal run stopped | never: start anew
+    resume: str = setting("auto", choices=("auto", "never"))
+    checkpoint_minutes: float = setting(10.0, low=0)  # between checkpoints; 0: after every step
     frozen_cache: bool = True  # compute frozen, unconditioned layers once (augmentation off only)
-    output_dir: str = "runs"  # receives a folder per run
-    checkpoint_dir: str = "checkpoints"  # receives <variant>_best.pt of the latest finished run
+    output_dir: str = setting("runs", path=True)  # receives a folder per run
+    # receives <variant>_best.pt of the latest finished run
+    checkpoint_dir: str = setting("checkpoints", path=True)
 
 
 @dataclass
@@ -178,7 +113,7 @@ class RunConfig:
 
     @property
     def model(self) -> Any:
-        """The configured variant's own section, a `models.conditioner.ModelConfig`."""
+        """The configured variant's own section, a `models.config.ModelConfig`."""
         return self.models[self.variant]
 
     @property
@@ -246,8 +181,6 @@ def config_from_dict(
     Raises:
         UserError: as `load_config`.
     """
-    from models.registry import VARIANTS  # a variant's module may import this one
-
     values = copy.deepcopy(values)
     if not interpolate:
         _refuse_interpolations(values)
@@ -269,15 +202,8 @@ def config_from_dict(
     config = _resolved(schema)
     # YAML and the command line make a truth value of `true`, OmegaConf the text "True" of that
     config.training.compile = config.training.compile.lower()
+    _expand_paths(config)
     validate(config)
-    with torch.device("meta"):  # takes no memory; a variant refuses what it can not be built from
-        VARIANTS[name].build(
-            config.model,
-            embed_dim=config.backbone.embed_dim,
-            depth=config.backbone.depth,
-            device_counts=None,
-            site_counts=None,
-        )
     return config
 
 
@@ -326,6 +252,15 @@ def _resolved(schema: DictConfig) -> RunConfig:
             f"{error.full_key} can not be resolved: {first_line(error)}; name a key or variable "
             "that exists, or write the value itself"
         ) from None
+
+
+def _expand_paths(config: RunConfig) -> None:
+    """`~` is the home directory in every path key."""
+    for section in (config.dataset, config.backbone, config.training):
+        for key in paths(type(section)):
+            value = getattr(section, key)
+            if value and value.startswith("~"):
+                setattr(section, key, str(Path(value).expanduser()))
 
 
 def _refuse_interpolations(values: dict[str, Any]) -> None:

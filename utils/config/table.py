@@ -12,7 +12,7 @@ import inspect
 import re
 from pathlib import Path
 
-from models.conditioner import ModelConfig
+from models.config import ModelConfig
 from models.registry import VARIANTS
 from utils.common.errors import UserError
 from utils.common.files import write_text

@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from data.splits import N_FOLDS
-from models.modulation import resolve_layers
+from models.config import resolve_layers
 from utils.common.errors import UserError
 from utils.config.schema import NOT_HASHED
 from utils.metrics.bootstrap import Interval, SeedSummary, over_seeds, patient_bootstrap
@@ -123,7 +123,7 @@ class RunGroup:
     def layers(self) -> tuple[int, ...] | None:
         """Conditioned layers, None for a variant without."""
         layers = self.runs[0].config["models"][self.variant].get("conditioned_layers")
-        return None if layers is None else resolve_layers(layers, self.depth, self.variant)
+        return None if layers is None else resolve_layers(layers, self.depth)
 
     @property
     def trains_all(self) -> bool:

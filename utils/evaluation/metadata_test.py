@@ -13,8 +13,8 @@ from dataclasses import asdict
 import numpy as np
 import pandas as pd
 
-from data.batch import FIELDS, Metadata
-from data.task import Task
+from data.batch import Metadata
+from data.task import FIELDS, Task
 from utils.common.files import plain
 from utils.metrics.bootstrap import paired_bootstrap, patient_tables
 from utils.metrics.score import metrics_of

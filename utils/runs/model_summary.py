@@ -11,13 +11,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.batch import FIELDS, SCALARS, Metadata
+from data.batch import Metadata
+from data.task import FIELDS, SCALARS
 from models.ast import AST, N_SPECIAL, Cut
 from models.build import build_model
 from models.conditioned_ast import ConditionedAST
@@ -183,24 +185,15 @@ def flops_table(model: ConditionedAST) -> str:
 
 def model_for_summary(config: RunConfig) -> ConditionedAST:
     """The configured model without its weights: it takes no memory and nothing is read."""
-    b = config.backbone
+    backbone = replace(config.backbone, weights="none")
     with torch.device("meta"):
         return build_model(
             config.variant,
             config.model,
-            embed_dim=b.embed_dim,
-            depth=b.depth,
-            num_heads=b.num_heads,
-            mlp_ratio=b.mlp_ratio,
-            patch_size=b.patch_size,
-            freq_stride=b.freq_stride,
-            time_stride=b.time_stride,
+            backbone,
             n_mels=config.dataset.h,
             n_frames=config.dataset.w,
             n_outputs=len(config.task.outputs),
-            weights="none",
-            weights_path=None,
-            trainable_blocks=b.trainable_blocks,
         )
 
 

@@ -98,24 +98,13 @@ def build_model(
     config: RunConfig, statistics: MetadataStatistics, *, layer_norm_eps: float = 1e-6
 ) -> ConditionedAST:
     """The configured variant, pretrained as the configuration says."""
-    backbone = config.backbone
     return build(
         config.variant,
         config.model,
-        embed_dim=backbone.embed_dim,
-        depth=backbone.depth,
-        num_heads=backbone.num_heads,
-        mlp_ratio=backbone.mlp_ratio,
-        patch_size=backbone.patch_size,
-        freq_stride=backbone.freq_stride,
-        time_stride=backbone.time_stride,
+        config.backbone,
         n_mels=config.dataset.h,
         n_frames=config.dataset.w,
         n_outputs=len(config.task.outputs),
-        weights=backbone.weights,
-        weights_path=backbone.weights_path,
-        trainable_blocks=backbone.trainable_blocks,
-        gradient_checkpointing=backbone.gradient_checkpointing,
         device_counts=statistics.device_counts,
         site_counts=statistics.site_counts,
         layer_norm_eps=layer_norm_eps,

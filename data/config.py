@@ -1,0 +1,90 @@
+"""The sections of the configuration that data/ reads: `dataset`, `audio`, `augment`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from utils.common.settings import MAX_SEED, MAX_SIZE, setting
+
+STRATEGIES = ("official", "official_disjoint", "foldwise", "random")
+
+
+@dataclass
+class DatasetConfig:
+    """What is read, how it is split, what a batch is."""
+
+    name: str = setting("icbhi", choices=("icbhi",))  # the one dataset there is
+    data_folder: str = setting(MISSING, path=True)  # folder that holds wavs, annotations and tables
+    # icbhi_metadata.csv: written if absent, else checked
+    cycle_metadata_path: str | None = setting(None, path=True)
+    class_split: str = setting("lungsound", choices=("lungsound",))  # the one label set there is
+    # official | official_disjoint | foldwise | random
+    split_strategy: str = setting("official", choices=STRATEGIES)
+    # foldwise: which of the 5 folds is the test part (0..4)
+    test_fold: int = setting(0, choices=(0, 1, 2, 3, 4))
+    split_seed: int = setting(0, low=0, high=MAX_SEED)  # random: seed of the patient-wise split
+    # random: share of the patients' cycles that is tested
+    test_fraction: float = setting(0.4, low=0, high=1, ends="()")
+    # share of the training cycles held out for validation
+    val_fraction: float = setting(0.2, low=0, high=1, ends="()")
+    # fixes the validation patients, apart from training.seed
+    val_seed: int = setting(0, low=0, high=MAX_SEED)
+    # 4: crackle and wheeze logits; 2: normal against abnormal
+    n_cls: int = setting(4, choices=(4, 2))
+    # cycles per optimiser step, over all processes and accumulation steps
+    batch_size: int = setting(16, low=1, high=MAX_SIZE)
+    h: int = setting(128, low=1, high=4096)  # mel bands
+    w: int = setting(1024, low=1, high=MAX_SIZE)  # frames the spectrogram is fitted to
+    cache_dir: str = setting("cache", path=True)  # waveform stores and frozen-backbone features
+    # error | skip (counted and reported)
+    on_bad_recording: str = setting("error", choices=("error", "skip"))
+    # processes that build the waveform store; 0: one per core
+    store_workers: int = setting(0, low=0, high=1024)
+
+
+@dataclass
+class AudioConfig:
+    """Recording -> log-mel spectrogram (SI units unless the key says otherwise)."""
+
+    sample_rate: int = setting(16000, low=1000, high=384_000)  # Hz, of the waveform store
+    # torchaudio (sinc_interp_hann) | soxr_hq (librosa's)
+    resampler: str = setting("torchaudio", choices=("torchaudio", "soxr_hq"))
+    # s; longer cycles are cut, shorter ones padded
+    clip_seconds: float = setting(10.0, low=0, high=600, ends="(]")
+    # repeat (with faded junctions) | zero (centred)
+    pad_type: str = setting("repeat", choices=("repeat", "zero"))
+    frame_length_ms: float = setting(40.0, low=0, high=1000, ends="(]")  # of the analysis frames
+    # from one frame to the next
+    frame_shift_ms: float = setting(10.0, low=0, high=60_000, ends="(]")
+    low_freq: float = setting(100.0, low=0)  # Hz, lower edge of the mel bank
+    high_freq: float = 8000.0  # Hz, upper edge of the mel bank
+    mean: float = -4.2677393  # AudioSet statistics: (x - mean) / (2 * std)
+    std: float = setting(4.5689974, low=0, ends="(]")  # see mean
+    # stretch (bilinear) | pad, to dataset.w frames
+    fit: str = setting("stretch", choices=("stretch", "pad"))
+
+
+@dataclass
+class AugmentConfig:
+    """Each probability is per clip; 1 means always. Ranges are uniform."""
+
+    enabled: bool = True  # the one switch for all of it
+    noise_probability: float = setting(0.1, low=0, high=1)  # of white noise
+    noise_rms: float = setting(3.2e-3, low=0)  # of the white noise, full scale = 1
+    # [low, high]: noise by SNR instead of by rms
+    noise_snr_db: list[float] | None = setting(None, interval=True)
+    speed_probability: float = setting(0.1, low=0, high=1)  # of time-stretching
+    speed_range: list[float] = setting([0.9, 1.1], low=0.1, high=10, interval=True)  # tempo factor
+    loudness_probability: float = setting(0.1, low=0, high=1)  # of another loudness
+    # amplitude factor
+    loudness_range: list[float] = setting([0.5, 2.0], low=0, ends="(]", interval=True)
+    vtlp_probability: float = setting(0.1, low=0, high=1)  # of vocal-tract-length perturbation
+    vtlp_range: list[float] = setting([0.9, 1.1], low=0.1, high=10, interval=True)  # warp factor
+    vtlp_fhi: float = setting(4800.0, low=0, ends="(]")  # Hz, boundary of the warp
+    specaugment_probability: float = setting(0.3, low=0, high=1)  # of masking the spectrogram
+    freq_masks: int = setting(2, low=0, high=1000)  # per masked clip
+    freq_mask_width: int = setting(48, low=1, high=MAX_SIZE)  # bands, exclusive upper bound
+    time_masks: int = setting(2, low=0, high=1000)  # per masked clip
+    time_mask_width: int = setting(160, low=1, high=MAX_SIZE)  # frames, exclusive upper bound

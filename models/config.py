@@ -1,0 +1,239 @@
+"""Sections of the configuration that models/ reads, and the variants there are; without torch.
+
+`BackboneConfig` is `backbone`, the others are `models.<variant>`. The shipped variants' settings
+stand here so that a configuration can be read and refused at once; a new variant keeps its own in
+its file (docs/adding_a_variant.md).
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from data.task import FIELDS, SCALARS
+from utils.common.settings import MAX_COUNT, MAX_SIZE, refuse, setting
+
+
+@dataclass
+class BackboneConfig:
+    """The Audio Spectrogram Transformer all variants share."""
+
+    # audioset | imagenet | none
+    weights: str = setting("audioset", choices=("audioset", "imagenet", "none"))
+    # audioset: hub name, local folder (transformers layout) or .pth file (original layout);
+    # imagenet: a local timm file, or null for timm's hub
+    weights_path: str | None = setting("MIT/ast-finetuned-audioset-10-10-0.4593", path=True)
+    embed_dim: int = setting(768, low=1, high=MAX_SIZE)  # width D
+    depth: int = setting(12, low=1, high=1000)  # blocks L
+    num_heads: int = setting(12, low=1, high=MAX_SIZE)  # attention heads per block
+    mlp_ratio: float = setting(4.0, low=0, high=64, ends="(]")  # hidden width of the MLP over D
+    patch_size: int = setting(16, low=1, high=4096)  # bands and frames
+    freq_stride: int = setting(10, low=1, high=4096)  # bands from one patch to the next
+    time_stride: int = setting(10, low=1, high=4096)  # frames from one patch to the next
+    # the last n train; n >= depth freezes nothing
+    trainable_blocks: int = setting(12, low=0, high=MAX_COUNT)
+    gradient_checkpointing: bool = False  # trades a third more compute for memory
+
+
+@dataclass
+class ModelConfig:
+    """Keys of `models.<variant>` that every variant has.
+
+    label_dim, input_fdim and input_tdim follow from the dataset section; when they are given they
+    are checked against it.
+    """
+
+    label_dim: int | None = None  # logits; follows from dataset.n_cls and training.loss
+    input_fdim: int | None = None  # mel bands; follows from dataset.h
+    input_tdim: int | None = None  # frames; follows from dataset.w
+    # in the head and in the metadata encoders
+    dropout: float = setting(0.4, low=0, high=1, ends="[)")
+    # relu | gelu, in the head and in the metadata encoders
+    activation: str = setting("relu", choices=("relu", "gelu"))
+    head_hidden_dim: int = setting(64, low=1, high=MAX_SIZE)  # width of the head's hidden layer
+
+    def check(self, prefix: str, depth: int) -> None:
+        """Refuse what the ranges cannot say, for a backbone of `depth` blocks; prefix as in
+        `models.ast_film`.
+
+        Raises:
+            UserError: names the key.
+        """
+
+
+@dataclass
+class ConditionedConfig(ModelConfig):
+    """Keys that every metadata-conditioned variant has."""
+
+    dev_embed_dim: int = setting(8, low=1, high=MAX_SIZE)  # width of the device embedding
+    # width of the auscultation-site embedding
+    site_embed_dim: int = setting(8, low=1, high=MAX_SIZE)
+    rest_dim: int = 3  # scalars: age, BMI, duration; checked
+    # probability per field and clip of hiding it in training
+    metadata_dropout: float = setting(0.0, low=0, high=1, ends="[)")
+    # fields that are conditioned on; a subset is a factor ablation
+    metadata_fields: list[str] = setting(list(FIELDS))
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """Enabled factors: device, site, rest (the scalars), in this order."""
+        rest = set(SCALARS) & set(self.metadata_fields)
+        names = [name for name in ("device", "site") if name in self.metadata_fields]
+        return (*names, "rest") if rest else tuple(names)
+
+    def check(self, prefix: str, depth: int) -> None:
+        unknown = [name for name in self.metadata_fields if name not in FIELDS]
+        if unknown or not self.metadata_fields:
+            refuse(
+                f"{prefix}.metadata_fields",
+                self.metadata_fields,
+                f"name at least one of {', '.join(FIELDS)}",
+            )
+        if self.rest_dim != len(SCALARS):
+            refuse(
+                f"{prefix}.rest_dim",
+                self.rest_dim,
+                f"there are {len(SCALARS)} scalars ({', '.join(SCALARS)}); metadata_fields "
+                "selects among them",
+            )
+
+
+@dataclass
+class GRFConfig(ConditionedConfig):
+    """Keys of `models.ast_grf`."""
+
+    gate_init: float = 0.5  # start of the learned gate g
+
+
+@dataclass
+class FiLMConfig(ConditionedConfig):
+    """Keys of `models.ast_film`."""
+
+    film_hidden_dim: int = setting(64, low=1, high=MAX_SIZE)  # width of h_m
+    conditioned_layers: Any = "all"  # list of block indices, or all | last_2 | last_6
+
+    def check(self, prefix: str, depth: int) -> None:
+        super().check(prefix, depth)
+        resolve_layers(self.conditioned_layers, depth, prefix)
+
+
+@dataclass
+class TAFiLMConfig(FiLMConfig):
+    """Keys of `models.ast_tafilm`."""
+
+
+@dataclass
+class SoftFiLMConfig(FiLMConfig):
+    """Keys of `models.ast_softfilm`."""
+
+    mask_init_scale: float = 2.0  # mask logits: + on a factor's own third of D, - elsewhere
+    # weight of the mean pairwise overlap in the loss
+    mask_overlap_lambda: float = setting(0.01, low=0)
+    # weight of mean(1 - max_k w_k); the authors' code: .005
+    mask_coverage_lambda: float = setting(0.0, low=0)
+    per_layer_masks: bool = False  # masks of their own for every conditioned block
+    # sigmoid (factors independent) | softmax (over factors)
+    mask_mode: str = setting("sigmoid", choices=("sigmoid", "softmax"))
+    mask_temperature: float = setting(1.0, low=0.1)  # tau, at least .1
+    mask_annealing: bool = False  # tau: constant for five epochs, then along a cosine to .2
+    # epoch count of that schedule; set it to training.epochs
+    mask_annealing_epochs: int = setting(100, low=1, high=MAX_COUNT)
+    mask_lr_multiplier: float = setting(10.0, low=0)  # on training.lr; masks have no weight decay
+
+    def check(self, prefix: str, depth: int) -> None:
+        super().check(prefix, depth)
+        if self.mask_mode == "softmax" and len(self.factors) == 1:
+            refuse(
+                f"{prefix}.mask_mode",
+                self.mask_mode,
+                "over one factor it is 1 whatever its mask, which then never trains; use sigmoid, "
+                "or metadata_fields of more than one factor (device, site, and age, BMI and "
+                "duration together)",
+            )
+
+
+def resolve_layers(value: Any, depth: int, prefix: str = "models.*") -> tuple[int, ...]:
+    """`conditioned_layers` -> ascending block indices.
+
+    Args:
+        value: a list of indices in 0..depth-1, or "all", "last_2", "last_6" (any last_<n>).
+        depth: blocks of the backbone.
+        prefix: of the key, such as models.ast_film.
+
+    Raises:
+        UserError: for anything else.
+    """
+    layers: list[Any] | None = None
+    if value == "all":
+        layers = list(range(depth))
+    elif isinstance(value, str) and (match := re.fullmatch(r"last_(\d+)", value)):
+        layers = list(range(depth - int(match[1]), depth))
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        layers = list(value)
+    valid = layers and all(type(i) is int and 0 <= i < depth for i in layers)
+    if not valid:
+        refuse(
+            f"{prefix}.conditioned_layers",
+            value,
+            f"it does not name blocks of a backbone with {depth}; give a list of indices in "
+            f"0..{depth - 1}, all, last_2 or last_6",
+        )
+    return tuple(sorted(set(layers)))
+
+
+class Variant(NamedTuple):
+    """One model variant.
+
+    Attributes:
+        name: key under `models` in a configuration, such as ast_film.
+        short: name of its checkpoint and in tables, such as film.
+        title: name in figures, such as FiLM-AST.
+        config_class: dataclass of the keys of `models.<name>`, a subclass of `ModelConfig`.
+        module: the module whose `build(config, *, embed_dim, depth, device_counts, site_counts)`
+            gives the `Conditioner`. The counts (lists as long as the vocabularies with their
+            unknown entry, or None) say how many training cycles have each value.
+        script, config_file: the script that trains it and its configuration.
+        order: place in lists and tables; the paper's variants are 0..4.
+    """
+
+    name: str
+    short: str
+    title: str
+    config_class: type[ModelConfig]
+    module: str
+    script: str
+    config_file: str
+    order: int = 100
+
+    @property
+    def build(self) -> Callable[..., Any]:
+        """The module's `build`; imports torch."""
+        return importlib.import_module(self.module).build
+
+
+_HOME = "models.conditioners"
+SHIPPED: tuple[Variant, ...] = (
+    Variant(
+        *("ast", "ast", "AST", ModelConfig, f"{_HOME}.none"),
+        *("ast_train.py", "configs/ast_config.yaml", 0),
+    ),
+    Variant(
+        *("ast_grf", "grf", "GRF-AST", GRFConfig, f"{_HOME}.grf"),
+        *("ast_meta_fus_train.py", "configs/ast_fus_config.yaml", 1),
+    ),
+    Variant(
+        *("ast_film", "film", "FiLM-AST", FiLMConfig, f"{_HOME}.film"),
+        *("ast_film_train.py", "configs/ast_film_config.yaml", 2),
+    ),
+    Variant(
+        *("ast_tafilm", "tafilm", "TAFiLM-AST", TAFiLMConfig, f"{_HOME}.tafilm"),
+        *("ast_tafilm_train.py", "configs/ast_tafilm_config.yaml", 3),
+    ),
+    Variant(
+        *("ast_softfilm", "softfilm", "SoftFiLM-AST", SoftFiLMConfig, f"{_HOME}.softfilm"),
+        *("ast_film_soft.py", "configs/ast_film_soft_config.yaml", 4),
+    ),
+)

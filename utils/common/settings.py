@@ -1,0 +1,99 @@
+"""Keys of the configuration: default, range and choices beside each other, checked in one place.
+
+A section is a dataclass whose fields are made by `setting`; it imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from utils.common.errors import UserError
+
+MAX_SEED = 2**32 - 1  # the range that every generator takes
+MAX_COUNT = 1_000_000  # of epochs, masks, workers: beyond it a value is a slip
+MAX_SIZE = 65_536  # of a layer, a batch or a spectrogram
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Values that a key may have.
+
+    Attributes:
+        low, high: bounds; None: unbounded. Of every element where the value is a list.
+        ends: as intervals are written: "[" and "]" include a bound, "(" and ")" exclude it.
+        choices: the only values; empty: any.
+        interval: the value is a list [low, high] with low <= high.
+        path: `~` is the home directory.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    ends: str = "[]"
+    choices: tuple = ()
+    interval: bool = False
+    path: bool = False
+
+    def problem(self, value: Any) -> str:
+        """Why `value` is refused; empty when it is not."""
+        if self.choices and value not in self.choices:
+            return f"it must be one of {', '.join(map(str, self.choices))}"
+        numbers = value if isinstance(value, list) else [value]
+        numbers = [x for x in numbers if isinstance(x, int | float) and not isinstance(x, bool)]
+        if not all(math.isfinite(x) for x in numbers):
+            return "it must be finite"
+        if value == "":
+            return "it is empty; give a value, or leave the key out"
+        if self.interval and (len(numbers) != 2 or numbers[0] > numbers[1]):
+            return "it must be [low, high] with low <= high"
+        if any(self._outside(x) for x in numbers):
+            words = []
+            if self.low is not None:
+                words.append(f"{'at least' if self.ends[0] == '[' else 'above'} {self.low}")
+            if self.high is not None:
+                words.append(f"{'at most' if self.ends[1] == ']' else 'below'} {self.high}")
+            return f"{'each must' if isinstance(value, list) else 'it must'} be {', '.join(words)}"
+        return ""
+
+    def _outside(self, x: float) -> bool:
+        low, high = self.low, self.high
+        below = low is not None and (x < low or (x == low and self.ends[0] == "("))
+        return below or (high is not None and (x > high or (x == high and self.ends[1] == ")")))
+
+
+def setting(default: Any = MISSING, **limits: Any) -> Any:
+    """Dataclass field with `Limits`; a list or dictionary as default is copied per object."""
+    metadata = {"limits": Limits(**limits)}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def refuse(key: str, value: Any, remedy: str) -> None:
+    """Raise the `UserError` about a key's value."""
+    raise UserError(f"{key}={value} cannot be: {remedy}")
+
+
+def check_section(section: Any, prefix: str) -> None:
+    """Refuse the first value that is outside its key's limits.
+
+    Raises:
+        UserError: names `prefix`.key, the value and what is allowed.
+    """
+    for one in fields(section):
+        value = getattr(section, one.name)
+        problem = "" if value is None else _limits(one).problem(value)
+        if problem:
+            refuse(f"{prefix}.{one.name}", value, problem)
+
+
+def paths(section: type) -> Iterable[str]:
+    """Names of the keys that are paths."""
+    return [one.name for one in fields(section) if _limits(one).path]
+
+
+def _limits(one: Any) -> Limits:
+    return one.metadata.get("limits", Limits())
