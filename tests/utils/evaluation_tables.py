@@ -6,8 +6,14 @@ import numpy as np
 import pandas as pd
 
 from data.batch import DEVICES, SITES
+from data.splits import Split
 from data.task import Task
-from utils.metrics.predictions import make_predictions
+from models.registry import VARIANTS
+from utils.config.schema import RunConfig
+from utils.evaluation.baselines import floor_reports
+from utils.evaluation.report import evaluate_predictions
+from utils.metrics.predictions import make_predictions, write_predictions
+from utils.training.runfolder import RunFolder
 
 
 def cycle_table(patients=12, recordings=3, cycles=4, seed=0) -> pd.DataFrame:
@@ -47,3 +53,38 @@ def predictions(task: Task, table: pd.DataFrame, seed: int = 0, skill: float = 1
         label = np.eye(4)[task.true_classes(label)]
     logits = rng.normal(size=label.shape) + 2 * skill * (label - 0.5)
     return make_predictions(task, table, np.arange(len(table)), logits, task.default_thresholds)
+
+
+def finish_run(config: RunConfig, table: pd.DataFrame | None = None, seed: int = 0) -> RunFolder:
+    """The folder of a finished run, as training would leave it; table: its test part, with which
+    the report has baselines as well."""
+    folder, task, given = RunFolder.of(config), config.task, table
+    table = cycle_table() if given is None else given
+    frame = predictions(task, table, seed=seed)
+    frame["cycle"] = table.index
+    folder.prepare(config, fresh=False)
+    folder.checkpoints.mkdir()
+    folder.best.write_bytes(b"weights")
+    write_predictions(frame, folder.predictions / "test.csv")
+    rule = {"selection": config.training.selection, "bootstrap": 20}
+    test = evaluate_predictions(frame, task, task.default_thresholds, **rule)
+    if given is not None:
+        rows = np.arange(len(table))
+        split, rule["selection"] = Split(rows, rows[:0], rows), "fixed"
+        test["floors"] = floor_reports(task, table.reset_index(drop=True), split, **rule)
+    folder.write_report(
+        {
+            "variant": config.variant,
+            "title": VARIANTS[config.variant].title,
+            "n_cls": config.dataset.n_cls,
+            "split_strategy": config.dataset.split_strategy,
+            "selection": config.training.selection,
+            "seed": config.training.seed,
+            "partial": False,
+            "partial_message": "",
+            "synthetic": True,
+            "counts": {"train": test["counts"]},
+            "test": test,
+        }
+    )
+    return folder

@@ -10,17 +10,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data.splits import Split
-from tests.utils.evaluation_tables import cycle_table, predictions
+from tests.utils.evaluation_tables import cycle_table, finish_run
 from tests.utils.tiny import tiny_config
 from utils.common.errors import UserError
-from utils.evaluation.baselines import floor_reports
 from utils.evaluation.finished_runs import group_runs, read_runs
-from utils.evaluation.report import evaluate_predictions
 from utils.evaluation.result_tables import build_tables
 from utils.metrics.bootstrap import patient_bootstrap, patient_tables
-from utils.metrics.predictions import read_predictions, write_predictions
-from utils.runs.group import Group, add_arguments, expand, seeds_from
+from utils.metrics.predictions import read_predictions
+from utils.runs.grid import seeds_from
+from utils.runs.group import Group, add_arguments, expand
 from utils.training.runfolder import RunFolder
 
 FOLDWISE = {"dataset.split_strategy": "foldwise", "training.selection": "fixed"}
@@ -71,36 +69,8 @@ def test_folds_need_the_foldwise_split():
 
 
 def finish_runs(configs, parts) -> None:
-    """Folders of finished runs, as training would leave them; parts: table of each test part."""
     for number, (config, table) in enumerate(zip(configs, parts, strict=True)):
-        folder, task = RunFolder.of(config), config.task
-        frame = predictions(task, table, seed=number)
-        frame["cycle"] = table.index
-        folder.prepare(config, fresh=False)
-        write_predictions(frame, folder.predictions / "test.csv")
-        test = evaluate_predictions(
-            frame, task, task.default_thresholds, selection=config.training.selection, bootstrap=20
-        )
-        rows = np.arange(len(table))
-        split = Split(rows, rows[:0], rows)
-        test["floors"] = floor_reports(
-            task, table.reset_index(drop=True), split, selection="fixed", bootstrap=20
-        )
-        folder.write_report(
-            {
-                "variant": config.variant,
-                "title": "GRF-AST",
-                "n_cls": config.dataset.n_cls,
-                "split_strategy": config.dataset.split_strategy,
-                "selection": config.training.selection,
-                "partial": False,
-                "partial_message": "",
-                "synthetic": True,
-                "seed": config.training.seed,
-                "counts": {"train": test["counts"]},
-                "test": test,
-            }
-        )
+        finish_run(config, table, seed=number)
 
 
 @pytest.mark.parametrize("n_cls", [4, 2])

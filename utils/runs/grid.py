@@ -1,11 +1,12 @@
-"""A grid over scripts, overrides and seeds: every cell is one command of a training script.
+"""Grids of runs: lists of override sets over configurations, each cell one command of a script.
 
     python -m utils.runs.grid configs/ablations/freezing.yaml [--dry-run] \\
         [--seeds 5] [--config configs/demo.yaml] [--mlflow-config FILE] [key=value ...]
 
-Cells run one after another, each as a process of its own; finished ones are skipped, so the same
-command goes on after a kill. --dry-run prints the commands instead, one per line, each of which
-can be given to a scheduler as it is. A failing cell is reported and the others go on.
+Cells run one after another, each in a process of its own; finished ones are skipped, so the same
+command resumes after a kill. --dry-run prints the commands instead, one per line, each of which
+can be given to a scheduler as it is. A failing cell does not stop the others. Seeds and folds of a
+script are a grid as well (`utils.runs.group`).
 
     runs/ablation-<name>-<hash>/
         grid.json       cells and their commands
@@ -19,9 +20,9 @@ SIGTERM with the state of the running cell saved.
 from __future__ import annotations
 
 import argparse
-import difflib
 import hashlib
 import itertools
+import json
 import logging
 import re
 import shlex
@@ -29,42 +30,68 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
 from models.registry import VARIANTS
-from utils.common.cli import EXIT_INTERRUPTED, EXIT_PREEMPTED, command
+from utils.common.cli import EXIT_BUSY, EXIT_INTERRUPTED, EXIT_PREEMPTED, command
 from utils.common.errors import Preempted, UserError
 from utils.common.files import write_json, write_text
+from utils.config.merge import merge, read_yaml
 from utils.config.schema import RunConfig, load_config
 from utils.evaluation.finished_runs import read_runs
 from utils.evaluation.render import number
 from utils.evaluation.result_tables import TABLES, build_tables
 from utils.evaluation.tables import FORMATS, render
-from utils.metrics.protocol import Selection, caption
-from utils.runs.group import seeds_from
+from utils.metrics.protocol import caption
 from utils.tracking import Tracker, start_tracking
+from utils.training.checkpoint import git_revision
 from utils.training.runfolder import RunFolder
 
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
-KEYS = ("table", "scripts", "grid", "overrides", "seeds")
 SUFFIXES = {"markdown": "md", "latex": "tex", "csv": "csv"}
+
+
+@dataclass
+class GridFile:
+    """What a grid file holds: every combination of a script and of the keys' values is a cell."""
+
+    scripts: dict[str, str] = field(default_factory=dict)  # script: its configuration
+    grid: dict[str, Any] = field(default_factory=dict)  # key: values
+    overrides: dict[str, Any] = field(default_factory=dict)  # key: value, in every cell
+    seeds: list[int] = field(default_factory=lambda: [0])
+    table: str | None = None  # of result_tables; null: whichever the runs can fill
+
+    @classmethod
+    def read(cls, file: str | Path) -> GridFile:
+        """Raises UserError: the file, a key or the kind of a value is wrong."""
+        found = merge(OmegaConf.structured(cls), read_yaml(file), f"in {file}")
+        content = cls(**OmegaConf.to_container(found))
+        if not content.scripts:
+            raise UserError(f"{file}: scripts is missing; name script: configuration")
+        for key, values in content.grid.items():
+            if not isinstance(values, list) or not values:
+                raise UserError(f"{file}: grid.{key} must be a list of values")
+        if content.table not in (None, *TABLES):
+            names = ", ".join(TABLES)
+            raise UserError(f"{file}: no table {content.table!r}; there are {names}")
+        return content
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a grid: what it is called, its command (without the interpreter), its result."""
+    """One run of a grid: what it is called, its configuration, its command after `python`."""
 
     label: str
-    arguments: tuple[str, ...]
     config: RunConfig
+    arguments: tuple[str, ...] = ()
 
     @property
     def folder(self) -> RunFolder:
@@ -83,16 +110,37 @@ class Grid:
     """Cells in the order they run, and the folder of what they say together."""
 
     name: str
-    table: str | None
     folder: Path
     cells: tuple[Cell, ...]
+    table: str | None = None
 
     def commands(self) -> list[str]:
         """Shell commands, one per cell."""
         return [shlex.join(["python", *cell.arguments]) for cell in self.cells]
 
 
-# -------------------------------------------------------------------- from the file to the cells
+def override_sets(axes: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every combination of the keys' values, the last key fastest."""
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def digest(names: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
+
+
+def seeds_from(words: Sequence[int]) -> list[int]:
+    """--seeds: one number n means 0..n-1, several mean just these.
+
+    Raises:
+        UserError: none, or a negative one.
+    """
+    seeds = list(range(words[0])) if len(words) == 1 else list(dict.fromkeys(words))
+    if not seeds or min(seeds) < 0:
+        raise UserError(f"--seeds {' '.join(map(str, words))}: give a count or seeds from 0")
+    return seeds
+
+
+# -------------------------------------------------------------------- grid files
 
 
 def read_grid(
@@ -106,84 +154,51 @@ def read_grid(
     """The cells of a grid file, every configuration checked.
 
     Args:
-        file: YAML with `scripts` (script: configuration), `grid` (key: values), and optionally
-            `overrides` (key: value, in every cell), `seeds`, `table`.
+        file: YAML with the keys of `GridFile`.
         seeds: as the scripts' --seeds; None: those of the file.
-        config_files: merged behind each script's configuration.
+        config_files: merged after each script's configuration.
         overrides: key=value words, in every cell.
 
     Raises:
         UserError: the file, a key or a value is wrong.
     """
-    content = _read(Path(file))
-    varied = content.get("grid") or {}
-    fixed = [_word(key, value) for key, value in (content.get("overrides") or {}).items()]
+    content = GridFile.read(file)
+    fixed = [_word(key, value) for key, value in content.overrides.items()]
     for word in [*fixed, *overrides]:
         key = word.partition("=")[0]
-        if key in varied or key == "training.seed":
+        if key in content.grid or key == "training.seed":
             by = "--seeds" if key == "training.seed" else "the grid"
             raise UserError(f"{key} is set by {by}; leave {word} out")
-    chosen = content.get("seeds", [0]) if seeds is None else seeds_from(seeds)
-    combinations = list(itertools.product(*varied.values()))
-    drafts = []
-    for (script, config_file), values, seed in itertools.product(
-        content["scripts"].items(), combinations, chosen
+    axes = content.grid | {"training.seed": content.seeds if seeds is None else seeds_from(seeds)}
+    cells = []
+    for (script, config_file), values in itertools.product(
+        content.scripts.items(), override_sets(axes)
     ):
         files = [_found(config_file), *config_files]
-        pairs = dict(zip(varied, values, strict=True))
-        words = [_word(key, value) for key, value in pairs.items()]
-        words = [*fixed, *words, *overrides, _word("training.seed", seed)]
-        shown = [f"{key.rpartition('.')[2]}={_text(value)}" for key, value in pairs.items()]
-        shown.append(f"seed={seed}")
+        *varied, seed = [_word(key, value) for key, value in values.items()]
+        words = [*fixed, *varied, *overrides, seed]
+        shown = [f"{key.rpartition('.')[2]}={_text(value)}" for key, value in values.items()]
         try:
             config = load_config(files, words, mlflow_file=mlflow_file)
         except UserError as error:
             raise UserError(f"{script} {' '.join(shown)}: {error}") from None
-        label = " ".join([VARIANTS[config.variant].title, *shown])
-        arguments = [_found(script), "--config", *files]
+        arguments = [_found(script), "--config", *files, *words]
         arguments += ["--mlflow-config", mlflow_file] if mlflow_file else []
-        drafts.append((label, arguments, words, config))
-    folder = _folder(Path(file).stem, [config for *_, config in drafts])
-    cells = tuple(
-        Cell(label, (*arguments, "--member-of", str(folder), *words), config)
-        for label, arguments, words, config in drafts
-    )
-    return Grid(Path(file).stem, content.get("table"), folder, cells)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise UserError(f"no grid {file}; the shipped ones are in configs/ablations/")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not readable YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must hold the keys {', '.join(KEYS)}")
-    for key in content:
-        if key not in KEYS:
-            near = difflib.get_close_matches(str(key), KEYS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(KEYS)}"
-            raise UserError(f"{file}: unknown key {key}; {hint}")
-    for key, kind in {"scripts": dict, "grid": dict, "overrides": dict, "seeds": list}.items():
-        if key in content and not isinstance(content[key], kind):
-            raise UserError(f"{file}: {key} must be a {'list' if kind is list else 'section'}")
-    if not content.get("scripts"):
-        raise UserError(f"{file}: scripts is missing; name script: configuration")
-    for key, values in (content.get("grid") or {}).items():
-        if not isinstance(values, list) or not values:
-            raise UserError(f"{file}: grid.{key} must be a list of values")
-    if content.get("table", next(iter(TABLES))) not in TABLES:
-        raise UserError(f"{file}: no table {content['table']!r}; there are {', '.join(TABLES)}")
-    return content
+        cells.append(Cell(" ".join([VARIANTS[config.variant].title, *shown]), config, arguments))
+    name = Path(file).stem
+    folder = f"ablation-{name}-{digest([cell.folder.path.name for cell in cells])}"
+    folder = Path(cells[0].config.training.output_dir) / folder
+    member = ("--member-of", str(folder))
+    cells = [Cell(c.label, c.config, (*c.arguments, *member)) for c in cells]
+    title = f"ablation {name}: {len(cells)} runs"
+    return Grid(title, folder, tuple(cells), content.table)
 
 
 def _found(name: str) -> str:
     """A file of the repository as it is written from the current folder."""
-    if Path(name).is_file():
-        return name
-    if (ROOT / name).is_file():
-        return str(ROOT / name)
+    for path in (Path(name), ROOT / name):
+        if path.is_file():
+            return str(path)
     raise UserError(f"no file {name}, named in the grid")
 
 
@@ -196,13 +211,7 @@ def _word(key: str, value: Any) -> str:
     return f"{key}={_text(value)}".replace(", ", ",")
 
 
-def _folder(name: str, configs: Sequence[RunConfig]) -> Path:
-    runs = "\n".join(RunFolder.of(config).path.name for config in configs)
-    digest = hashlib.sha256(runs.encode()).hexdigest()[:8]
-    return Path(configs[0].training.output_dir) / f"ablation-{name}-{digest}"
-
-
-# -------------------------------------------------------------------- running them
+# -------------------------------------------------------------------- running a grid
 
 
 def run_grid(grid: Grid, start: Callable[[Cell, Path], int]) -> list[Cell]:
@@ -228,8 +237,10 @@ def run_grid(grid: Grid, start: Callable[[Cell, Path], int]) -> list[Cell]:
             raise Preempted
         if status in (EXIT_INTERRUPTED, -signal.SIGINT):
             raise KeyboardInterrupt
-        minutes = (time.monotonic() - began) / 60
-        if status == 0 and cell.folder.finished:
+        if status == EXIT_BUSY:
+            print(f"{head}: another process is at work on it", flush=True)
+        elif status == 0 and cell.folder.finished:
+            minutes = (time.monotonic() - began) / 60
             print(f"{head}: {cell.score()}, {minutes:.1f} min", flush=True)
         else:
             print(f"{head}: FAILED with status {status}, see {log}", flush=True)
@@ -239,42 +250,29 @@ def run_grid(grid: Grid, start: Callable[[Cell, Path], int]) -> list[Cell]:
 
 
 def start_process(cell: Cell, log: Path) -> int:
-    """Run a cell as a process of its own; SIGTERM reaches it, so that it can save its state."""
+    """Run a cell in a process of its own; SIGTERM reaches it, so that it can save its state."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, *cell.arguments]
-    with log.open("ab") as file, _held_sigterm() as held:
-        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            held.pass_on = process.terminate
-            if held.came:  # before it could be passed on
-                process.terminate()
-            status = process.wait()
-        finally:
-            if process.poll() is None:
-                process.wait()  # an interrupt reaches the cell too: let it end by itself
-    return EXIT_PREEMPTED if held.came else status
+    process, came = None, False
 
+    def pass_on(*_: Any) -> None:
+        nonlocal came
+        came = True
+        if process is not None:
+            process.terminate()
 
-class _Held:
-    """A SIGTERM that came, and where to pass it on."""
-
-    came = False
-    pass_on: Callable[[], None] | None = None
-
-    def __call__(self, *_: Any) -> None:
-        self.came = True
-        if self.pass_on is not None:
-            self.pass_on()
-
-
-@contextmanager
-def _held_sigterm() -> Iterator[_Held]:
-    held = _Held()
-    previous = signal.signal(signal.SIGTERM, held)
+    previous = signal.signal(signal.SIGTERM, pass_on)
     try:
-        yield held
+        with log.open("ab") as file:
+            words = [sys.executable, *cell.arguments]
+            process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+        if came:  # before it could be passed on
+            process.terminate()
+        status = process.wait()
     finally:
+        if process is not None:
+            process.wait()  # an interrupt reaches the cell too: let it end by itself
         signal.signal(signal.SIGTERM, previous)
+    return EXIT_PREEMPTED if came else status
 
 
 def _last_words(log: Path) -> str:
@@ -284,22 +282,13 @@ def _last_words(log: Path) -> str:
     return "\n".join(lines[starts[-1] if starts else 0 :][-10:]) or f"{log} is empty"
 
 
-def write_tables(grid: Grid) -> str:
-    """The grid's table in all formats; returns the Markdown, "" when the runs do not fill it."""
+def report_grid(grid: Grid) -> str:
+    """Write the table in all formats; returns the Markdown, "" if the runs do not fill it."""
     done = [cell.folder.path for cell in grid.cells if cell.folder.finished]
     tables = build_tables(read_runs(done), [grid.table] if grid.table else [*TABLES])
     for form in FORMATS if tables else ():
         write_text(grid.folder / f"table.{SUFFIXES[form]}", render(tables, form))
     return render(tables, "markdown") if tables else ""
-
-
-def open_tracking(grid: Grid) -> Tracker:
-    """The MLflow run that the cells are nested below."""
-    config = grid.cells[0].config
-    selection = config.training.selection
-    tags = {"ablation": grid.name, "selection": selection, "run_folder": grid.folder}
-    name = f"ablation {grid.name}: {len(grid.cells)} runs"
-    return start_tracking(config.mlflow, grid.folder, run_name=name, tags=tags)
 
 
 def run_tracked(grid: Grid, start: Callable[[Cell, Path], int] = start_process) -> list[Cell]:
@@ -310,14 +299,12 @@ def run_tracked(grid: Grid, start: Callable[[Cell, Path], int] = start_process) 
     ]
     content = {"name": grid.name, "table": grid.table, "cells": cells}
     write_json(grid.folder / "grid.json", content)
-    tracker = open_tracking(grid)
+    tracker = start_parent(grid.cells[0].config, grid.folder, grid.name, ablation=grid.name)
     status = "FAILED"
     try:
         failed = run_grid(grid, start)
         status = "FAILED" if failed else "FINISHED"
-        text = write_tables(grid)
-        rules = {Selection(cell.config.training.selection).label for cell in grid.cells}
-        print(f"\n{text}" if text else f"\nno table: too few finished cells ({'; '.join(rules)})")
+        print(f"\n{report_grid(grid) or 'no table: too few finished cells'}")
         print(f"grid folder {grid.folder}")
         for path in (grid.folder / "grid.json", *sorted(grid.folder.glob("table.*"))):
             tracker.artifact(path)
@@ -325,56 +312,47 @@ def run_tracked(grid: Grid, start: Callable[[Cell, Path], int] = start_process) 
         status = "KILLED"
         raise
     finally:
-        message = tracker.finish(status)
-        if message:
-            logger.warning("%s", message)
+        finish_tracking(tracker, status)
     return failed
 
 
-# -------------------------------------------------------------------- the command
+def start_parent(config: RunConfig, folder: Path, name: str, **tags: str) -> Tracker:
+    """Open the MLflow run that the runs of a grid's folder are nested below."""
+    known = {"selection": config.training.selection, "run_folder": folder}
+    known["git_revision"] = git_revision() or "unknown"
+    return start_tracking(config.mlflow, folder, run_name=name, tags=known | tags)
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; `overrides` are the key=value words, which may stand anywhere."""
-    parser = argparse.ArgumentParser(
-        prog="python -m utils.runs.grid",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("grid", metavar="GRID", help="such as configs/ablations/freezing.yaml")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="as for the scripts")
-    parser.add_argument(
-        "--config", nargs="+", default=[], metavar="FILE", help="merged behind each configuration"
-    )
-    parser.add_argument("--mlflow-config", metavar="FILE", help="as for the scripts")
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    overrides = [w for w in given if "=" in w and not w.startswith("-") and not Path(w).is_file()]
-    options = parser.parse_args([word for word in given if word not in overrides])
-    options.overrides = overrides
-    return options
+def finish_tracking(tracker: Tracker, status: str) -> None:
+    message = tracker.finish(status)
+    if message:
+        logger.warning("%s", message)
 
 
 @command
-def main() -> None:
-    options = parse()
-    grid = read_grid(
-        options.grid,
-        seeds=options.seeds,
-        config_files=options.config,
-        mlflow_file=options.mlflow_config,
-        overrides=options.overrides,
-    )
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m utils.runs.grid", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("grid", metavar="GRID", help="such as configs/ablations/freezing.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="as for the scripts")
+    parser.add_argument("--config", nargs="+", default=[], metavar="FILE", help="merged after each")
+    parser.add_argument("--mlflow-config", metavar="FILE", help="as for the scripts")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = [w for w in given if "=" in w and not w.startswith("-") and not Path(w).is_file()]
+    options = parser.parse_args([word for word in given if word not in words])
+    files = {"config_files": options.config, "mlflow_file": options.mlflow_config}
+    grid = read_grid(options.grid, seeds=options.seeds, overrides=words, **files)
     if options.dry_run:
         print("\n".join(grid.commands()))
         done = sum(cell.folder.finished for cell in grid.cells)
         logger.info("%d cells, %d of them finished", len(grid.cells), done)
-        return
+        return 0
     failed = run_tracked(grid)
     if failed:
         names = "; ".join(cell.label for cell in failed)
         logger.error("%d of %d cells failed: %s", len(failed), len(grid.cells), names)
-        raise SystemExit(1)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ablation grids: their cells and commands, skipping, failing, stopping, resuming, the table."""
+"""Grid files: their cells and commands, skipping, failing, stopping, resuming, the table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,12 +16,11 @@ import pytest
 import evaluate
 from data.synthetic.corpus import write_corpus
 from models.registry import VARIANTS
-from tests.utils.evaluation_tables import cycle_table, predictions
+from tests.utils.evaluation_tables import finish_run
 from tests.utils.tiny import words
-from utils.common.errors import Preempted, UserError
-from utils.config.schema import config_hash, config_to_yaml, load_config
-from utils.evaluation.report import evaluate_predictions
-from utils.runs import grid as ablation
+from utils.common.errors import UserError
+from utils.config.schema import config_hash, load_config
+from utils.runs import grid as grids
 from utils.runs.grid import Cell, read_grid, run_grid, run_tracked, start_process
 from utils.runs.run import parse_arguments
 
@@ -60,24 +58,9 @@ def small(**overrides) -> list[str]:
 
 
 def finish(cell: Cell, seed: int = 0) -> float:
-    """What training leaves of a finished cell; returns its test Score."""
-    folder, task = cell.folder, cell.config.task
-    frame = predictions(task, cycle_table(), seed=seed)
-    selection = cell.config.training.selection
-    test = evaluate_predictions(
-        frame, task, task.default_thresholds, selection=selection, bootstrap=20
-    )
-    folder.checkpoints.mkdir(parents=True)
-    folder.best.write_bytes(b"weights")
-    folder.config.write_text(config_to_yaml(cell.config))
-    report = {
-        "variant": cell.config.variant, "title": VARIANTS[cell.config.variant].title, "n_cls": 4,
-        "selection": selection, "seed": cell.config.training.seed, "partial": False,
-        "partial_message": "", "synthetic": False, "counts": {"train": test["counts"]},
-        "test": test,
-    }  # fmt: skip
-    folder.write_report(report)
-    return test["metrics"]["chosen"]["score"]["value"]
+    """Finish a cell; returns its test Score."""
+    report = finish_run(cell.config, seed=seed).read_report()
+    return report["test"]["metrics"]["chosen"]["score"]["value"]
 
 
 # -------------------------------------------------------------------- cells and commands
@@ -105,13 +88,6 @@ def test_the_shipped_grids_are_sound(name, monkeypatch, capsys):
         assert layers == [list(range(first, 12)) for first in (10, 6, 0)]
 
 
-def test_the_last_layer_cell_is_the_plain_run(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    grid = read_grid("configs/ablations/conditioned_layers.yaml")
-    plain = load_config(["configs/ast_film_soft_config.yaml"])
-    assert config_hash(grid.cells[-1].config) == config_hash(plain)
-
-
 def test_seeds_and_words_reach_every_cell(grid_file):
     (grid_file.parent / "more.yaml").write_text("training:\n  epochs: 70\n")
     grid = read_grid(
@@ -131,7 +107,7 @@ def test_seeds_and_words_reach_every_cell(grid_file):
     ("change", "overrides", "message"),
     [
         (("table: freezing", "table: freezin"), [], "no table 'freezin'; there are 4-class"),
-        (("grid:", "grids:"), [], "unknown key grids; did you mean grid?"),
+        (("grid:", "grids:"), [], "unknown configuration key grids; did you mean grid?"),
         (("[0, 2]", "0"), [], "grid.backbone.trainable_blocks must be a list"),
         (("trainable_blocks", "trainable_block"), [], "did you mean backbone.trainable_blocks?"),
         (("[0, 2]", "[0, x]"), [], "ast_train.py trainable_blocks=x seed=0: backbone"),
@@ -142,9 +118,7 @@ def test_seeds_and_words_reach_every_cell(grid_file):
         (("", ""), ["training.seed=4"], "is set by --seeds"),
     ],
 )  # fmt: skip
-def test_a_grid_that_is_wrong_is_refused_before_anything_runs(
-    change, overrides, message, grid_file
-):
+def test_a_wrong_grid_is_refused_first(change, overrides, message, grid_file):
     grid_file.write_text(GRID.replace(*change) if change[0] else GRID)
     with pytest.raises(UserError) as error:
         read_grid(grid_file, overrides=overrides)
@@ -152,10 +126,9 @@ def test_a_grid_that_is_wrong_is_refused_before_anything_runs(
     assert sorted(p.name for p in grid_file.parent.iterdir()) == ["small.yaml"]
 
 
-def test_dry_run_prints_one_command_per_line_and_runs_nothing(grid_file, monkeypatch, capsys):
-    given = ["ablation", str(grid_file), "training.lr=1e-3", "--dry-run", "--seeds", "0", "1"]
-    monkeypatch.setattr(sys, "argv", given)
-    assert ablation.main() == 0
+def test_dry_run_prints_commands_and_runs_nothing(grid_file, capsys):
+    given = [str(grid_file), "training.lr=1e-3", "--dry-run", "--seeds", "0", "1"]
+    assert grids.main(given) == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     assert len(lines) == 8 and all(line.startswith("python ") for line in lines)
@@ -167,9 +140,7 @@ def test_dry_run_prints_one_command_per_line_and_runs_nothing(grid_file, monkeyp
 # -------------------------------------------------------------------- running
 
 
-def test_finished_cells_are_skipped_and_a_failing_one_does_not_stop_the_others(
-    grid_file, capsys, caplog
-):
+def test_finished_cells_are_skipped_and_failing_ones_passed_by(grid_file, capsys, caplog):
     grid = read_grid(grid_file, overrides=["mlflow.enabled=false"])
     first, broken, *rest = grid.cells
     before = finish(first)
@@ -186,19 +157,14 @@ def test_finished_cells_are_skipped_and_a_failing_one_does_not_stop_the_others(
 
     assert run_tracked(grid, start) == [broken]
     assert started == [broken, *rest]
-    printed = capsys.readouterr().out
-    lines = [line for line in printed.splitlines() if line.startswith("[")]
-    mark = "(selected on validation patients)"
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    mark = "(selected on validation patients; SYNTHETIC RECORDINGS)"
     assert lines[0] == f"[1/4] {first.label}: Score {before:.2f} {mark}, finished before"
     assert lines[1].startswith(f"[2/4] {broken.label}: FAILED with status 2, see ")
     for cell, line in zip(rest, lines[2:], strict=True):
         assert cell.label in line and f": {cell.score()}, " in line
     assert "error: the gradient was not finite\n    lower training.lr" in caplog.text
-    # no line shows a figure that was chosen on test without saying so
-    cell = read_grid(grid_file, overrides=["training.selection=test"]).cells[0]
-    score = finish(cell)
-    assert cell.score() == f"Score {score:.2f} (SELECTED ON TEST)"
-    # the same command again goes on with what is missing, and then the table is whole
+    # the same command again runs what is missing, and then the table is whole
     broken, started[:] = None, []
     assert run_tracked(grid, start) == []
     assert [cell.label for cell in started] == ["AST trainable_blocks=2 seed=0"]
@@ -210,37 +176,18 @@ def test_finished_cells_are_skipped_and_a_failing_one_does_not_stop_the_others(
     assert [cell["run"] for cell in cells] == [c.folder.path.name for c in grid.cells]
 
 
-def test_a_cell_that_says_it_is_done_but_is_not_has_failed(grid_file, capsys):
-    grid = read_grid(grid_file)
-    assert run_grid(grid, lambda *_: 0) == list(grid.cells)
-    assert "FAILED with status 0" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
-    ("status", "stop"), [(75, Preempted), (130, KeyboardInterrupt), (-2, KeyboardInterrupt)]
-)
-def test_a_stopped_cell_stops_the_grid(status, stop, grid_file):
-    grid, started = read_grid(grid_file, overrides=["mlflow.enabled=false"]), []
-    with pytest.raises(stop):
-        run_tracked(grid, lambda cell, _: [started.append(cell)] and status)
-    assert len(started) == 1
-
-
-def test_exit_statuses(grid_file, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["ablation", str(grid_file), "mlflow.enabled=false"])
-
-    def ending(status):
-        monkeypatch.setattr(ablation, "run_tracked", lambda grid: run_grid(grid, lambda *_: status))
-        return ablation.main()
-
-    assert ending(75) == 75
-    with pytest.raises(SystemExit) as end:
-        ending(3)
-    assert end.value.code == 1
-    monkeypatch.setattr(ablation, "run_tracked", lambda grid: [])
-    assert ablation.main() == 0
-    monkeypatch.setattr(sys, "argv", ["ablation", "nowhere.yaml"])
-    assert ablation.main() == 2
+    ("cell_status", "status", "started"),
+    [(75, 75, 1), (130, 130, 1), (-2, 130, 1), (3, 1, 4), (0, 1, 4), (73, 0, 4)],
+)  # 0 without a report is a failure; 73: another process is at work on the cell
+def test_exit_statuses(cell_status, status, started, grid_file, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        grids, "run_tracked", lambda grid: run_grid(grid, lambda *_: calls.append(1) or cell_status)
+    )
+    assert grids.main([str(grid_file), "mlflow.enabled=false"]) == status
+    assert len(calls) == started
+    assert grids.main(["nowhere.yaml"]) == 2
 
 
 def test_sigterm_reaches_the_cell_and_its_state_counts(here):
@@ -259,7 +206,7 @@ def test_sigterm_reaches_the_cell_and_its_state_counts(here):
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=terminate).start()
-    cell = Cell("stub", (str(script),), config=None)
+    cell = Cell("stub", None, (str(script),))
     began = time.monotonic()
     assert start_process(cell, here / "logs" / "cell.log") == 75
     assert time.monotonic() - began < 30
@@ -273,7 +220,7 @@ def test_sigterm_reaches_the_cell_and_its_state_counts(here):
 
 
 @pytest.mark.slow
-def test_a_killed_grid_goes_on_and_its_cells_are_nested_in_mlflow(here, monkeypatch, capsys):
+def test_a_grid_resumes_and_nests_its_cells_in_mlflow(here, monkeypatch, capsys):
     """One cell is there, the other one runs as a process of its own, like under a scheduler."""
     from mlflow import MlflowClient
 
@@ -285,8 +232,7 @@ def test_a_killed_grid_goes_on_and_its_cells_are_nested_in_mlflow(here, monkeypa
     finish(done)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(sys, "argv", ["ablation", "one.yaml", *overrides])
-    assert ablation.main() == 0
+    assert grids.main(["one.yaml", *overrides]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     assert "finished before" in lines[0] and f": {cell.score()}, " in lines[1]
     assert cell.score().endswith("; PARTIAL DATA; SYNTHETIC RECORDINGS)")
@@ -313,11 +259,3 @@ def test_a_killed_grid_goes_on_and_its_cells_are_nested_in_mlflow(here, monkeypa
     names = {file.path for file in client.list_artifacts(child.info.run_id, "evaluation/test")}
     assert {"evaluation/test/report.json", "evaluation/test/predictions.csv"} <= names
     assert len(client.search_runs([experiment])) == 2
-
-
-def test_a_reader_that_stops_early_gets_no_traceback():
-    command = [sys.executable, "-m", "utils.runs.grid", str(FREEZING), "--dry-run"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
-        run.stdout.close()
-        error = run.stderr.read().decode()
-    assert run.returncode in (0, 141) and "Traceback" not in error  # all printed, or not
