@@ -116,7 +116,7 @@ def trainer_of(
     config: RunConfig, data: Cycles, runtime: Runtime, model: nn.Module | None = None
 ) -> Trainer:
     """The real loop, without checkpoints."""
-    torch.manual_seed(0)
+    torch.manual_seed(config.training.seed)
     model = model or build_model(config, data.statistics)
     inputs = build_inputs(config, data, model, runtime)
     return Trainer(config, data, model, inputs, runtime, Nothing(), Tracker())

@@ -1,4 +1,4 @@
-"""Short form of experiments/planted_effect.py: only who is told the site knows what a sound means.
+"""Short form of experiments.planted_effect: the site decides what a sound means.
 
 Clips are clicks, a tone, both or neither, half a second long and unmistakable, so that a
 transformer of two narrow blocks learns them in seconds; all else is a real run.
@@ -7,7 +7,6 @@ transformer of two narrow blocks learns them in seconds; all else is a real run.
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import date
 from functools import cache
 
 import numpy as np
@@ -16,14 +15,13 @@ import torch
 
 from data.loader import Cycles
 from data.synthetic.planted import PLANTED_MIX, RULE, group_of, reachable_scores
-from experiments import planted_effect as benchmark
-from experiments.planted_effect_report import REMARKS, remarks_of, to_markdown
+from experiments import planted_effect as study
+from experiments.planted_effect_report import REMARKS
 from models.registry import VARIANTS
 from tests.utils import tiny
 from utils.config.schema import RunConfig
 from utils.evaluation.metadata_test import conditions
 from utils.metrics.score import sp_se_score
-from utils.training.assemble import build_frontend
 
 CONDITIONED = [name for name in VARIANTS if name != "ast"]
 CYCLES = 480
@@ -69,21 +67,17 @@ def run(tmp_path_factory):
     def once(variant: str, planted: bool = True) -> dict:
         data = corpus(planted)
         trainer = tiny.tiny_trainer(configure(variant), folder / f"{variant}-{planted}", data)
-        frontend = build_frontend(trainer.config)
-        inputs = benchmark.Remembered(frontend, trainer.runtime, data, known=known)
-        trainer.inputs = trainer.predictor.inputs = inputs
-        trainer.fit()
+        study.remember(trainer, known).fit()
         rows, task = data.split.test, data.task
         asked = dict(
             conditions(data.table.iloc[rows], data.statistics.transform, shuffles=1, seed=0)
         )
+        logits = trainer.predictor.under(rows, list(asked.values()))
         found = {}
-        for name, logits in zip(
-            asked, trainer.predictor.under(rows, list(asked.values())), strict=True
-        ):
-            pred = task.predicted_classes(task.probabilities(logits), trainer.progress.thresholds)
+        for name, values in zip(asked, logits, strict=True):
+            pred = task.predicted_classes(task.probabilities(values), task.default_thresholds)
             found[name] = sp_se_score(data.classes(rows), pred)[2]
-        if variant == benchmark.ATTRIBUTED:
+        if variant == study.ATTRIBUTED:
             conditioner = trainer.model.conditioner
             effects = conditioner.factor_effects(asked["real"], centred=True).sum(dim=1)
             found["factors"] = dict(zip(conditioner.factors, effects.tolist(), strict=True))
@@ -97,7 +91,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def by_sound() -> float:
-    """Best Score on the test part of any rule that is told nothing."""
+    """Best Score on the test part of any rule without metadata."""
     data = corpus(planted=True)
     rows = data.split.test
     group = groups(data.table)[rows]
@@ -105,17 +99,17 @@ def by_sound() -> float:
 
 
 @pytest.mark.parametrize("variant", CONDITIONED)
-def test_a_conditioned_variant_learns_what_only_metadata_can_tell(variant, run, by_sound):
+def test_conditioned_variants_learn_from_metadata(variant, run, by_sound):
     found = run(variant)
     assert found["real"] > max(by_sound, run("ast")["real"]) + 10
 
 
-def test_plain_ast_stays_below_what_sound_alone_can_reach(run, by_sound):
+def test_plain_ast_stays_below_sound_alone(run, by_sound):
     assert 50 < run("ast")["real"] <= by_sound
 
 
 @pytest.mark.parametrize("variant", CONDITIONED)
-def test_the_gain_is_gone_with_wrong_or_unknown_metadata(variant, run, by_sound):
+def test_wrong_or_unknown_metadata_lose_the_gain(variant, run, by_sound):
     found = run(variant)
     without = max(found["shuffled"], found["all unknown"], found["site unknown"])
     assert without < by_sound + 3  # a few test cycles more or less are luck
@@ -133,98 +127,44 @@ def test_without_the_effect_metadata_do_not_matter(run):
     assert abs(found["real"] - found["shuffled"]) < 5
 
 
-# ------------------------------------------------------------------ the command
-
-
-def test_the_command_keeps_what_is_finished_and_writes_the_table(tmp_path, monkeypatch):
+def test_the_command_keeps_finished_runs(tmp_path, monkeypatch):
     small = {
         "dataset": {"h": 32, "w": 32},
         "audio": {"clip_seconds": 0.5},
         "backbone": {"embed_dim": 16, "num_heads": 2},
         "training": {"epochs": 2, "warmup_epochs": 1},
     }
-    monkeypatch.setitem(benchmark.MODEL, "input_tdim", 32)
-    wanted = [
-        benchmark.Job(*job)
-        for job in (("site", "ast", 0), ("site", "ast_softfilm", 0), ("off", "ast", 0))
-    ]
-    monkeypatch.setattr(benchmark, "jobs", lambda fields, seeds: wanted)
-    make = benchmark.Benchmark
-    monkeypatch.setattr(
-        benchmark, "Benchmark", lambda work: make(work, patients=6, overrides=small)
-    )
+    monkeypatch.setitem(study.MODEL, "input_tdim", 32)
+    planned = [("site", "ast", 0), ("site", "ast_softfilm", 0), ("off", "ast_softfilm", 0)]
+    planned = [study.Job(*job) for job in planned]
+    monkeypatch.setattr(study, "jobs", lambda fields, seeds: planned)
+    make = study.Study
+    monkeypatch.setattr(study, "Study", lambda work: make(work, patients=6, overrides=small))
     output = tmp_path / "table.md"
-    output.write_text(f"Earlier figures.\n{REMARKS}\nA remark.\n", encoding="utf-8")
+    output.write_text(f"Earlier figures.\n{REMARKS}\n\nA remark.\n", encoding="utf-8")
     words = ["--seeds", "1", "--work", str(tmp_path / "work"), "--output", str(output)]
-    threads = str(torch.get_num_threads())
-    assert benchmark.main([*words, "--threads", threads]) == 0
+    words += ["--threads", str(torch.get_num_threads())]
+    study.main(words)
     text = output.read_text(encoding="utf-8")
     assert "3 of 3 runs finished" in text and "Synthetic" in text and "Earlier" not in text
-    assert "2 blocks 16 wide from random weights, 2 epochs in batches of 32" in text
     assert "minus plain AST" in text and text.endswith("\nA remark.\n")
-    assert "| site | " in text  # SoftFiLM's factors
+    assert "## No effect planted" in text and "| site | " in text  # SoftFiLM's factors
 
     def refuse(*_):
         raise AssertionError("a finished run was trained again")
 
     monkeypatch.setattr(make, "run", refuse)
-    assert benchmark.main([*words, "--threads", threads]) == 0
-    make(tmp_path / "work", patients=6, overrides=small).path(wanted[0]).unlink()
+    study.main(words)
+    assert output.read_text(encoding="utf-8") == text
+    make(tmp_path / "work", patients=6, overrides=small).path(planned[0]).unlink()
     with pytest.raises(AssertionError, match="trained again"):
-        benchmark.main([*words, "--threads", threads])
+        study.main(words)
 
 
-def test_the_order_of_runs_leaves_pairs_at_any_time():
-    order = benchmark.jobs(["site", "age"], 3)
+def test_the_order_of_runs_leaves_pairs():
+    order = study.jobs(["site", "age"], 3)
     assert len(order) == len(set(order)) == 2 * 5 * 3 + 3
     first = order[: len(VARIANTS)]
     assert {job.variant for job in first} == set(VARIANTS)
     assert {(job.corpus, job.seed) for job in first} == {("site", 0)}
     assert {job.variant for job in order if job.corpus == "age"} == {"ast_softfilm"}
-
-
-def record(variant: str, right: float, hidden: float) -> dict:
-    """Ten patients with 20 normal and 20 crackle cycles, a share of which is right."""
-
-    def tables(share: float) -> list:
-        table = np.zeros((10, 4, 4), int)
-        table[:, 0, 0] = table[:, 1, 1] = round(20 * share)
-        table[:, 0, 1] = table[:, 1, 0] = 20 - round(20 * share)
-        return [table.tolist()]
-
-    names = ("shuffled", "all unknown", *(f"{f} unknown" for f in ("device", "site", "age")))
-    test = {"real": tables(right)} | {n: tables(hidden) for n in (*names, "bmi unknown")}
-    test["duration unknown"] = tables(hidden)
-    counts = {p: {"cycles": 400, "patients": 10} for p in ("train", "test")}
-    return {
-        "corpus": "site",
-        "variant": variant,
-        "seed": 0,
-        "seconds": 1.0,
-        "cpu_seconds": 1.0,
-        "threads": 1,
-        "counts": counts,
-        "train": tables(1.0),
-        "test": test,
-        "shares": {"device": 70.0, "site": 20.0, "rest": 10.0},
-    }
-
-
-def test_the_text_says_what_went_against_expectation():
-    best = {"test": {"4": {"sound": 64.0, "sound_and_field": 100.0, "field": 50.0}}}
-    runs = [
-        record("ast", 0.5, 0.5),
-        record("ast_film", 0.9, 0.5),
-        record("ast_tafilm", 0.5, 0.5),
-        record("ast_softfilm", 0.9, 0.8),
-    ]
-    text = to_markdown(
-        runs, {"site": best}, wanted=4, command="c", setup="In a way", day=date(2026, 1, 2)
-    )
-    assert "10 patients. In a way. A run took 1 s" in text
-    assert "Better than the plain AST (interval above 0): FiLM-AST, SoftFiLM-AST." in text
-    assert "No different beyond the interval: TAFiLM-AST." in text
-    assert "against expectation: SoftFiLM-AST (shuffled), SoftFiLM-AST (all unknown)." in text
-    assert "The largest share has device, and not site." in text
-    assert "+40.0 [+40.0, +40.0] | 80 %" in text
-    assert remarks_of(text) == ""
