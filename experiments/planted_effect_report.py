@@ -20,8 +20,8 @@ MEMBERS = {"device": ["device"], "site": ["site"], "rest": ["age", "bmi", "durat
 INTRODUCTION = """Synthetic sounds of invented patients (docs/synthetic_corpus.md); the figures \
 say whether a variant can use metadata, nothing about patients. ICBHI Score in percent, four \
 classes, test part, thresholds 0.5; mean ± sd over n seeds. Differences are in points, with 95 % \
-intervals over resampled test patients and resampled seeds (both paired). With few seeds the latter part is \
-too narrow, and they do not cover what other training patients would change."""
+intervals over resampled test patients and resampled seeds (both paired). With few seeds the \
+latter part is too narrow, and they do not cover what other training patients would change."""
 SHARE = """Share: norm of each factor's masked scale and shift minus its mean over the test \
 cycles, summed over blocks; what every cycle receives equally carries no information."""
 
