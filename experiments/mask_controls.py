@@ -10,42 +10,36 @@ model's overlap is, it says something about the data only beyond these.
 
 from __future__ import annotations
 
-import json
-
+from benchmarks.harness import print_result
 from models.masks import SoftMasks, mask_controls
 from utils.config.schema import load_config
 from utils.training.optim import lr_factor
 
 CONFIG = "configs/ast_film_soft_config.yaml"
 TRAIN_CYCLES = 4142  # official training half
-MULTIPLIERS = (1.0, 3.0, 10.0)
 
 
 def main() -> None:
-    """Print a table, and JSON as the last line."""
+    """Print percentages, and JSON as the last line."""
     config = load_config([CONFIG])
     model, training = config.model, config.training
     per_epoch = -(-TRAIN_CYCLES // config.dataset.batch_size)
     warmup, total = round(training.warmup_epochs * per_epoch), training.epochs * per_epoch
-    rows = {}
-    for multiplier in MULTIPLIERS:
+    result = {}
+    for multiplier in (1, 3, 10):
         masks = SoftMasks(("device", "site", "rest"), config.backbone.embed_dim, model)
-        rows[multiplier] = mask_controls(
+        found = mask_controls(
             masks,
             lr=training.lr * multiplier,
             steps=total,
             steps_per_epoch=per_epoch,
             schedule=lambda step: lr_factor(step, warmup, total),
         )
-    start = next(iter(rows.values()))["overlap_initial_same_temperature"]
-    print(f"at initialisation                              overlap {100 * start:.2f} %")
-    for multiplier, found in rows.items():
-        shipped = "  <- shipped" if multiplier == model.mask_lr_multiplier else ""
-        value = 100 * found["overlap_regularisers_only"]
-        print(
-            f"regulariser alone, learning rate x {multiplier:<11g} overlap {value:.2f} %{shipped}"
-        )
-    print(json.dumps({f"x{m:g}": found["overlap_regularisers_only"] for m, found in rows.items()}))
+        result["initial overlap, %"] = 100 * found["overlap_initial_same_temperature"]
+        shipped = " (shipped)" if multiplier == model.mask_lr_multiplier else ""
+        key = f"regulariser alone, lr x {multiplier}{shipped}, %"
+        result[key] = 100 * found["overlap_regularisers_only"]
+    print_result(result)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Does the protocol keep its word? Two simulations on the real structure of the ICBHI test half.
+"""Does the protocol do what it promises? Two simulations on the real structure of ICBHI.
 
     python -m experiments.protocol_simulation [--repetitions 1000] [--output benchmarks/results]
 
-1. Coverage: how often a 95 % interval holds the true figure, resampling patients or cycles.
+1. Coverage: how often a 95 % interval contains the true value, resampling patients or cycles.
 2. Selection: what choosing the epoch and the threshold on the test half adds to the Score of
-   predictions that know nothing of the labels, and what the honest rules give.
+   predictions that are independent of the labels, and what the other selection rules give.
 
-The structure (each patient's cycles per class, both halves of the official split) stands in
+The structure (each patient's cycles per class, both halves of the official split) is in
 `patient_cycles.csv`, counted from the annotations of ICBHI 2017 (Rocha et al. 2019); where all
 annotations are present (ICBHI_ROOT/annotations), the counts are compared with them first.
 Writes protocol_simulation.json and .md.
@@ -16,53 +16,43 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import time
 from datetime import date
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from benchmarks.harness import table
+from data.corpora.icbhi import read_cycles
 from data.task import CLASSES, Task
 from utils.common.files import write_text
 from utils.metrics.bootstrap import Interval, patient_bootstrap, percentiles
 from utils.metrics.score import choose_thresholds, metrics_of, sp_se_score
 
-log = logging.getLogger(__name__)
-
 STRUCTURE = Path(__file__).parent / "patient_cycles.csv"
 TASK = Task(2)
 CORRELATIONS = (0.1, 0.3)
 SPECIFICITY, SENSITIVITY = 0.78, 0.66  # of the simulated model, near the published two-class rows
-FIGURES = ("sp", "se", "score")
+METRICS = ("sp", "se", "score")
 
 
-@lru_cache
+@cache
 def read_structure(part: str) -> np.ndarray:
     """Cycles of each patient [P, 2]: normal, abnormal; part is "train" or "test"."""
-    table = pd.read_csv(STRUCTURE)
-    table = table[table["part"] == part]
-    return np.stack([table["normal"], table[list(CLASSES[1:])].sum(axis=1)], axis=1)
-
-
-def count_structure(data_folder: str | Path) -> pd.DataFrame:
-    """The table of `patient_cycles.csv`, counted from a folder with all annotations."""
-    from data.corpora.icbhi import read_cycles
-
-    cycles = read_cycles(data_folder, require_audio=False)
-    number = cycles["Crackles"] + 2 * cycles["Wheezes"]
-    counts = pd.crosstab([cycles["Split"], cycles["PID"]], number)
-    counts.columns = list(CLASSES)
-    counts.index.names = ["part", "patient"]
-    return counts.reset_index()
+    counts = pd.read_csv(STRUCTURE).query("part == @part")
+    return np.stack([counts["normal"], counts[list(CLASSES[1:])].sum(axis=1)], axis=1)
 
 
 def check_structure(data_folder: str | Path) -> bool:
     """True if the committed counts equal those of the annotations in `data_folder`."""
-    return pd.read_csv(STRUCTURE).equals(count_structure(data_folder))
+    cycles = read_cycles(data_folder, require_audio=False)
+    number = cycles["Crackles"] + 2 * cycles["Wheezes"]
+    counts = pd.crosstab([cycles["Split"], cycles["PID"]], number)
+    counts.columns, counts.index.names = list(CLASSES), ["part", "patient"]
+    return pd.read_csv(STRUCTURE).equals(counts.reset_index())
 
 
 # --- coverage -----------------------------------------------------------------------------------
@@ -82,13 +72,8 @@ def draw_tables(structure: np.ndarray, correlation: float, rng: np.random.Genera
     )
     right = rng.binomial(structure, rates)
     wrong = structure - right
-    return np.stack(
-        [
-            np.stack([right[:, 0], wrong[:, 0]], axis=1),
-            np.stack([wrong[:, 1], right[:, 1]], axis=1),
-        ],
-        axis=1,
-    )
+    cells = [right[:, 0], wrong[:, 0], wrong[:, 1], right[:, 1]]
+    return np.stack(cells, axis=1).reshape(-1, 2, 2)
 
 
 def cycle_bootstrap(
@@ -113,9 +98,7 @@ def coverage(correlation: float, *, repetitions: int, resamples: int, seed: int 
     structure = read_structure("test")
     truth = {"sp": 100 * SPECIFICITY, "se": 100 * SENSITIVITY}
     truth["score"] = (truth["sp"] + truth["se"]) / 2
-    rng = np.random.default_rng(seed)
-    held = {kind: dict.fromkeys(FIGURES, 0) for kind in ("patient", "cycle")}
-    width = {kind: dict.fromkeys(FIGURES, 0.0) for kind in held}
+    rng, found = np.random.default_rng(seed), []
     for repetition in range(repetitions):
         tables = draw_tables(structure, correlation, rng)
         options = {"resamples": resamples, "seed": repetition}
@@ -123,16 +106,22 @@ def coverage(correlation: float, *, repetitions: int, resamples: int, seed: int 
             "patient": patient_bootstrap(tables, **options),
             "cycle": cycle_bootstrap(tables.sum(axis=0), **options),
         }
-        for kind, figures in intervals.items():
-            for name in FIGURES:
-                interval = figures[name]
-                held[kind][name] += interval.low <= truth[name] <= interval.high
-                width[kind][name] += (interval.high - interval.low) / repetitions
+        found += [
+            (
+                kind,
+                name,
+                own[name].low <= truth[name] <= own[name].high,
+                own[name].high - own[name].low,
+            )
+            for kind, own in intervals.items()
+            for name in METRICS
+        ]
+    frame = pd.DataFrame(found, columns=["kind", "name", "coverage", "width"])
+    means = frame.groupby(["kind", "name"], sort=False).mean()
     return {
-        kind: {n: {"coverage": held[kind][n] / repetitions, "width": width[kind][n]}
-               for n in FIGURES}
-        for kind in held
-    }  # fmt: skip
+        kind: rows.droplevel(0).to_dict("index")
+        for kind, rows in means.groupby(level=0, sort=False)
+    }
 
 
 # --- selection ----------------------------------------------------------------------------------
@@ -158,7 +147,7 @@ class Predictions:
             fresh = self.rng.standard_normal(len(state))
             self.state[k] = self.memory * state + np.sqrt(1 - self.memory**2) * fresh
         latent = self.weights[0] * self.state[0][self.patient] + self.weights[1] * self.state[1]
-        # logistic function of 1.702 x: within .01 of the normal distribution function
+        # logistic function of 1.702 x: within 0.01 of the normal distribution function
         return TASK.probabilities(1.702 * latent)[:, None]
 
     def score(self, probability: np.ndarray, thresholds: tuple[float, ...]) -> float:
@@ -209,49 +198,46 @@ def selection(
 
 def to_markdown(result: dict) -> str:
     """The tables of protocol_simulation.md."""
-    lines = [
-        "# Protocol simulation",
-        "",
-        f"`{result['command']}`, {result['date']}, {result['seconds']:.0f} s. "
-        f"{result['repetitions']} repetitions per row; counts compared with the annotations: "
-        f"{result['checked']}.",
-        "",
-        "Structure: the 49 test patients (2,756 cycles) and 79 training patients (4,142 cycles) of "
-        "the official split with their real cycles per class. Simulated are the predictions, so "
-        "these are no results of any model.",
-        "",
-        "## Coverage of the 95 % interval",
-        "",
-        f"A two-class model with Sp {100 * SPECIFICITY:g} and Se {100 * SENSITIVITY:g} whose rates "
-        "vary between patients; width in points.",
-        "",
-        "| within-patient correlation | bootstrap over | Sp | Se | Score | width of Score |",
-        "|---|---|---|---|---|---|",
-    ]
-    for correlation, kinds in result["coverage"].items():
-        for kind, row in kinds.items():
-            cells = " | ".join(f"{100 * row[n]['coverage']:.1f} %" for n in FIGURES)
-            lines.append(f"| {correlation} | {kind}s | {cells} | {row['score']['width']:.1f} |")
-    lines += [
-        "",
-        "## Score of predictions that know nothing of the labels",
-        "",
-        "Two classes, 100 epochs; mean (sd) over runs. `fixed`: last epoch, threshold .5. "
-        "`validation`: epoch and threshold chosen on a random fifth of the training patients. "
-        "`test`: both chosen on the test half. Memory is the correlation of consecutive epochs.",
-        "",
-        "| within-patient correlation | memory | fixed | validation | test, threshold only "
-        "| test, epoch only | test | inflation by `test` |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in result["selection"]:
-        scores = row["scores"]
-        cells = " | ".join(f"{s['mean']:.2f} ({s['sd']:.2f})" for s in scores.values())
-        lines.append(
-            f"| {row['correlation']} | {row['memory']} | {cells} "
-            f"| **+{scores['test']['mean'] - 50:.1f} points** |"
-        )
-    return "\n".join(lines) + "\n"
+    covered = {
+        f"correlation {correlation}, over {kind}s": {
+            **{n: f"{100 * row[n]['coverage']:.1f} %" for n in METRICS},
+            "width of Score": f"{row['score']['width']:.1f}",
+        }
+        for correlation, kinds in result["coverage"].items()
+        for kind, row in kinds.items()
+    }
+    selected = {
+        f"correlation {row['correlation']}, memory {row['memory']}": {
+            **{k: f"{v['mean']:.2f} ({v['sd']:.2f})" for k, v in row["scores"].items()},
+            "inflation by `test`": f"**+{row['scores']['test']['mean'] - 50:.1f} points**",
+        }
+        for row in result["selection"]
+    }
+    return f"""# Protocol simulation
+
+`{result["command"]}`, {result["date"]}, {result["seconds"]:.0f} s. {result["repetitions"]} \
+repetitions per row; counts compared with the annotations: {result["checked"]}.
+
+Structure: the 49 test patients (2,756 cycles) and 79 training patients (4,142 cycles) of the \
+official split with their real cycles per class. The predictions are simulated, so these are no \
+results of any model.
+
+## Coverage of the 95 % interval
+
+A two-class model with Sp {100 * SPECIFICITY:g} and Se {100 * SENSITIVITY:g} whose rates vary \
+between patients, with the given correlation within a patient; bootstrap over patients or cycles, \
+width in points.
+
+{table(covered)}
+
+## Score of predictions that are independent of the labels
+
+Two classes, 100 epochs; mean (sd) over runs. `fixed`: last epoch, threshold 0.5. `validation`: \
+epoch and threshold chosen on a random fifth of the training patients. `test`: both chosen on the \
+test half. Memory is the correlation of consecutive epochs.
+
+{table(selected)}
+"""
 
 
 def main() -> None:
@@ -261,34 +247,29 @@ def main() -> None:
     parser.add_argument("--resamples", type=int, default=1000)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     start, checked = time.time(), "annotations not present"
     folder = Path(os.environ.get("ICBHI_ROOT", "../shared/icbhi")) / "annotations"
     if folder.is_dir():
         checked = "equal" if check_structure(folder) else "DIFFERENT"
+    n, covered, selected = args.repetitions, {}, []
+    for correlation in CORRELATIONS:
+        covered[str(correlation)] = coverage(correlation, repetitions=n, resamples=args.resamples)
+        for memory in (0.0, 0.9):
+            scores = selection(correlation, memory, repetitions=n)
+            selected.append({"correlation": correlation, "memory": memory, "scores": scores})
     result = {
-        "command": f"python -m experiments.protocol_simulation --repetitions {args.repetitions} "
+        "command": f"python -m experiments.protocol_simulation --repetitions {n} "
         f"--resamples {args.resamples}",
         "date": date.today().isoformat(),
-        "repetitions": args.repetitions,
+        "repetitions": n,
         "checked": checked,
-        "coverage": {},
-        "selection": [],
+        "coverage": covered,
+        "selection": selected,
+        "seconds": time.time() - start,
     }
-    for correlation in CORRELATIONS:
-        log.info("coverage, correlation %s", correlation)
-        result["coverage"][str(correlation)] = coverage(
-            correlation, repetitions=args.repetitions, resamples=args.resamples
-        )
-        for memory in (0.0, 0.9):
-            log.info("selection, correlation %s, memory %s", correlation, memory)
-            scores = selection(correlation, memory, repetitions=args.repetitions)
-            row = {"correlation": correlation, "memory": memory, "scores": scores}
-            result["selection"].append(row)
-    result["seconds"] = time.time() - start
     write_text(args.output / "protocol_simulation.json", json.dumps(result, indent=1) + "\n")
     write_text(args.output / "protocol_simulation.md", to_markdown(result))
-    log.info("%s", to_markdown(result))
+    print(to_markdown(result))
 
 
 if __name__ == "__main__":
