@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data.augment import Augmentation
+from data.config import AudioConfig, AugmentConfig
 from data.frontend import AudioFrontend
 from data.store import StorePlan
 from data.store_build import cut_cycles
@@ -23,7 +24,8 @@ COLUMNS = ["Filename", "CycleIndex", "CycleStart", "CycleEnd", "Recording"]
 
 def paper_frontend(augmented: bool = False) -> AudioFrontend:
     """The front end at the paper's settings."""
-    return AudioFrontend(augmentation=Augmentation() if augmented else None)
+    augmentation = Augmentation(AugmentConfig(), SAMPLE_RATE) if augmented else None
+    return AudioFrontend(AudioConfig(), 128, 1024, augmentation)
 
 
 def real_table(limit: int | None = None) -> pd.DataFrame | None:

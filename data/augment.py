@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from data.batch import TensorRecord
+from data.config import AugmentConfig
 
 #: Phase vocoder's analysis window (64 ms at 16 kHz) and the share of it between two frames.
 STRETCH_SECONDS = 0.064
@@ -45,52 +46,23 @@ class Plan(TensorRecord):
 
 
 class Augmentation:
-    """Per-clip random transforms. Every probability is per clip; 1 means always.
+    """Per-clip random transforms.
+
+    Noise is additive white Gaussian noise; its SNR, where one is given, is relative to the clip's
+    own rms. Time-stretch is a phase vocoder's (Flanagan and Golden, 1966): factor > 1 is faster,
+    the pitch stays, and the clip keeps its length: what is longer is cut, what is shorter is padded
+    as a short cycle would be. Vocal tract length perturbation: see `warp`. SpecAugment (Park et
+    al., Interspeech 2019, arXiv 1904.08779) comes without its time warp: `freq_masks` bands of
+    width uniform in 0..freq_mask_width - 1 and `time_masks` spans of 0..time_mask_width - 1 frames
+    are set to zero.
 
     Args:
-        noise_probability: additive white Gaussian noise, of rms `noise_rms` (full scale = 1), or,
-            if `noise_snr_db` = (low, high) is given, at an SNR drawn from that range in dB,
-            relative to the clip's own rms.
-        speed_probability, speed_range: time-stretch by a phase vocoder (Flanagan and Golden,
-            1966); factor > 1 is faster. Tempo changes, pitch stays. The clip keeps its length:
-            what is longer is cut, what is shorter is padded as a short cycle would be.
-        loudness_probability, loudness_range: amplitude factor over the whole clip.
-        vtlp_probability, vtlp_range, vtlp_fhi: vocal tract length perturbation; see `warp`.
-        specaugment_probability: SpecAugment (Park et al., Interspeech 2019, arXiv 1904.08779)
-            without its time warp: `freq_masks` bands of width uniform in 0..freq_mask_width - 1
-            and `time_masks` spans of 0..time_mask_width - 1 frames, set to zero.
+        augment: probabilities, per clip, and ranges; `enabled` is not read here.
         sample_rate: Hz.
     """
 
-    def __init__(
-        self,
-        *,
-        noise_probability: float = 0.1,
-        noise_rms: float = 3.2e-3,
-        noise_snr_db: Sequence[float] | None = None,
-        speed_probability: float = 0.1,
-        speed_range: Sequence[float] = (0.9, 1.1),
-        loudness_probability: float = 0.1,
-        loudness_range: Sequence[float] = (0.5, 2.0),
-        vtlp_probability: float = 0.1,
-        vtlp_range: Sequence[float] = (0.9, 1.1),
-        vtlp_fhi: float = 4800.0,
-        specaugment_probability: float = 0.3,
-        freq_masks: int = 2,
-        freq_mask_width: int = 48,
-        time_masks: int = 2,
-        time_mask_width: int = 160,
-        sample_rate: int = 16000,
-    ):
-        self.noise_probability, self.noise_rms = noise_probability, noise_rms
-        self.noise_snr_db = tuple(noise_snr_db) if noise_snr_db is not None else None
-        self.speed_probability, self.speed_range = speed_probability, tuple(speed_range)
-        self.loudness_probability, self.loudness_range = loudness_probability, tuple(loudness_range)
-        self.vtlp_probability, self.vtlp_range = vtlp_probability, tuple(vtlp_range)
-        self.specaugment_probability = specaugment_probability
-        self.freq_masks, self.freq_mask_width = freq_masks, freq_mask_width
-        self.time_masks, self.time_mask_width = time_masks, time_mask_width
-        self.vtlp_fhi, self.sample_rate = vtlp_fhi, sample_rate
+    def __init__(self, augment: AugmentConfig, sample_rate: int):
+        self.augment, self.sample_rate = augment, sample_rate
 
     def draw(self, batch: int, seed: int) -> Plan:
         """Decide what happens to `batch` clips: a pure function of (batch, seed).
@@ -98,7 +70,7 @@ class Augmentation:
         The same numbers are drawn whatever the probabilities, so switching one transform on or
         off leaves the others as they were.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator, augment = torch.Generator().manual_seed(seed), self.augment
 
         def uniform(*shape: int) -> Tensor:
             return torch.rand(*shape, generator=generator)
@@ -110,13 +82,15 @@ class Augmentation:
             return drawn.where(take & (drawn != neutral), math.nan)
 
         return Plan(
-            noise=factors(self.noise_probability, self.noise_snr_db or (self.noise_rms,) * 2),
-            speed=factors(self.speed_probability, self.speed_range, neutral=1.0),
-            loudness=factors(self.loudness_probability, self.loudness_range, neutral=1.0),
-            vtlp=factors(self.vtlp_probability, self.vtlp_range, neutral=1.0),
-            masked=uniform(batch) < self.specaugment_probability,
-            freq_masks=uniform(batch, self.freq_masks, 2),
-            time_masks=uniform(batch, self.time_masks, 2),
+            noise=factors(
+                augment.noise_probability, augment.noise_snr_db or [augment.noise_rms] * 2
+            ),
+            speed=factors(augment.speed_probability, augment.speed_range, neutral=1.0),
+            loudness=factors(augment.loudness_probability, augment.loudness_range, neutral=1.0),
+            vtlp=factors(augment.vtlp_probability, augment.vtlp_range, neutral=1.0),
+            masked=uniform(batch) < augment.specaugment_probability,
+            freq_masks=uniform(batch, augment.freq_masks, 2),
+            time_masks=uniform(batch, augment.time_masks, 2),
             noise_seed=torch.randint(2**62, (), generator=generator) + torch.arange(batch),
         )
 
@@ -127,7 +101,7 @@ class Augmentation:
             return
         generator = torch.Generator(clip.device).manual_seed(int(plan.noise_seed[0]))
         white = clip.new_empty(len(rows), clip.shape[1]).normal_(generator=generator)
-        if self.noise_snr_db is not None:
+        if self.augment.noise_snr_db is not None:
             factor = clip[rows].square().mean(dim=1).sqrt() * 10 ** (-factor / 20)
         clip[rows] += factor.unsqueeze(1) * white
 
@@ -154,7 +128,7 @@ class Augmentation:
         """
         nyquist = self.sample_rate / 2
         alpha = alpha.unsqueeze(1)  # [n, 1]
-        image = self.vtlp_fhi * alpha.clamp(max=1.0)
+        image = self.augment.vtlp_fhi * alpha.clamp(max=1.0)
         boundary = image / alpha
         slope = (nyquist - image) / (nyquist - boundary)
         above = nyquist - slope * (nyquist - frequency)
@@ -164,8 +138,8 @@ class Augmentation:
         """SpecAugment on normalised log-mel [B, T, F], in place; masked cells become 0."""
         rows = plan.masked.nonzero().flatten()
         if len(rows):
-            time = self._hidden(plan.time_masks[rows], self.time_mask_width, mel.shape[1])
-            band = self._hidden(plan.freq_masks[rows], self.freq_mask_width, mel.shape[2])
+            time = self._hidden(plan.time_masks[rows], self.augment.time_mask_width, mel.shape[1])
+            band = self._hidden(plan.freq_masks[rows], self.augment.freq_mask_width, mel.shape[2])
             rows, time, band = (x.to(mel.device, non_blocking=True) for x in (rows, time, band))
             mel[rows] = mel[rows].masked_fill(time.unsqueeze(2) | band.unsqueeze(1), 0.0)
         return mel

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data.augment import Augmentation, Plan, chosen
+from data.config import AudioConfig
 
 PREEMPHASIS = 0.97
 #: Floor of the mel energies before the logarithm, as in Kaldi's float32 code.
@@ -92,56 +93,31 @@ class AudioFrontend(nn.Module):
     stretching or padding to `n_frames`. It has no parameters and takes no gradient.
 
     Args:
-        sample_rate: Hz.
-        clip_seconds: s; longer cycles are cut, shorter ones padded.
-        pad_type: "repeat" (faded junctions) or "zero" (centred).
-        frame_length_ms, frame_shift_ms: analysis frames; whole frames only.
-        low_freq, high_freq: Hz, ends of the mel bank; high_freq <= 0 counts from Nyquist.
-        mean, std: of the log-mel over AudioSet, as published with the AST.
-        fit: "stretch" (bilinear) or "pad" to n_frames. Padding means log-mel 0 before
-            normalisation, which is what the AST's own feature extractor feeds it.
+        audio: rate, clip length, padding, analysis frames, mel bank, normalisation, fit. `fit: pad`
+            means log-mel 0 before normalisation, which is what the AST's own feature extractor
+            feeds it.
         n_mels, n_frames: size of the output, F and T.
         augmentation: applied when `forward` gets a seed; None: never.
     """
 
     def __init__(
         self,
-        *,
-        sample_rate: int = 16000,
-        clip_seconds: float = 10.0,
-        pad_type: str = "repeat",
-        frame_length_ms: float = 40.0,
-        frame_shift_ms: float = 10.0,
-        low_freq: float = 100.0,
-        high_freq: float = 8000.0,
-        mean: float = -4.2677393,
-        std: float = 4.5689974,
-        fit: str = "stretch",
-        n_mels: int = 128,
-        n_frames: int = 1024,
+        audio: AudioConfig,
+        n_mels: int,
+        n_frames: int,
         augmentation: Augmentation | None = None,
     ):
         super().__init__()
-        nyquist = sample_rate / 2
-        high_freq = high_freq + nyquist if high_freq <= 0 else high_freq
-        if pad_type not in ("repeat", "zero") or fit not in ("stretch", "pad"):
-            raise ValueError(f"no such pad_type or fit: {pad_type!r}, {fit!r}")
-        if not 0 <= low_freq < high_freq <= nyquist:
-            raise ValueError(f"mel bands {low_freq}..{high_freq} Hz leave 0..{nyquist} Hz")
-        self.sample_rate, self.pad_type, self.fit = sample_rate, pad_type, fit
-        self.n_mels, self.n_frames = n_mels, n_frames
-        self.low_freq, self.high_freq, self.mean, self.std = low_freq, high_freq, mean, std
-        self.clip_samples = round(clip_seconds * sample_rate)
-        self.fade = sample_rate // 64  # samples
-        self.frame_length = int(sample_rate * frame_length_ms * 0.001)
-        self.frame_shift = int(sample_rate * frame_shift_ms * 0.001)
-        if not 2 <= self.frame_length <= self.clip_samples or self.frame_shift < 1:
-            raise ValueError(f"frames of {frame_length_ms} ms do not fit {clip_seconds} s clips")
-        self.n_fft = 1 << (self.frame_length - 1).bit_length()
+        self.audio, self.n_mels, self.n_frames = audio, n_mels, n_frames
         self.augmentation = augmentation
+        self.clip_samples = round(audio.clip_seconds * audio.sample_rate)
+        self.fade = audio.sample_rate // 64  # samples
+        self.frame_length = int(audio.sample_rate * audio.frame_length_ms * 0.001)
+        self.frame_shift = int(audio.sample_rate * audio.frame_shift_ms * 0.001)
+        self.n_fft = 1 << (self.frame_length - 1).bit_length()
         window = torch.hann_window(self.frame_length, periodic=False, dtype=torch.float64)[1:]
-        self.bins = (sample_rate / self.n_fft) * torch.arange(self.n_fft / 2)  # Hz
-        bank = mel_bank(self.bins, n_mels, low_freq, high_freq)
+        self.bins = (audio.sample_rate / self.n_fft) * torch.arange(self.n_fft / 2)  # Hz
+        bank = mel_bank(self.bins, n_mels, audio.low_freq, audio.high_freq)
         self.register_buffer("window", window, persistent=False)
         self.register_buffer("bank", bank.t().double(), persistent=False)  # [K, F]
         self._blocks = band_blocks(bank, BLOCK_BANDS)
@@ -178,7 +154,7 @@ class AudioFrontend(nn.Module):
             return stage(Way(pad_batch, self._batch_log_mel), *batch)
 
     def _clip(self, way: Way, waveform: Tensor, length: Tensor, plan: Plan | None = None) -> Tensor:
-        shape = {"samples": self.clip_samples, "pad_type": self.pad_type, "fade": self.fade}
+        shape = {"samples": self.clip_samples, "pad_type": self.audio.pad_type, "fade": self.fade}
         clip = way.pad(waveform, length, **shape)
         if plan is not None:
             self.augmentation.noise(clip, plan)
@@ -199,7 +175,7 @@ class AudioFrontend(nn.Module):
 
     def normalise(self, mel: Tensor) -> Tensor:
         """(x - mean) / (2 std), the AST's convention."""
-        return (mel - self.mean) / (2 * self.std)
+        return (mel - self.audio.mean) / (2 * self.audio.std)
 
     def log_mel(self, clip: Tensor) -> Tensor:
         """[B, S] -> [B, T, F] float32, natural logarithm of the mel energies."""
@@ -214,7 +190,7 @@ class AudioFrontend(nn.Module):
         if len(rows) == 0:
             return {}
         bins = self.augmentation.warp(self.bins, factors)
-        banks = mel_bank(bins, self.n_mels, self.low_freq, self.high_freq)
+        banks = mel_bank(bins, self.n_mels, self.audio.low_freq, self.audio.high_freq)
         return dict(zip(rows.tolist(), banks, strict=True))
 
     def _batch_log_mel(self, clip: Tensor, banks: dict[int, Tensor] | None = None) -> Tensor:
@@ -292,7 +268,7 @@ class AudioFrontend(nn.Module):
     def _fitted(self, mel: Tensor) -> Tensor:
         """Normalised log-mel [B, T, F] -> [B, 1, F, n_frames], by `fit`."""
         mel = mel.transpose(1, 2)  # [B, F, T]
-        if self.fit == "stretch":
+        if self.audio.fit == "stretch":
             mel = functional.interpolate(mel.contiguous(), size=self.n_frames, mode="linear")
         else:
             missing = self.n_frames - mel.shape[-1]  # negative: the clip's last frames are cut

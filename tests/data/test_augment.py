@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data.augment import Augmentation, _overlap_add, time_stretch
+from data.config import AudioConfig, AugmentConfig
 from data.frontend import AudioFrontend
 
 OFF = dict(
@@ -32,9 +33,12 @@ def _noise(clips: int, seconds: float = 2.0, amplitude: float = 0.1) -> torch.Te
 
 
 def _frontend(seconds: float = 2.0, **keys) -> AudioFrontend:
-    return AudioFrontend(
-        clip_seconds=seconds, n_frames=200, augmentation=Augmentation(**(OFF | keys))
-    )
+    audio = AudioConfig(clip_seconds=seconds)
+    return AudioFrontend(audio, 128, 200, augmentation(**keys))
+
+
+def augmentation(**keys) -> Augmentation:
+    return Augmentation(AugmentConfig(**OFF | keys), RATE)
 
 
 def _waveform(clips: torch.Tensor, seed: int = 0, **keys) -> torch.Tensor:
@@ -69,11 +73,8 @@ def test_nothing_happens_when_nothing_is_chosen_or_every_factor_is_neutral():
 
 def test_no_seed_means_no_augmentation():
     clips = _noise(2)
-    assert torch.equal(
-        _frontend(**ON)(clips, _full(clips)), AudioFrontend(clip_seconds=2.0, n_frames=200)(
-            clips, _full(clips)
-        )
-    )  # fmt: skip
+    plain = AudioFrontend(AudioConfig(clip_seconds=2.0), 128, 200)
+    assert torch.equal(_frontend(**ON)(clips, _full(clips)), plain(clips, _full(clips)))
 
 
 def test_same_seed_same_batch_other_seed_another_and_global_generator_untouched():
@@ -102,7 +103,8 @@ def test_what_a_clip_becomes_does_not_depend_on_its_neighbours():
 
 
 def test_switching_one_transform_off_leaves_the_others_choices():
-    all_on, no_speed = Augmentation(), Augmentation(speed_probability=0.0)
+    some = {name: 0.1 for name in OFF}
+    all_on, no_speed = augmentation(**some), augmentation(**some | {"speed_probability": 0.0})
     a, b = all_on.draw(64, seed=1), no_speed.draw(64, seed=1)
     assert not a.speed.isnan().all()
     assert b.speed.isnan().all()
@@ -112,7 +114,7 @@ def test_switching_one_transform_off_leaves_the_others_choices():
 
 
 def test_decisions_come_with_their_probabilities():
-    plan = Augmentation(
+    plan = augmentation(
         noise_probability=0.1,
         speed_probability=0.25,
         loudness_probability=0.5,
@@ -251,7 +253,7 @@ def test_vtlp_moves_a_tone_to_the_warped_frequency(alpha, frequency):
 
 def test_warp_is_monotone_and_keeps_both_ends():
     frequency = torch.linspace(0, 8000, 1000)
-    warped = Augmentation().warp(frequency, torch.tensor([0.9, 1.0, 1.1]))
+    warped = augmentation().warp(frequency, torch.tensor([0.9, 1.0, 1.1]))
     assert (warped.diff(dim=1) > 0).all()
     assert torch.allclose(warped[:, 0], torch.zeros(3))
     assert torch.allclose(warped[:, -1], torch.full((3,), 8000.0))
@@ -261,11 +263,11 @@ def test_warp_is_monotone_and_keeps_both_ends():
 
 
 def test_specaugment_masks():
-    augmentation = Augmentation(**(OFF | {"specaugment_probability": 1.0}))
+    masking = augmentation(specaugment_probability=1.0)
     bands, frames, both = [], [], 0
     for seed in range(40):
         mel = torch.ones(8, 997, 128)
-        mel = augmentation.mask(mel, augmentation.draw(8, seed))
+        mel = masking.mask(mel, masking.draw(8, seed))
         for clip in mel:
             band = (clip == 0).all(dim=0)
             time = (clip == 0).all(dim=1)
@@ -283,10 +285,10 @@ def test_specaugment_masks():
 
 
 def test_single_masks_have_every_width_below_the_limit():
-    augmentation = Augmentation(
-        **OFF | dict(specaugment_probability=1.0, freq_masks=1, freq_mask_width=6, time_masks=0)
+    masking = augmentation(
+        specaugment_probability=1.0, freq_masks=1, freq_mask_width=6, time_masks=0
     )
-    mel = augmentation.mask(torch.ones(4000, 4, 16), augmentation.draw(4000, seed=0))
+    mel = masking.mask(torch.ones(4000, 4, 16), masking.draw(4000, seed=0))
     assert (mel == mel[:, :1]).all()  # no time masks
     hidden = mel[:, 0] == 0
     counts = torch.bincount(hidden.sum(dim=1))
@@ -296,8 +298,8 @@ def test_single_masks_have_every_width_below_the_limit():
 
 
 def test_masks_wider_than_the_spectrogram_fit():
-    augmentation = Augmentation(**(OFF | {"specaugment_probability": 1.0}))
-    mel = augmentation.mask(torch.ones(64, 20, 10), augmentation.draw(64, seed=0))
+    masking = augmentation(specaugment_probability=1.0)
+    mel = masking.mask(torch.ones(64, 20, 10), masking.draw(64, seed=0))
     assert mel.shape == (64, 20, 10)
 
 
@@ -312,9 +314,8 @@ def test_masked_cells_are_zero_after_normalisation():
 
 
 def test_augmentation_runs_on_zero_padding_too():
-    frontend = AudioFrontend(
-        clip_seconds=1.0, n_frames=98, pad_type="zero", augmentation=Augmentation(**ON)
-    )
+    audio = AudioConfig(clip_seconds=1.0, pad_type="zero")
+    frontend = AudioFrontend(audio, 128, 98, augmentation(**ON))
     out = frontend(_noise(2)[:, :8000], torch.tensor([8000, 3000]), seed=0)
     assert torch.isfinite(out).all()
 

@@ -12,10 +12,18 @@ from torchaudio.compliance.kaldi import fbank
 
 from data.audio import read_recording, resample
 from data.augment import Augmentation
+from data.config import AudioConfig, AugmentConfig
 from data.frontend import AudioFrontend, Way, pad_batch, pad_clip
 
 SECONDS = 1.5
 PAPER = dict(frame_length_ms=40.0, frame_shift_ms=10.0, low_freq=100.0, high_freq=8000.0)
+
+
+def make(n_mels: int = 128, n_frames: int = 1024, augment: dict | None = None, **audio):
+    """Front end at the paper's settings but for those given."""
+    audio = AudioConfig(**audio)
+    augmentation = Augmentation(AugmentConfig(**augment), audio.sample_rate) if augment else None
+    return AudioFrontend(audio, n_mels, n_frames, augmentation)
 
 
 def _signals(rate: int) -> dict[str, torch.Tensor]:
@@ -60,9 +68,7 @@ def _kaldi(clip: torch.Tensor, rate: int, n_mels: int, settings: dict) -> torch.
 
 def _check(clip: torch.Tensor, rate: int, n_mels: int, settings: dict, name: str) -> None:
     """Our largest error against float64 is at most 1.5 times that of torchaudio's float32 code."""
-    frontend = AudioFrontend(
-        sample_rate=rate, clip_seconds=len(clip) / rate, n_mels=n_mels, **settings
-    )
+    frontend = make(n_mels, sample_rate=rate, clip_seconds=len(clip) / rate, **settings)
     ours = frontend.log_mel(clip.unsqueeze(0))
     assert ours.dtype == torch.float32
     exact = _kaldi(clip.double(), rate, n_mels, settings)
@@ -77,10 +83,10 @@ def _check(clip: torch.Tensor, rate: int, n_mels: int, settings: dict, name: str
     ("rate", "n_mels", "settings"),
     [
         (16000, 128, PAPER),
-        (16000, 128, PAPER | {"frame_length_ms": 25.0, "low_freq": 20.0, "high_freq": 0.0}),
+        (16000, 128, PAPER | {"frame_length_ms": 25.0, "low_freq": 20.0}),
         (16000, 64, PAPER | {"frame_length_ms": 25.0, "frame_shift_ms": 12.5}),
         (16000, 40, PAPER | {"frame_length_ms": 64.0, "frame_shift_ms": 7.0}),  # no FFT padding
-        (8000, 23, PAPER | {"high_freq": -200.0}),
+        (8000, 23, PAPER | {"high_freq": 3800.0}),
         (22050, 80, PAPER | {"frame_length_ms": 33.0, "frame_shift_ms": 11.0}),
         (4000, 128, PAPER | {"high_freq": 2000.0}),  # more bands than bins in places: empty bands
     ],
@@ -101,7 +107,7 @@ def test_log_mel_is_kaldis_on_real_recordings(icbhi_root):
 
 def test_every_clip_is_computed_by_itself():
     clips = torch.stack(list(_signals(16000).values()))
-    frontend = AudioFrontend(clip_seconds=SECONDS)
+    frontend = make(clip_seconds=SECONDS)
     whole = frontend.log_mel(clips)
     for row, clip in zip(whole, clips, strict=True):
         assert torch.equal(row, frontend.log_mel(clip.unsqueeze(0))[0])
@@ -110,7 +116,7 @@ def test_every_clip_is_computed_by_itself():
 def test_the_dense_products_of_other_devices_agree():
     """What runs on CUDA, run here, with rows that have a mel bank of their own."""
     clips = torch.stack(list(_signals(16000).values()))
-    frontend = AudioFrontend(clip_seconds=SECONDS, augmentation=Augmentation(vtlp_probability=0.5))
+    frontend = make(clip_seconds=SECONDS, augment={"vtlp_probability": 0.5})
     banks = frontend._warped_banks(frontend.augmentation.draw(len(clips), seed=0))
     assert 0 < len(banks) < len(clips)
     dense = frontend._batch_log_mel(clips, banks)
@@ -128,7 +134,7 @@ def test_threads_do_not_change_the_result(inference):
     clips = torch.stack(list(_signals(16000).values()))
     length = torch.full((len(clips),), 9000)
     every = {f"{name}_probability": 0.5 for name in ("noise", "speed", "vtlp", "specaugment")}
-    frontend = AudioFrontend(clip_seconds=SECONDS, augmentation=Augmentation(**every))
+    frontend = make(clip_seconds=SECONDS, augment=every)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -147,9 +153,7 @@ def test_augmenting_clip_by_clip_is_augmenting_the_batch():
     clips = torch.stack(list(_signals(16000).values()))
     length = torch.full((len(clips),), 9000)
     every = {f"{name}_probability": 0.5 for name in ("speed", "loudness", "vtlp", "specaugment")}
-    frontend = AudioFrontend(
-        clip_seconds=SECONDS, augmentation=Augmentation(noise_probability=0.0, **every)
-    )
+    frontend = make(clip_seconds=SECONDS, augment=every | {"noise_probability": 0.0})
     plan = frontend.augmentation.draw(len(clips), seed=1)
     batched = frontend._spectrogram(Way(pad_batch, frontend._batch_log_mel), clips, length, plan)
     assert torch.allclose(frontend(clips, length, seed=1), batched, atol=1e-4)
@@ -158,7 +162,7 @@ def test_augmenting_clip_by_clip_is_augmenting_the_batch():
 def test_autocast_does_not_reach_the_front_end():
     clips = torch.stack(list(_signals(16000).values()))
     length = torch.full((len(clips),), clips.shape[1])
-    frontend = AudioFrontend(clip_seconds=SECONDS)
+    frontend = make(clip_seconds=SECONDS)
     plain = frontend(clips, length)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = frontend(clips, length)
@@ -175,7 +179,7 @@ def test_equals_the_transformers_feature_extractor(seconds):
     theirs = ASTFeatureExtractor()(
         [clip.numpy() for clip in clips], sampling_rate=16000, return_tensors="pt"
     )["input_values"]  # [B, 1024, 128]
-    frontend = AudioFrontend(
+    frontend = make(
         clip_seconds=seconds, frame_length_ms=25.0, low_freq=20.0, high_freq=8000.0, fit="pad"
     )
     ours = frontend(clips, torch.tensor([samples, samples]))
@@ -184,7 +188,7 @@ def test_equals_the_transformers_feature_extractor(seconds):
 
 def test_normalisation_and_stretch():
     clips = 0.1 * torch.randn(2, 160000, generator=torch.Generator().manual_seed(0))
-    out = AudioFrontend()(clips, torch.tensor([160000, 160000]))
+    out = make()(clips, torch.tensor([160000, 160000]))
     assert out.shape == (2, 1, 128, 1024)
     mel = torch.stack([_kaldi(clip, 16000, 128, PAPER) for clip in clips])
     assert mel.shape == (2, 997, 128)
@@ -197,7 +201,7 @@ def test_normalisation_and_stretch():
 
 def test_pad_cuts_what_is_too_long():
     clip = torch.randn(1, 16000, generator=torch.Generator().manual_seed(0))
-    frontend = AudioFrontend(clip_seconds=1.0, fit="pad", n_frames=50)
+    frontend = make(clip_seconds=1.0, fit="pad", n_frames=50)
     out = frontend(clip, torch.tensor([16000]))
     assert torch.equal(
         out[0, 0], frontend.normalise(frontend.log_mel(clip)[0]).T[:, :50].contiguous()
@@ -248,7 +252,7 @@ def test_padding_without_samples_is_an_error():
 
 def test_paper_fade_and_clip_length():
     """250 samples of fade at 16 kHz, clips of exactly 10 s."""
-    frontend = AudioFrontend()
+    frontend = make()
     clip = frontend.clips(torch.ones(1, 1000), torch.tensor([1000]))[0]
     assert clip.shape == (160000,)
     assert (clip[:750] == 1).all()
@@ -258,24 +262,8 @@ def test_paper_fade_and_clip_length():
     assert (clip[-750:] == 1).all()  # the last copy does not fade out
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"pad_type": "mirror"},
-        {"fit": "crop"},
-        {"high_freq": 9000.0},
-        {"low_freq": 8000.0},
-        {"frame_length_ms": 11000.0},
-        {"frame_shift_ms": 0.0},
-    ],
-)
-def test_impossible_settings_are_refused(wrong):
-    with pytest.raises(ValueError):
-        AudioFrontend(**wrong)
-
-
 def test_no_gradient_and_no_state():
-    frontend = AudioFrontend(clip_seconds=0.5, augmentation=Augmentation())
+    frontend = make(clip_seconds=0.5, augment={"noise_probability": 1.0})
     assert not list(frontend.parameters())
     assert not frontend.state_dict()
     out = frontend(torch.randn(2, 8000), torch.tensor([8000, 4000]), seed=1)
@@ -288,7 +276,7 @@ def test_cuda_equals_cpu():
     length = torch.randint(100, wave.shape[1], (len(wave),))
     for i, n in enumerate(length):
         wave[i, n:] = 0
-    frontend = AudioFrontend(clip_seconds=SECONDS)
+    frontend = make(clip_seconds=SECONDS)
     cpu = frontend(wave, length)
     cuda = frontend.cuda()(wave.cuda(), length.cuda()).cpu()
     assert torch.allclose(cpu, cuda, atol=1e-5)

@@ -82,24 +82,9 @@ def build_data(config: RunConfig, statistics: MetadataStatistics | None = None) 
 
 def build_frontend(config: RunConfig) -> AudioFrontend:
     """Log-mel front end with the run's augmentation."""
-    augment = asdict(config.augment)
-    enabled = augment.pop("enabled")
-    rate = config.audio.sample_rate
-    return AudioFrontend(
-        sample_rate=rate,
-        clip_seconds=config.audio.clip_seconds,
-        pad_type=config.audio.pad_type,
-        frame_length_ms=config.audio.frame_length_ms,
-        frame_shift_ms=config.audio.frame_shift_ms,
-        low_freq=config.audio.low_freq,
-        high_freq=config.audio.high_freq,
-        mean=config.audio.mean,
-        std=config.audio.std,
-        fit=config.audio.fit,
-        n_mels=config.dataset.h,
-        n_frames=config.dataset.w,
-        augmentation=Augmentation(sample_rate=rate, **augment) if enabled else None,
-    )
+    audio, augment = config.audio, config.augment
+    augmentation = Augmentation(augment, audio.sample_rate) if augment.enabled else None
+    return AudioFrontend(audio, config.dataset.h, config.dataset.w, augmentation)
 
 
 def build_model(
