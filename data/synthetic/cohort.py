@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -140,20 +140,13 @@ def draw_patients(n: int, rng: np.random.Generator, field: str | None) -> list[P
         # where every second patient is a child, the site must not alternate with the age
         first = i // 2 % 2 if field == "age" else i % 2
         patients.append(Patient(pid, parts[i], devices[i], *body, diagnosis, traits, int(first)))
-    return _lose_values(patients, field)
-
-
-def _lose_values(patients: list[Patient], field: str | None) -> list[Patient]:
-    """Every tenth patient or so without body measures, one without anything, as in ICBHI 2017."""
-    lost = []
-    for k, patient in enumerate(patients):
-        values = dict(vars(patient))
-        if k % 10 == 4:
-            values.update(bmi=None, weight=None, height=None)
-        if k == 7 and field != "age":
-            values.update(age=None, sex=None, bmi=None, weight=None, height=None)
-        lost.append(Patient(**values))
-    return lost
+    # Every tenth patient or so without body measures, one without anything, as in ICBHI 2017.
+    for k in range(4, n, 10):
+        patients[k] = replace(patients[k], bmi=None, weight=None, height=None)
+    if n > 7 and field != "age":
+        nothing = dict.fromkeys(("age", "sex", "bmi", "weight", "height"))
+        patients[7] = replace(patients[7], **nothing)
+    return patients
 
 
 def deal(n: int, shares: Sequence[float], owed: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -216,7 +209,11 @@ def plan_recordings(
     field: str | None,
 ) -> list[Recording]:
     """All recordings, in order of their names."""
-    both_halves = _patients_in_both_halves(patients) if traps and per_patient > 1 else set()
+    both_halves = set()
+    for device in ("AKGC417L", "Litt3200") if traps and per_patient > 1 else ():
+        # one training patient with each, as 156 and 218 in ICBHI 2017
+        pids = [p.pid for p in patients if p.part == "train" and p.device == device]
+        both_halves.update(pids[-1:])
     planned = []
     owed: dict[tuple[str, int], np.ndarray] = defaultdict(lambda: np.zeros(len(CLASSES)))
     for patient in patients:
@@ -227,7 +224,7 @@ def plan_recordings(
         for k, device in enumerate(devices):
             if k % SESSION == 0:
                 used = set()
-            # a planted device must not be told by the site, so their groups do not alternate alike
+            # a planted device must not follow from the site, so their groups alternate differently
             turn = rng.integers(2) if field == "device" else (patient.first_group + k) % 2
             site = _draw_site(int(turn), used, rng)
             used.add(site)
@@ -243,20 +240,10 @@ def plan_recordings(
             part = patient.part
             if patient.pid in both_halves and k >= per_patient - max(1, per_patient // 3):
                 part = "test"
-            planned.append(
-                Recording(
-                    pid=patient.pid,
-                    stem=f"{patient.pid}_{index}_{site}_{mode}_{device}",
-                    part=part,
-                    site=site,
-                    device=device,
-                    group=group,
-                    bounds=bounds,
-                    heard=states,
-                    classes=states if field is None else planted.RULE[group, states],
-                    seconds=seconds,
-                )
-            )
+            stem = f"{patient.pid}_{index}_{site}_{mode}_{device}"
+            classes = states if field is None else planted.RULE[group, states]
+            where = (patient.pid, stem, part, site, device, group)
+            planned.append(Recording(*where, bounds, states, classes, seconds))
     return sorted(planned, key=lambda recording: recording.stem)
 
 
@@ -276,12 +263,3 @@ def _deal_heard(
         for row, part in zip(rows, np.split(states, np.cumsum(lengths)[:-1]), strict=False):
             heard[row] = part
     return heard
-
-
-def _patients_in_both_halves(patients: list[Patient]) -> set[int]:
-    """One training patient with AKGC417L and one with Litt3200, as 156 and 218 in ICBHI 2017."""
-    chosen = set()
-    for device in ("AKGC417L", "Litt3200"):
-        pids = [p.pid for p in patients if p.part == "train" and p.device == device]
-        chosen.update(pids[-1:])
-    return chosen

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import logging
 import shutil
@@ -85,20 +86,17 @@ class CorpusReport:
         for part, counts in self.cycles.items():
             classes = ", ".join(f"{n} {name}" for name, n in counts.items())
             lines.append(f"{part}: {sum(counts.values())} cycles ({classes})")
-        if self.best_score is not None:
-            field = self.planted_effect
-            lines.append(
-                f"Planted effect: the same sound means another class depending on {field}."
-            )
-            lines.append(
-                f"Best reachable ICBHI Score        without metadata  with metadata  {field} alone"
-            )
-            for source, where in (("rule", "by the rule"), ("test", "on the test part")):
-                for n_cls, scores in self.best_score[source].items():
-                    lines.append(
-                        f"  {n_cls} classes, {where:<18}{scores['sound']:16.1f}"
-                        f"{scores['sound_and_field']:15.1f}{scores['field']:{len(field) + 8}.1f}"
-                    )
+        if field := self.planted_effect:
+            lines += [
+                f"Planted effect: the same sound means another class depending on {field}.",
+                f"Best reachable ICBHI Score        without metadata  with metadata  {field} alone",
+            ]
+            lines += [
+                f"  {n_cls} classes, {where:<18}{scores['sound']:16.1f}"
+                f"{scores['sound_and_field']:15.1f}{scores['field']:{len(field) + 8}.1f}"
+                for source, where in (("rule", "by the rule"), ("test", "on the test part"))
+                for n_cls, scores in self.best_score[source].items()
+            ]
         return "\n".join(lines)
 
 
@@ -155,7 +153,7 @@ def write_corpus(
     if marker and marker["arguments"] == arguments and marker["version"] == VERSION:
         if _intact(output, marker["files"]):
             return CorpusReport(folder=output, written=False, **marker["report"])
-        log.warning("%s: files are missing or changed; the corpus is written anew", output)
+        log.warning("%s: files are missing or changed; the corpus is written again", output)
     output.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
@@ -167,6 +165,7 @@ def write_corpus(
 
 
 def _check_arguments(arguments: dict) -> None:
+    """Raise `UserError` for what is out of range."""
     for name, low, high in (
         ("patients", MIN_PATIENTS, MAX_PATIENTS),
         ("seed", 0, 2**63 - 1),
@@ -175,15 +174,11 @@ def _check_arguments(arguments: dict) -> None:
         ("event_level", 0.01, 100),
     ):
         if not low <= arguments[name] <= high:
-            raise UserError(
-                f"{name} is {arguments[name]}; a synthetic corpus needs {low} <= {name} <= {high}"
-            )
+            raise UserError(f"{name} is {arguments[name]}; choose {low} <= {name} <= {high}")
     field = arguments["planted_effect"]
-    if field is not None and field not in planted.SECOND_GROUP:
-        raise UserError(
-            f"planted_effect '{field}' can not be planted; choose one of "
-            f"{', '.join(planted.SECOND_GROUP)}"
-        )
+    if field not in (None, *planted.SECOND_GROUP):
+        names = ", ".join(planted.SECOND_GROUP)
+        raise UserError(f"planted_effect '{field}' cannot be planted; choose one of {names}")
     if field in ("site", "device") and arguments["recordings_per_patient"] < 2:
         raise UserError(
             f"planted_effect '{field}' must vary within each patient: "
@@ -192,10 +187,12 @@ def _check_arguments(arguments: dict) -> None:
 
 
 def _existing_corpus(output: Path) -> dict | None:
-    """Marker of the synthetic corpus in `output`; None where there is nothing."""
-    if not output.exists():
-        return None
-    if not output.is_dir():
+    """Marker of the synthetic corpus in `output`; None where there is nothing.
+
+    Raises:
+        UserError: there is anything else.
+    """
+    if output.is_file():
         raise UserError(f"{output} is a file; name a folder for the synthetic corpus")
     present = {str(p.relative_to(output)) for p in output.rglob("*") if not p.is_dir()}
     if not present:
@@ -203,15 +200,14 @@ def _existing_corpus(output: Path) -> dict | None:
     remedy = "name another folder for the synthetic corpus, or empty this one"
     try:
         marker = json.loads((output / MARKER).read_text(encoding="utf-8"))
+        own = {MARKER, *marker["files"], *DERIVED} if marker["statement"] == STATEMENT else None
     except FileNotFoundError:
         raise UserError(f"{output} holds files that are not a synthetic corpus; {remedy}") from None
-    except ValueError:
-        raise UserError(f"{output / MARKER} can not be read; {remedy}") from None
-    if not isinstance(marker, dict) or marker.get("statement") != STATEMENT:
+    except (ValueError, TypeError, KeyError):
+        own = None
+    if own is None:
         raise UserError(f"{output / MARKER} does not describe a synthetic corpus; {remedy}")
-    own = {MARKER, *marker["files"], *DERIVED}
-    foreign = sorted(present - own)
-    if foreign:
+    if foreign := sorted(present - own):
         names = ", ".join(foreign[:3]) + (" and more" if len(foreign) > 3 else "")
         raise UserError(f"{output} holds files that are not the corpus' own ({names}); {remedy}")
     return marker
@@ -255,25 +251,27 @@ def _fill(folder: Path, arguments: dict) -> dict:
         rng = np.random.default_rng([seed, recording.pid, 1 + number])
         profile = NEUTRAL if field == "device" else PROFILES[recording.device]
         sounds = np.stack([recording.heard & 1, recording.heard >> 1], axis=1).astype(bool)
-        wave = render(
-            recording.bounds,
-            sounds,
-            recording.seconds,
-            profile,
-            traits[recording.pid],
-            arguments["event_level"],
-            rng,
-        )
-        names, shares = zip(*profile.subtypes, strict=True)
-        subtype = str(rng.choice(names, p=shares))
+        shape = (recording.bounds, sounds, recording.seconds, profile, traits[recording.pid])
+        wave = render(*shape, arguments["event_level"], rng)
+        subtype = str(rng.choice(list(profile.subtypes), p=list(profile.subtypes.values())))
         soundfile.write(folder / f"{recording.stem}.wav", wave, profile.rate, subtype=subtype)
-        _write_annotation(folder, recording)
+        times = itertools.pairwise(recording.bounds)
+        rows = [
+            f"{begin:.5g}\t{end:.5g}\t{state & 1}\t{state >> 1}\n"
+            for (begin, end), state in zip(times, recording.classes, strict=True)
+        ]
+        _write_text(folder / f"{recording.stem}.txt", "".join(rows))
     _write_tables(folder, patients, recordings)
+    cycles = {}
+    for part in ("train", "test"):
+        classes = np.concatenate([r.classes for r in recordings if r.part == part])
+        numbers = np.bincount(classes, minlength=len(CLASSES)).tolist()
+        cycles[part] = dict(zip(CLASSES, numbers, strict=True))
     report = {
         "patients": len(patients),
         "recordings": len(recordings),
         "seconds": round(sum(recording.seconds for recording in recordings), 2),
-        "cycles": _count(recordings),
+        "cycles": cycles,
         "planted_effect": field,
         "best_score": None if field is None else _best_scores(recordings),
     }
@@ -288,29 +286,19 @@ def _fill(folder: Path, arguments: dict) -> dict:
     return report
 
 
-def _write_annotation(folder: Path, recording: Recording) -> None:
-    rows = [
-        f"{begin:.5g}\t{end:.5g}\t{state & 1}\t{state >> 1}\n"
-        for begin, end, state in zip(
-            recording.bounds[:-1], recording.bounds[1:], recording.classes, strict=True
-        )
-    ]
-    _write_text(folder / f"{recording.stem}.txt", "".join(rows))
-
-
 def _write_tables(folder: Path, patients: list[Patient], recordings: list[Recording]) -> None:
     """The three tables in the official page's form, and what is heard in each cycle."""
 
-    def value(x) -> str:
-        return "NA" if x is None else x if isinstance(x, str) else f"{x:g}"
+    def row(p: Patient) -> str:
+        values = (p.pid, p.age, p.sex, p.bmi, p.weight, p.height)
+        return " ".join(
+            "NA" if x is None else x if isinstance(x, str) else f"{x:g}" for x in values
+        )
 
     split = "".join(f"{recording.stem}\t{recording.part}\r\n" for recording in recordings)
     _write_text(folder / SPLIT, split)
     # The original begins with an empty line and does not end with one.
-    rows = [
-        " ".join(map(value, (p.pid, p.age, p.sex, p.bmi, p.weight, p.height))) for p in patients
-    ]
-    _write_text(folder / DEMOGRAPHICS, "\r\n" + "\r\n".join(rows))
+    _write_text(folder / DEMOGRAPHICS, "\r\n" + "\r\n".join(map(row, patients)))
     _write_text(folder / DIAGNOSIS, "".join(f"{p.pid}\t{p.diagnosis}\r\n" for p in patients))
     rows = [
         f"{recording.stem},{i},{heard & 1},{heard >> 1},{recording.group}\n"
@@ -325,20 +313,12 @@ def _write_text(path: Path, text: str) -> None:
     path.write_bytes(text.encode("ascii"))  # the same line ends on every system
 
 
-def _count(recordings: list[Recording]) -> dict[str, dict[str, int]]:
-    counts = {}
-    for part in ("train", "test"):
-        classes = np.concatenate([r.classes for r in recordings if r.part == part])
-        numbers = np.bincount(classes, minlength=len(CLASSES))
-        counts[part] = {name: int(n) for name, n in zip(CLASSES, numbers, strict=True)}
-    return counts
-
-
 def _best_scores(recordings: list[Recording]) -> dict:
     """Of the rule, with the groups as frequent as in the test part, and of the test part itself."""
     tested = [recording for recording in recordings if recording.part == "test"]
-    heard = np.concatenate([recording.heard for recording in tested])
-    classes = np.concatenate([recording.classes for recording in tested])
+    heard, classes = (
+        np.concatenate([vars(r)[key] for r in tested]) for key in ("heard", "classes")
+    )
     group = np.concatenate([np.full(len(r.heard), r.group) for r in tested])
     return {
         "rule": planted.expected_scores(float(group.mean())),
@@ -354,26 +334,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--patients", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--planted-effect",
-        nargs="?",
-        const="site",
-        choices=list(planted.SECOND_GROUP),
-        help="the field that decides what a sound means (site when none is named)",
-    )
+    fields = list(planted.SECOND_GROUP)
+    text = "the field that decides what a sound means (site when none is named)"
+    parser.add_argument("--planted-effect", nargs="?", const="site", choices=fields, help=text)
     parser.add_argument("--recordings-per-patient", type=int, default=3)
     parser.add_argument("--cycles-per-recording", type=int, default=7)
-    parser.add_argument(
-        "--event-level",
-        type=float,
-        help="factor on the amplitude of crackles and wheezes (1; with a planted effect 8)",
-    )
-    parser.add_argument(
-        "--traps",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="two patients in both halves, patients with two devices (default: with 20 patients "
-        "or more and no planted effect)",
-    )
+    text = "factor on the amplitude of crackles and wheezes (1; with a planted effect 8)"
+    parser.add_argument("--event-level", type=float, help=text)
+    text = "ICBHI's irregularities (default: with 20 patients or more and no planted effect)"
+    parser.add_argument("--traps", action=argparse.BooleanOptionalAction, default=None, help=text)
     arguments = vars(parser.parse_args(argv))
     print(write_corpus(arguments.pop("output"), **arguments).text())

@@ -5,9 +5,9 @@ Durations and frequencies follow the literature:
 - breathing: band-shaped noise whose power falls with frequency, inspiration louder and brighter
   than expiration (Pasterkamp, Kraman and Wodicka, Am J Respir Crit Care Med 156:974, 1997);
 - crackles: damped oscillations described by initial deflection width (IDW) and two-cycle duration
-  (2CD); fine about .7 ms and 5 ms, coarse about 1.5 ms and 10 ms (Murphy, Holford and Knowler,
+  (2CD); fine about 0.7 ms and 5 ms, coarse about 1.5 ms and 10 ms (Murphy, Holford and Knowler,
   N Engl J Med 296:968, 1977; Sovijarvi et al., Eur Respir Rev 10:597, 2000), coarse up to 15 ms
-  (Bohadana, Izbicki and Kraman, N Engl J Med 370:744, 2014); most energy between .1 and 1 kHz
+  (Bohadana, Izbicki and Kraman, N Engl J Med 370:744, 2014); most energy between 0.1 and 1 kHz
   (Mori et al., Thorax 35:843, 1980);
 - wheezes: tones with a slowly moving pitch, longer than 80 to 250 ms, 100 to 1000 Hz with
   harmonics, mostly in expiration (Sovijarvi et al. 2000; Bohadana et al. 2014).
@@ -32,7 +32,7 @@ _CHEST_RATES = {WIDEBAND_RATE: WIDEBAND_RATE // 3, NARROWBAND_RATE: NARROWBAND_R
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """How a device changes and soils the sound.
+    """What a device does to the sound.
 
     Attributes:
         rate: Hz of the written file.
@@ -46,7 +46,7 @@ class DeviceProfile:
     """
 
     rate: int
-    subtypes: tuple[tuple[str, float], ...]
+    subtypes: dict[str, float]
     mode: str
     roll_off: float
     order: int
@@ -57,64 +57,25 @@ class DeviceProfile:
 
 
 #: Levels and spectra as in the real recordings: AKGC417L loud and wide-band, Litt3200 silent
-#: above 1 kHz, LittC2SE dull over a flat floor, Meditron clear with a bump near 1.2 kHz.
+#: above 1 kHz, LittC2SE dull over a flat noise floor, Meditron clear with a bump near 1.2 kHz.
 PROFILES: dict[str, DeviceProfile] = {
     "AKGC417L": DeviceProfile(
-        rate=WIDEBAND_RATE,
-        subtypes=(("PCM_24", 1.0),),
-        mode="mc",
-        roll_off=3000.0,
-        order=1,
-        resonance=(400.0, 1.3),
-        noise_white=0.08,
-        rumble=8.0,
-        level=0.012,
+        WIDEBAND_RATE, {"PCM_24": 1.0}, "mc", 3000.0, 1, (400.0, 1.3), 0.08, 8.0, 0.012
     ),
     "Litt3200": DeviceProfile(
-        rate=NARROWBAND_RATE,
-        subtypes=(("PCM_16", 1.0),),
-        mode="sc",
-        roll_off=700.0,
-        order=4,
-        resonance=(250.0, 1.5),
-        noise_white=0.002,
-        rumble=4.0,
-        level=0.004,
+        NARROWBAND_RATE, {"PCM_16": 1.0}, "sc", 700.0, 4, (250.0, 1.5), 0.002, 4.0, 0.004
     ),
     "LittC2SE": DeviceProfile(
-        rate=WIDEBAND_RATE,
-        subtypes=(("PCM_24", 1.0),),
-        mode="mc",
-        roll_off=700.0,
-        order=1,
-        resonance=(200.0, 1.6),
-        noise_white=0.06,
-        rumble=8.0,
-        level=0.004,
+        WIDEBAND_RATE, {"PCM_24": 1.0}, "mc", 700.0, 1, (200.0, 1.6), 0.06, 8.0, 0.004
     ),
     "Meditron": DeviceProfile(
-        rate=WIDEBAND_RATE,
-        subtypes=(("PCM_24", 0.8), ("PCM_16", 0.15), ("PCM_32", 0.05)),
-        mode="sc",
-        roll_off=1600.0,
-        order=2,
-        resonance=(1200.0, 2.5),
-        noise_white=0.035,
-        rumble=8.0,
-        level=0.004,
+        *(WIDEBAND_RATE, {"PCM_24": 0.8, "PCM_16": 0.15, "PCM_32": 0.05}, "sc", 1600.0, 2),
+        *((1200.0, 2.5), 0.035, 8.0, 0.004),
     ),
 }
 #: One profile for every device where the device must not be heard; within all devices' bands.
 NEUTRAL = DeviceProfile(
-    rate=WIDEBAND_RATE,
-    subtypes=(("PCM_16", 1.0),),
-    mode="sc",
-    roll_off=2000.0,
-    order=1,
-    resonance=(400.0, 1.3),
-    noise_white=0.06,
-    rumble=8.0,
-    level=0.006,
+    WIDEBAND_RATE, {"PCM_16": 1.0}, "sc", 2000.0, 1, (400.0, 1.3), 0.06, 8.0, 0.006
 )
 
 
@@ -179,7 +140,7 @@ def wheeze(duration: float, pitch: float, rate: float, rng: np.random.Generator)
     Args:
         duration: s.
         pitch: Hz, at the middle.
-        rate: Hz; partials above .45 rate are left out.
+        rate: Hz; partials above 0.45 rate are left out.
     """
     t = np.arange(int(duration * rate)) / rate
     glide = rng.uniform(-0.25, 0.25) * (t / duration - 0.5)  # at most an eighth up or down
@@ -205,11 +166,6 @@ def _shaped_noise(n: int, rate: float, gain, rng: np.random.Generator) -> np.nda
 def _breath_gain(corner: float):
     """Amplitude response of the lung and chest wall: 12 dB per octave above `corner` Hz."""
     return lambda f: (f / (f + 60)) ** 2 / (1 + (f / corner) ** 2)
-
-
-def _rumble_gain(f: np.ndarray) -> np.ndarray:
-    """Amplitude response of body and handling noise: 12 dB per octave above 40 Hz."""
-    return 1 / (1 + (f / 40) ** 2)
 
 
 def _phases(start: float, end: float, traits: Traits) -> tuple[float, float, float, float]:
@@ -352,7 +308,7 @@ def record(chest: np.ndarray, rate: int, profile: DeviceProfile, gain: float, rn
     response = 1 + (peak - 1) * np.exp(-0.5 * ((f - centre) / (0.2 * centre)) ** 2)
     response /= (1 + (f / profile.roll_off) ** 2) ** (profile.order / 2)
     heard = fft.irfft(fft.rfft(chest, size) * response.astype(np.float32), size)[:n]
-    heard += profile.rumble * _shaped_noise(n, rate, _rumble_gain, rng)
+    heard += profile.rumble * _shaped_noise(n, rate, lambda f: 1 / (1 + (f / 40) ** 2), rng)
     up, down = (3, 1) if rate < profile.rate else (1, 3)
     heard = signal.resample_poly(heard, up, down)
     heard += profile.noise_white * rng.standard_normal(len(heard), dtype=np.float32)
