@@ -19,16 +19,15 @@ import pandas as pd
 import soundfile
 from tqdm import tqdm
 
-from data.audio import read_recording, silent_cycles
-from data.batch import DEVICES, SITES
-from data.corpora.icbhi import completeness, find_recordings, read_cycles
-from data.splits import classes_of, patients_in_both_halves, split_cycles
-from data.store_build import END_TOLERANCE
+from data.corpora.icbhi import DEVICES, SITES, completeness, find_recordings, read_cycles
+from data.cycle_table import classes_of
+from data.splits import patients_in_both_halves, split_cycles
+from data.store import StorePlan
+from data.store_build import cut_cycles
 from data.task import CLASSES
-from utils.common.cli import command
+from utils.common.cli import WIDTH, command
 from utils.common.errors import UserError
 
-WIDTH = 100  # columns of the text
 PARTS = ("train", "test")
 _SHOWN = 50  # problems that are printed
 
@@ -43,83 +42,83 @@ def inspect_folder(data_folder: str | Path) -> tuple[pd.DataFrame, list[str]]:
         UserError: there is no folder, no table or no usable recording at all.
     """
     problems: list[str] = []
-    has_audio = Path(data_folder).is_dir() and bool(find_recordings(Path(data_folder), _ignore)[0])
-    table = read_cycles(data_folder, require_audio=has_audio, report=problems.append)
+    folder = Path(data_folder)
+    has_audio = folder.is_dir() and bool(find_recordings(folder, lambda problem: None)[0])
+    table = read_cycles(folder, require_audio=has_audio, report=problems.append)
     if has_audio:
-        problems += audio_problems(table)
+        plan = StorePlan.of(table, 16000, "soxr_hq")
+        for number in tqdm(range(len(plan.recordings)), "decode", disable=None, ncols=WIDTH):
+            try:
+                silent = cut_cycles(plan.job(number))[1]
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            if silent:
+                problems.append(
+                    f"{plan.recordings[number]}: {silent} cycles are silent throughout, which "
+                    "training takes as they are; get the recording again or remove them"
+                )
     return table, problems
-
-
-def audio_problems(table: pd.DataFrame) -> list[str]:
-    """Decode every recording and say what is wrong, with the verdicts that training would give."""
-    problems = []
-    recordings = table.groupby("Recording", sort=True)[["CycleStart", "CycleEnd"]]
-    for path, cycles in tqdm(recordings, "decode", disable=None, ncols=WIDTH):
-        try:
-            samples, rate = read_recording(path)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        (starts, ends), seconds = cycles.to_numpy().T, len(samples) / rate
-        if ends.max() > seconds + END_TOLERANCE or starts.max() >= seconds:
-            problems.append(
-                f"{path} lasts {seconds:.3f} s, but its annotation ends at {ends.max():.3f} s; "
-                "unpack the recording again or correct the annotation"
-            )
-        elif muted := silent_cycles(samples, rate, starts, ends):
-            problems.append(
-                f"{path}: {muted} cycles are silent throughout (equal samples), which training "
-                "takes as they are; get the recording again or remove them from the annotation"
-            )
-    return problems
 
 
 def describe(table: pd.DataFrame, problems: Sequence[str]) -> str:
     """The whole report, lines of at most `WIDTH` columns."""
     state = completeness(table)
-    sections = [
-        ("", state.message or "Complete: all counts are those of the ICBHI 2017 database."),
-        ("Cycles by part and class", _by_class(table)),
-        ("Cycles by device", _by_value(table, "Device", DEVICES)),
-        ("Cycles by auscultation site", _by_value(table, "AuscLoc", SITES)),
-        ("Cycle length", _durations(table)),
-        ("Missing metadata", _missing(table)),
-        ("Recordings", _audio(table)),
-        ("Traps of the split", "\n".join(f"- {trap}" for trap in traps(table))),
-        ("Parts under the default protocol", _parts(table)),
-        ("Problems", "\n".join(_listed(problems)) or "none found"),
-    ]
-    blocks = [f"{title}\n{'-' * len(title)}\n{text}" if title else text for title, text in sections]
+    names = ("cycles", "recordings", "patients", *CLASSES)
+    counts = [[state.counts[f"{part}_{name}"] for name in names] for part in (*PARTS, "all")]
+    by_class = pd.DataFrame(counts, ["official train", "official test", "all"], names)
+    d = table["Duration"].to_numpy()
+    low, median, high = np.percentile(d, (5, 50, 95))
+    columns = ["Age", "Sex", "BMI", "CW", "CH", "Disease", "BMIDerived"]
+    missing = pd.DataFrame({"cycles": table[columns].isna().sum()})
+    missing["patients"] = [table.loc[table[name].isna(), "PID"].nunique() for name in columns]
+    listed = [f"- {problem}" for problem in problems[:_SHOWN]]
+    if len(problems) > _SHOWN:
+        listed.append(f"- and {len(problems) - _SHOWN} more")
+    sections = {
+        "": state.message or "Complete: all counts are those of the ICBHI 2017 database.",
+        "Cycles by part and class": _text(by_class),
+        "Cycles by device": _by_value(table, "Device", DEVICES),
+        "Cycles by auscultation site": _by_value(table, "AuscLoc", SITES),
+        "Cycle length": (
+            f"min {d.min():.3f}, 5 % {low:.3f}, median {median:.3f}, mean {d.mean():.2f}, "
+            f"95 % {high:.3f}, max {d.max():.3f} s\n"
+            f"{(d > 10).sum()} cycles are longer than 10 s; {d.sum() / 3600:.2f} h in total"
+        ),
+        "Missing metadata": _text(missing),
+        "Recordings": _audio(table),
+        "Traps of the split": "\n".join(f"- {trap}" for trap in traps(table)),
+        "Parts under the default protocol": _parts(table),
+        "Problems": "\n".join(listed) or "none found",
+    }
+    blocks = (f"{title}\n{'-' * len(title)}\n{text}".lstrip() for title, text in sections.items())
     return "\n\n".join(_wrapped(block) for block in blocks)
 
 
 def traps(table: pd.DataFrame) -> list[str]:
     """Sentences on what makes this split easy to misread."""
-    found = []
-    both = patients_in_both_halves(table)
+    found = ["No patient is in both halves."]
     test = table[table["Split"] == "test"]
-    if both:
+    if both := patients_in_both_halves(table):
         shared = int(test["PID"].isin(both).sum())
-        found.append(
+        found = [
             f"Patients {', '.join(map(str, both))} are in both halves ({shared} of {len(test):,} "
             f"test cycles); split_strategy official_disjoint leaves {len(test) - shared:,}."
-        )
-    else:
-        found.append("No patient is in both halves.")
+        ]
     abnormal = classes_of(table) > 0
     for device in DEVICES:
-        rows = {part: ((table["Device"] == device) & (table["Split"] == part)) for part in PARTS}
-        counts = {part: int(rows[part].sum()) for part in PARTS}
-        if 0 in counts.values() and any(counts.values()):
-            empty = next(part for part in PARTS if counts[part] == 0)
-            found.append(f"{device} has no {empty} cycle ({sum(counts.values()):,} in the other).")
-        elif all(counts.values()):
-            share = {part: 100 * abnormal[rows[part]].mean() for part in PARTS}
-            if abs(share["train"] - share["test"]) >= 20:
+        rows = [((table["Device"] == device) & (table["Split"] == part)) for part in PARTS]
+        train, test = (int(part.sum()) for part in rows)
+        if (train == 0) != (test == 0):
+            empty = "train" if train == 0 else "test"
+            found.append(f"{device} has no {empty} cycle ({train + test:,} in the other).")
+        elif train:
+            shares = [100 * abnormal[part].mean() for part in rows]
+            if abs(shares[0] - shares[1]) >= 20:
                 found.append(
-                    f"{device} is {share['train']:.1f} % abnormal in train ({counts['train']:,} "
-                    f"cycles) and {share['test']:.1f} % in test ({counts['test']:,}): what the "
-                    "device tells about the class changes between the halves."
+                    f"{device} is {shares[0]:.1f} % abnormal in train ({train:,} cycles) and "
+                    f"{shares[1]:.1f} % in test ({test:,}): what the device says about the class "
+                    "changes between the halves."
                 )
     single = (table.groupby("PID")["Device"].nunique() == 1).sum()
     patients = table.drop_duplicates("PID")
@@ -131,61 +130,28 @@ def traps(table: pd.DataFrame) -> list[str]:
     return found
 
 
-def _by_class(table: pd.DataFrame) -> str:
-    counts = completeness(table).counts
-    names = ("cycles", "recordings", "patients", *CLASSES)
-    rows = {
-        name: [counts[f"{part}_{key}"] for key in names]
-        for name, part in (("official train", "train"), ("official test", "test"), ("all", "all"))
-    }
-    return _text(pd.DataFrame.from_dict(rows, orient="index", columns=names))
-
-
 def _by_value(table: pd.DataFrame, column: str, vocabulary: Sequence[str]) -> str:
-    abnormal = pd.Series(classes_of(table) > 0, index=table.index)
+    table = table.assign(abnormal=100.0 * (classes_of(table) > 0))
     frame = pd.DataFrame(index=list(vocabulary))
     for part in PARTS:
-        rows = table["Split"] == part
-        groups = table[rows].groupby(column)
-        frame[f"{part} cycles"] = groups.size()
-        frame[f"{part} patients"] = groups["PID"].nunique()
-        frame[f"{part} abn. %"] = 100 * abnormal[rows].groupby(table[column]).mean()
-    counts = [name for name in frame.columns if not name.endswith("%")]
-    frame[counts] = frame[counts].fillna(0).astype(int)
-    return _text(frame)
-
-
-def _durations(table: pd.DataFrame) -> str:
-    d = table["Duration"].to_numpy()
-    low, median, high = np.percentile(d, (5, 50, 95))
-    return (
-        f"min {d.min():.3f}, 5 % {low:.3f}, median {median:.3f}, mean {d.mean():.2f}, "
-        f"95 % {high:.3f}, max {d.max():.3f} s\n"
-        f"{(d > 10).sum()} cycles are longer than 10 s; {d.sum() / 3600:.2f} h in total"
-    )
-
-
-def _missing(table: pd.DataFrame) -> str:
-    columns = ["Age", "Sex", "BMI", "CW", "CH", "Disease", "BMIDerived"]
-    absent = table[columns].isna()
-    frame = pd.DataFrame({"cycles": absent.sum()})
-    frame["patients"] = [table.loc[absent[name], "PID"].nunique() for name in columns]
+        groups = table[table["Split"] == part].groupby(column)
+        for name, counts in (("cycles", groups.size()), ("patients", groups["PID"].nunique())):
+            frame[f"{part} {name}"] = counts.reindex(frame.index, fill_value=0)
+        frame[f"{part} abn. %"] = groups["abnormal"].mean()
     return _text(frame)
 
 
 def _audio(table: pd.DataFrame) -> str:
-    paths = [path for path in table["Recording"].unique() if path]
-    if not paths:
-        return "no audio here: annotations only"
     kinds = []
-    for path in paths:
+    for path in filter(None, table["Recording"].unique()):
         try:
             info = soundfile.info(path)
         except (OSError, RuntimeError):
             continue  # one of the problems below
         kinds.append(f"{info.samplerate} Hz, {info.subtype}, {info.channels} channel(s)")
     counts = pd.Series(kinds, dtype=object).value_counts().sort_index()
-    return "\n".join(f"{count:>5}  {kind}" for kind, count in counts.items())
+    lines = [f"{count:>5}  {kind}" for kind, count in counts.items()]
+    return "\n".join(lines) or "no audio here: annotations only"
 
 
 def _parts(table: pd.DataFrame) -> str:
@@ -198,16 +164,8 @@ def _parts(table: pd.DataFrame) -> str:
         part = table.iloc[getattr(split, name)]
         classes = np.bincount(classes_of(part), minlength=len(CLASSES))
         rows[name] = [len(part), part["PID"].nunique(), *classes]
-    return _text(
-        pd.DataFrame.from_dict(rows, orient="index", columns=["cycles", "patients", *CLASSES])
-    )
-
-
-def _listed(problems: Sequence[str]) -> list[str]:
-    lines = [f"- {problem}" for problem in problems[:_SHOWN]]
-    if len(problems) > _SHOWN:
-        lines.append(f"- and {len(problems) - _SHOWN} more")
-    return lines
+    columns = ["cycles", "patients", *CLASSES]
+    return _text(pd.DataFrame.from_dict(rows, orient="index", columns=columns))
 
 
 def _text(frame: pd.DataFrame) -> str:
@@ -220,10 +178,6 @@ def _wrapped(text: str) -> str:
         indent = "  " if line.startswith("- ") else ""
         lines += textwrap.wrap(line, WIDTH, subsequent_indent=indent, drop_whitespace=True) or [""]
     return "\n".join(lines)
-
-
-def _ignore(problem: str) -> None:
-    pass  # the reader itself reports it
 
 
 @command

@@ -80,14 +80,14 @@ def test_every_problem_is_found_in_one_go(icbhi_folder, capsys):
         "102_1b1_Tc_mc_AKGC417L.wav has no annotation",
         "103_2b2_Pr_mc_AKGC417L.wav",
         "104_1b1_Ll_sc_Meditron.wav",
-        "lasts 2.000 s, but its annotation ends at 2.900 s",
+        "is 2.000 s long, but its annotation ends at 2.900 s",
         "106_1b1_Ar_sc_LittC2SE.wav: 2 cycles are silent throughout",
     ):
         assert part in out
     assert out.count(" - ") == 6
 
 
-def test_a_cycle_that_training_would_cut_at_the_end_is_no_problem(icbhi_folder):
+def test_a_cycle_that_training_would_cut_is_no_problem(icbhi_folder):
     path = icbhi_folder / f"{STEM}.wav"
     for seconds, problems in ((2.86, 0), (2.84, 1)):  # the annotation ends at 2.9 s
         soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, int(4000 * seconds)), 4000)
@@ -107,7 +107,7 @@ def test_many_problems_are_cut_short(icbhi_folder):
     assert text.endswith("- and 20 more")
 
 
-def test_a_split_that_can_not_be_made_is_said(make_icbhi, tmp_path):
+def test_a_split_that_cannot_be_made_is_said(make_icbhi, tmp_path):
     folder = make_icbhi(tmp_path / "data", {STEM: "train"})
     assert "no cycle is in the test part" in report(folder)
 
