@@ -27,7 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ASTConfig, ASTForAudioClassification
 
 from benchmarks.harness import interleave, rounded, spread, table
-from data.batch import DEVICES, SITES, Metadata
+from data.batch import Metadata
+from data.corpora.icbhi import DEVICES, SITES
 from data.task import FIELDS
 from models.build import build_model
 from models.conditioned_ast import ConditionedAST

@@ -13,12 +13,6 @@ from torch import Tensor
 
 from data.task import FIELDS
 
-#: Vocabulary order is part of every checkpoint; the index after the last name means "unknown".
-DEVICES: tuple[str, ...] = ("AKGC417L", "Litt3200", "LittC2SE", "Meditron")
-SITES: tuple[str, ...] = ("Al", "Ar", "Ll", "Lr", "Pl", "Pr", "Tc")
-UNKNOWN_DEVICE: int = len(DEVICES)
-UNKNOWN_SITE: int = len(SITES)
-
 
 class TensorRecord:
     """Dataclass of tensors (or of further `TensorRecord`s, or None) moved and indexed as one."""
@@ -45,8 +39,9 @@ class Metadata(TensorRecord):
     """What is known about a batch of cycles apart from the sound.
 
     Attributes:
-        device: [B] int64, index into `DEVICES`, or `UNKNOWN_DEVICE`.
-        site: [B] int64, index into `SITES`, or `UNKNOWN_SITE`.
+        device: [B] int64, index into `MetadataStatistics.devices`; the index after the last
+            name means unknown.
+        site: [B] int64, the same of `MetadataStatistics.sites`.
         rest: [B, 3] float32, `SCALARS` z-scored with the training cycles' statistics;
             0 where the value is unknown.
         known: [B, 5] bool, columns `FIELDS`. A conditioner must treat a field whose flag is
@@ -67,8 +62,8 @@ class Metadata(TensorRecord):
         known = self.known.clone()
         known[:, hidden] = False
         return Metadata(
-            device=torch.where(known[:, 0], self.device, UNKNOWN_DEVICE),
-            site=torch.where(known[:, 1], self.site, UNKNOWN_SITE),
+            device=torch.where(known[:, 0], self.device, 0),  # tells nothing; `known` counts
+            site=torch.where(known[:, 1], self.site, 0),
             rest=torch.where(known[:, 2:], self.rest, 0.0),
             known=known,
         )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from data.batch import DEVICES, SITES, UNKNOWN_DEVICE, UNKNOWN_SITE, Metadata
+from data.batch import Metadata
 from data.task import FIELDS, SCALARS
 from models.conditioner import Conditioner
 from models.config import ConditionedConfig
@@ -23,6 +23,10 @@ FACTORS: tuple[str, ...] = ("device", "site", "rest")
 def activation(name: str) -> nn.Module:
     """relu | gelu (exact)."""
     return {"relu": nn.ReLU, "gelu": nn.GELU}[name]()
+
+
+#: Counts of a model that is built without data: as many values as ICBHI has, and unknown.
+WITHOUT_DATA = {"device": (1.0,) * 4 + (0.0,), "site": (1.0,) * 7 + (0.0,)}
 
 
 class MetadataEmbeddings(nn.Module):
@@ -52,22 +56,18 @@ class MetadataEmbeddings(nn.Module):
         self._scalar_columns = [SCALARS.index(name) for name in self.scalars]
         #: factor -> width, enabled ones only, in the order of FACTORS
         self.widths: dict[str, int] = {}
-        if "device" in fields:
-            self.device = nn.Embedding(len(DEVICES) + 1, config.dev_embed_dim)
-            self.widths["device"] = config.dev_embed_dim
-            self._register_counts("device", device_counts, len(DEVICES))
-        if "site" in fields:
-            self.site = nn.Embedding(len(SITES) + 1, config.site_embed_dim)
-            self.widths["site"] = config.site_embed_dim
-            self._register_counts("site", site_counts, len(SITES))
+        for name, width, counts in (
+            ("device", config.dev_embed_dim, device_counts or WITHOUT_DATA["device"]),
+            ("site", config.site_embed_dim, site_counts or WITHOUT_DATA["site"]),
+        ):
+            if name in fields:
+                if sum(counts) <= 0:
+                    raise ValueError(f"{name}_counts {counts}: no cycle at all")
+                setattr(self, name, nn.Embedding(len(counts), width))
+                self.widths[name] = width
+                self.register_buffer(f"{name}_counts", torch.tensor([float(c) for c in counts]))
         if self.scalars:
             self.widths["rest"] = len(self.scalars)
-
-    def _register_counts(self, name: str, counts: Sequence[float] | None, n_values: int) -> None:
-        counts = [1.0] * n_values + [0.0] if counts is None else [float(c) for c in counts]
-        if len(counts) != n_values + 1 or sum(counts) <= 0:
-            raise ValueError(f"{name}_counts {counts}: {n_values + 1} counts, not all 0, expected")
-        self.register_buffer(f"{name}_counts", torch.tensor(counts))
 
     def forward(self, metadata: Metadata) -> dict[str, Tensor]:
         """Factor name -> [B, E] (device, site) or [B, S] (rest); enabled factors only.
@@ -78,10 +78,13 @@ class MetadataEmbeddings(nn.Module):
         if self.training and self.dropout > 0:
             known = known & (torch.rand(known.shape, device=known.device) >= self.dropout)
         out = {}
-        if "device" in self.widths:
-            out["device"] = self.device(torch.where(known[:, 0], metadata.device, UNKNOWN_DEVICE))
-        if "site" in self.widths:
-            out["site"] = self.site(torch.where(known[:, 1], metadata.site, UNKNOWN_SITE))
+        for column, name in enumerate(("device", "site")):
+            if name in self.widths:
+                table = getattr(self, name)
+                index = torch.where(
+                    known[:, column], getattr(metadata, name), table.num_embeddings - 1
+                )
+                out[name] = table(index)
         if "rest" in self.widths:
             rest = torch.where(known[:, 2:], metadata.rest, 0.0)
             if len(self.scalars) < len(SCALARS):
@@ -169,13 +172,13 @@ class MetadataConditioner(Conditioner):
         """Every device with every site that training cycles have, at the mean age, BMI and
         duration: [n devices * n sites] rows on the conditioner's device."""
 
-        def seen(name: str, n_values: int) -> Tensor:
+        def seen(name: str) -> Tensor:
             counts = getattr(self.embeddings, f"{name}_counts", None)
-            if counts is None:
-                return torch.arange(n_values, device=self.zero.device)
-            return torch.nonzero(counts[:n_values] > 0).flatten()
+            if counts is None:  # the field is not used
+                return torch.zeros(1, dtype=torch.int64, device=self.zero.device)
+            return torch.nonzero(counts[:-1] > 0).flatten()
 
-        pairs = torch.cartesian_prod(seen("device", len(DEVICES)), seen("site", len(SITES)))
+        pairs = torch.cartesian_prod(seen("device"), seen("site"))
         n = len(pairs)
         known = torch.ones(n, len(FIELDS), dtype=torch.bool, device=pairs.device)
         rest = torch.zeros(n, len(SCALARS), device=pairs.device)

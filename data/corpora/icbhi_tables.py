@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from data.batch import DEVICES, SITES
 from utils.common.errors import UserError
 
+#: Their order is part of every checkpoint.
+DEVICES: tuple[str, ...] = ("AKGC417L", "Litt3200", "LittC2SE", "Meditron")
+SITES: tuple[str, ...] = ("Al", "Ar", "Ll", "Lr", "Pl", "Pr", "Tc")
 MODES = ("sc", "mc")
 #: s; times are given to the millisecond at best, and no recording lasts an hour (ICBHI: 86 s).
 SHORTEST_CYCLE, LONGEST_RECORDING = 5e-4, 3600.0

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data.batch import SITES
+from data.corpora.icbhi import SITES
 from data.synthetic import planted
 from data.synthetic.sounds import PROFILES, Traits, draw_traits
 from data.task import CLASSES

@@ -16,8 +16,7 @@ from sklearn.ensemble import GradientBoostingClassifier
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
-from data.batch import SITES
-from data.corpora.icbhi import completeness, read_cycles
+from data.corpora.icbhi import SITES, completeness, read_cycles
 from data.splits import split_cycles
 from data.synthetic import corpus as synthetic
 from data.synthetic.cohort import apportion, deal

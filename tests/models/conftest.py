@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from data.batch import DEVICES, SITES, Metadata
+from data.batch import Metadata
+from data.corpora.icbhi import DEVICES, SITES
 from data.task import FIELDS
 from models.build import build_model
 from models.config import BackboneConfig

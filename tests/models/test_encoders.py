@@ -7,11 +7,14 @@ import itertools
 import pytest
 import torch
 
-from data.batch import DEVICES, SITES, UNKNOWN_DEVICE, UNKNOWN_SITE, Metadata
+from data.batch import Metadata
+from data.corpora.icbhi import DEVICES, SITES
 from data.task import FIELDS
 from models.config import ConditionedConfig
 from models.encoders import MetadataEmbeddings
 from utils.common.errors import UserError
+
+UNKNOWN_DEVICE, UNKNOWN_SITE = len(DEVICES), len(SITES)
 
 CONDITIONED = ("ast_grf", "ast_film", "ast_tafilm", "ast_softfilm")
 COUNTS = {"device_counts": [10, 2, 0, 4, 0], "site_counts": [1, 1, 1, 1, 1, 1, 2, 0]}
@@ -173,7 +176,7 @@ def test_wrong_settings_are_refused_by_key(make_model):
     with pytest.raises(UserError, match="metadata_dropout"):
         make_model("ast_grf", {"metadata_dropout": 1.0})
     with pytest.raises(ValueError, match="device_counts"):
-        MetadataEmbeddings(ConditionedConfig(), device_counts=[1, 2])
+        MetadataEmbeddings(ConditionedConfig(), device_counts=[0, 0, 0])
 
 
 def test_tables_have_an_unknown_row():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from data.batch import DEVICES, SITES
+from data.corpora.icbhi import DEVICES, SITES
 from data.splits import Split
 from data.task import Task
 from models.registry import VARIANTS

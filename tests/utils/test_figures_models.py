@@ -7,7 +7,8 @@ import pytest
 import torch
 from sklearn.metrics import pairwise_distances
 
-from data.batch import DEVICES, Metadata
+from data.batch import Metadata
+from data.corpora.icbhi import DEVICES
 from models.conditioners.film import FiLM
 from models.conditioners.softfilm import SoftFiLM
 from models.conditioners.tafilm import TAFiLM

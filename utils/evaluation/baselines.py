@@ -24,8 +24,8 @@ from sklearn.base import ClassifierMixin
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 
-from data.batch import DEVICES, SITES, Metadata
-from data.corpora.icbhi import completeness, read_cycles
+from data.batch import Metadata
+from data.corpora.icbhi import DEVICES, SITES, completeness, read_cycles
 from data.splits import STRATEGIES, Split, split_cycles
 from data.statistics import MetadataStatistics
 from data.synthetic.corpus import is_synthetic

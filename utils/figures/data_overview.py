@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data.batch import DEVICES, SITES
-from data.corpora.icbhi import completeness, read_cycles
+from data.corpora.icbhi import DEVICES, SITES, completeness, read_cycles
 from data.cycle_table import classes_of
 from data.task import CLASSES
 from utils.common.cli import command

@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from data.batch import DEVICES, SITES
+from data.corpora.icbhi import DEVICES, SITES
 from data.task import CLASSES
 from utils.common.files import atomic_write
 from utils.metrics.protocol import Selection
