@@ -16,7 +16,7 @@ from sklearn.ensemble import GradientBoostingClassifier
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
-from data.corpora.icbhi import SITES, completeness, read_cycles
+from data.corpora.icbhi import completeness, read_cycles
 from data.splits import split_cycles
 from data.synthetic import corpus as synthetic
 from data.synthetic.cohort import apportion, deal
@@ -132,7 +132,7 @@ def test_sampling_rates_and_depths_are_the_devices(synthetic_corpus):
     assert {kind for kinds in seen.values() for _, kind in kinds} >= {"PCM_16", "PCM_24"}
 
 
-def test_the_reader_accepts_it_and_says_that_it_is_partial(synthetic_corpus):
+def test_the_reader_accepts_it_as_partial(synthetic_corpus):
     table = read_cycles(synthetic_corpus)
     report = json.loads((synthetic_corpus / MARKER).read_text())["report"]
     assert len(table) == sum(n for part in report["cycles"].values() for n in part.values())
@@ -141,18 +141,10 @@ def test_the_reader_accepts_it_and_says_that_it_is_partial(synthetic_corpus):
     assert table.groupby("PID").Device.nunique().max() == 1
 
 
-def test_every_class_is_in_training_validation_and_test(synthetic_corpus):
+def test_every_class_is_in_every_part(synthetic_corpus):
     table = with_heard(synthetic_corpus)
-    split = split_cycles(
-        table,
-        strategy="official",
-        test_fold=0,
-        split_seed=0,
-        test_fraction=0.4,
-        val_fraction=0.2,
-        val_seed=0,
-        selection="validation",
-    )
+    assert (table.heard == table["class"]).all()  # nothing is planted
+    split = split_cycles(table)
     for rows in (split.train, split.val, split.test):
         assert set(table["class"].iloc[rows]) == {0, 1, 2, 3}
     patients = table.groupby("class").PID.nunique()
@@ -181,7 +173,7 @@ def test_larger_corpora_have_the_traps():
 
 
 @pytest.mark.parametrize(("two_cycles", "initial"), [(5e-3, 0.7e-3), (10e-3, 1.5e-3)])
-def test_crackle_has_the_asked_initial_deflection_and_two_cycle_duration(two_cycles, initial):
+def test_crackle_has_its_deflection_and_duration(two_cycles, initial):
     rate = 44100
     wave = crackle(two_cycles, initial, rate)
     crossings = np.flatnonzero(np.diff(np.sign(wave))) + 1
@@ -191,7 +183,7 @@ def test_crackle_has_the_asked_initial_deflection_and_two_cycle_duration(two_cyc
     assert np.abs(wave[-10:]).max() < 0.15
 
 
-def test_wheeze_is_a_tone_at_its_pitch_for_its_duration():
+def test_wheeze_is_a_tone_at_its_pitch():
     rng = np.random.default_rng(0)
     for rate in (16000, 44100):
         for pitch in (150.0, 400.0, 900.0):
@@ -238,13 +230,6 @@ def test_events_are_where_they_are_planted(device):
         bursts.append(burstiness(with_crackles, rate) - burstiness(quiet, rate))
     assert np.median(tones) > 0.4, tones
     assert np.median(bursts) > 3, bursts
-
-
-def test_breathing_can_be_heard_and_pauses():
-    (first, _), rate = rendered("AKGC417L", 0)
-    band = signal.sosfilt(signal.butter(4, (300, 1000), "bandpass", fs=rate, output="sos"), first)
-    level = [np.std(band[int(a * rate) : int(b * rate)]) for a, b in ((0.3, 0.9), (2.85, 2.98))]
-    assert level[0] > 2 * level[1]
 
 
 def test_devices_differ_in_colour():
@@ -299,36 +284,20 @@ def test_expected_scores_against_hand_computation():
     # .28/.52; each other state -> one of two classes, .12/.48. Two classes: both sounds are
     # always abnormal, .24/.48.
     expected = planted.expected_scores()
-    assert expected["4"] == pytest.approx(
-        {"sound": 50 * (0.28 / 0.52 + 3 * 0.12 / 0.48), "sound_and_field": 100, "field": 50}
-    )
-    assert expected["2"] == pytest.approx(
-        {
-            "sound": 50 * (0.28 / 0.52 + 2 * 0.12 / 0.48 + 0.24 / 0.48),
-            "sound_and_field": 100,
-            "field": 50,
-        }
-    )
-    assert expected["4"]["sound"] < 65
+    for n_cls, heard in (("4", 3 * 0.12 / 0.48), ("2", 2 * 0.12 / 0.48 + 0.24 / 0.48)):
+        sound = 50 * (0.28 / 0.52 + heard)
+        expected_n = {"sound": sound, "sound_and_field": 100, "field": 50}
+        assert expected[n_cls] == pytest.approx(expected_n)
 
 
-def test_annotation_is_sound_and_site_and_nothing_else(planted_corpus):
+def test_annotation_follows_sound_and_site_alone(planted_corpus):
     folder, report = planted_corpus
     table = with_heard(folder)
     group = table.AuscLoc.isin(SIDE_AND_BACK).astype(int)
     assert (group == table.Group).all()
-    meaning = {
-        (0, "normal"): "normal",
-        (0, "crackle"): "crackle",
-        (0, "wheeze"): "normal",
-        (0, "both"): "both",
-        (1, "normal"): "normal",
-        (1, "crackle"): "normal",
-        (1, "wheeze"): "crackle",
-        (1, "both"): "wheeze",
-    }
+    meaning = [("normal", "crackle", "normal", "both"), ("normal", "normal", "crackle", "wheeze")]
     for g, heard, annotated in zip(group, table.heard, table["class"], strict=True):
-        assert meaning[g, CLASSES[heard]] == CLASSES[annotated]
+        assert meaning[g][heard] == CLASSES[annotated]
     test = table[table.Split == "test"]
     again = planted.reachable_scores(test.heard, test.Group, test["class"])
     assert report.best_score["test"] == again
@@ -336,13 +305,7 @@ def test_annotation_is_sound_and_site_and_nothing_else(planted_corpus):
     assert report.best_score["test"]["4"]["sound_and_field"] == 100
 
 
-def test_without_the_effect_the_annotation_is_the_sound(synthetic_corpus):
-    table = with_heard(synthetic_corpus)
-    assert (table.heard == table["class"]).all()
-    assert json.loads((synthetic_corpus / MARKER).read_text())["report"]["best_score"] is None
-
-
-def test_site_is_independent_of_what_is_heard_and_of_the_patient(planted_corpus):
+def test_site_is_independent_of_sound_and_patient(planted_corpus):
     table = with_heard(planted_corpus[0])
     assert (table.groupby("PID").Group.nunique() == 2).all()
     assert abs(table.Group.mean() - 0.5) < 0.06
@@ -369,7 +332,7 @@ def features(folder, table):
     return np.array(rows)
 
 
-def test_a_probe_can_not_hear_the_planted_field(planted_corpus):
+def test_a_probe_cannot_hear_the_planted_field(planted_corpus):
     folder, _ = planted_corpus
     table = with_heard(folder)
     sound = features(folder, table)
@@ -400,7 +363,7 @@ def test_a_planted_device_does_not_betray_itself(tmp_path, quick):
 
 
 @pytest.mark.parametrize("field", list(planted.SECOND_GROUP))
-def test_no_other_factor_tells_the_planted_field(field):
+def test_no_other_factor_predicts_the_field(field):
     from data.synthetic.cohort import draw_patients, plan_recordings
 
     patients = draw_patients(120, np.random.default_rng(0), field)
@@ -409,10 +372,10 @@ def test_no_other_factor_tells_the_planted_field(field):
     for other in {"site", "device"} - {field}:
         guess = plan.groupby(other).group.agg(lambda groups: groups.mode()[0])
         known = balanced_accuracy_score(plan.group, plan[other].map(guess))
-        assert known < 0.6, f"{other} tells {known:.2f} of the cycles' {field}"
+        assert known < 0.6, f"{other} predicts {field} in {known:.2f}"
 
 
-def test_planted_age_is_known_and_does_not_change_the_breathing():
+def test_planted_age_does_not_change_the_breathing():
     from data.synthetic.cohort import draw_patients
 
     patients = draw_patients(200, np.random.default_rng(0), "age")
@@ -432,7 +395,7 @@ def test_planted_age_is_known_and_does_not_change_the_breathing():
 # ---- dealing ------------------------------------------------------------------------------------
 
 
-def test_deal_gives_each_state_its_share_to_within_one():
+def test_deal_gives_each_state_its_share():
     for sizes in ([1], [7], [20], [1, 1, 1, 2, 9, 4, 1, 30]):
         owed, dealt = np.zeros(4), []
         for n in sizes:
@@ -472,7 +435,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(synthetic, "render", noise)
 
 
-def test_an_identical_corpus_is_left_alone_and_a_damaged_one_mended(tmp_path, quick, caplog):
+def test_an_equal_corpus_stays_a_damaged_one_is_redone(tmp_path, quick, caplog):
     folder = tmp_path / "corpus"
     write_corpus(folder, **TINY)
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -486,7 +449,7 @@ def test_an_identical_corpus_is_left_alone_and_a_damaged_one_mended(tmp_path, qu
     assert contents(folder) == before
 
 
-def test_own_corpus_is_replaced_with_what_was_derived_from_it(tmp_path, quick):
+def test_own_corpus_is_replaced(tmp_path, quick):
     folder = tmp_path / "corpus"
     write_corpus(folder, **TINY)
     (folder / "icbhi_metadata.csv").write_text("derived")
@@ -512,12 +475,10 @@ def test_anything_else_is_refused_and_untouched(tmp_path, quick):
         write_corpus(mixed, **TINY, seed=1)
     assert (mixed / "notes.txt").read_text() == "mine"
 
-    (mixed / MARKER).write_text("{}")
-    with pytest.raises(UserError, match="does not describe"):
-        write_corpus(mixed, **TINY)
-    (mixed / MARKER).write_text("{")
-    with pytest.raises(UserError, match="can not be read"):
-        write_corpus(mixed, **TINY)
+    for marker in ("{}", "{", "[]"):
+        (mixed / MARKER).write_text(marker)
+        with pytest.raises(UserError, match="does not describe"):
+            write_corpus(mixed, **TINY)
     with pytest.raises(UserError, match="is a file"):
         write_corpus(mixed / "notes.txt", **TINY)
 
@@ -565,11 +526,3 @@ def test_command_line(tmp_path, quick, capsys):
     assert main(["--output", str(tmp_path / "c" / MARKER), *shape]) == 2
     err = capsys.readouterr().err
     assert "error: " in err and "is a file" in " ".join(err.split())
-
-
-def test_site_shares_name_every_site():
-    from data.synthetic.cohort import SITE_SHARES
-
-    assert set(SITE_SHARES) == set(SITES)
-    side = sum(share for site, share in SITE_SHARES.items() if site in SIDE_AND_BACK)
-    assert side == pytest.approx(0.5, abs=0.01)
