@@ -55,6 +55,7 @@ from models.registry import VARIANTS
 from utils.common.cli import command
 from utils.common.errors import UserError
 from utils.common.files import write_text
+from utils.training.assemble import build_trainer
 from utils.training.device import Runtime
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -261,7 +262,7 @@ def loop_section(setting: Setting) -> Parts:
         words = _words(setting, name, "training.epochs=1", "backbone.depth=2")
         config = loop.configure(name, setting.folder, *words)
         rows = loop.some_rows(data, steps * config.dataset.batch_size)
-        trainer = loop.trainer_of(config, rows, runtime)
+        trainer = build_trainer(config, rows, runtime)
         places = _waits(trainer.fit)
         # what an epoch's end reads is not a step's; in every step means: in most of them
         found = sorted(place for place, times in places.items() if times >= steps // 2)
@@ -320,7 +321,7 @@ def training(setting: Setting) -> Parts:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
-        history = loop.trainer_of(config, data, runtime).fit().history
+        history = build_trainer(config, data, runtime).fit().history
         losses = [row["train_loss"] for row in history]
         rates = sorted(row["train_clips_per_s"] for row in history[1:])
         frames = torch._dynamo.utils.counters["frames"]

@@ -31,8 +31,7 @@ from data.splits import Split
 from data.synthetic.corpus import write_corpus
 from models.conditioner import Conditioner, Features, ModelOutput, ParameterGroup
 from utils.config.schema import RunConfig, load_config
-from utils.tracking import Tracker
-from utils.training.assemble import build_data, build_inputs, build_model
+from utils.training.assemble import build_data, build_trainer
 from utils.training.device import Runtime
 from utils.training.optim import build_optimizer
 from utils.training.trainer import Trainer
@@ -47,16 +46,6 @@ CACHE_CASES = {
     "softfilm_last_2": ("ast_film_soft", ("models.ast_softfilm.conditioned_layers=last_2",)),
 }
 FROZEN = ("augment.enabled=false", "backbone.trainable_blocks=0")
-
-
-class Nothing:
-    """In place of a checkpointer: whatever is asked of it does nothing."""
-
-    def __getattr__(self, _: str) -> Nothing:
-        return self
-
-    def __call__(self, *_: Any) -> None:
-        return None
 
 
 class Stub(nn.Module):
@@ -112,16 +101,6 @@ def some_rows(data: Cycles, n: int) -> Cycles:
     return replace(data, split=Split(chosen, data.split.val, data.split.test))
 
 
-def trainer_of(
-    config: RunConfig, data: Cycles, runtime: Runtime, model: nn.Module | None = None
-) -> Trainer:
-    """The real loop, without checkpoints."""
-    torch.manual_seed(config.training.seed)
-    model = model or build_model(config, data.statistics)
-    inputs = build_inputs(config, data, model, runtime)
-    return Trainer(config, data, model, inputs, runtime, Nothing(), Tracker())
-
-
 def rates(trainer: Trainer) -> list[float]:
     """Train; clips/s of each epoch after the first."""
     return [row["train_clips_per_s"] for row in trainer.fit().history[1:]]
@@ -133,13 +112,13 @@ def overhead(config: RunConfig, data: Cycles, runtime: Runtime, rounds: int) -> 
     data = some_rows(data, STEPS * size)
 
     def loop() -> float:
-        trainer = trainer_of(config, data, runtime, Stub())
+        trainer = build_trainer(config, data, runtime, model=Stub())
         trainer.inputs.frontend = lambda waveform, length, seed: length
         return STEPS * size / rates(trainer)[-1]
 
     stub = Stub().to(runtime.device)
-    optimizer = build_optimizer(stub.parameter_groups(), lr=1e-3, weight_decay=0.01)
-    loss = trainer_of(config, data, runtime, Stub()).loss
+    optimizer = build_optimizer(stub.parameter_groups(), config.training)
+    loss = build_trainer(config, data, runtime, model=Stub()).loss
     batch: Batch = data.batch(data.split.train[:size]).to(runtime.device)
 
     def bare() -> None:
@@ -166,7 +145,7 @@ def cache(
 
     def epoch(cached: str) -> float:
         config = configure(file, folder, *FROZEN, *own, f"training.frozen_cache={cached}", *words)
-        trainer = trainer_of(config, data, runtime)
+        trainer = build_trainer(config, data, runtime)
         return clips / rates(trainer)[-1]
 
     calls = {"uncached": lambda: epoch("false"), "cached": lambda: epoch("true")}

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import interleave, print_result, spread
-from benchmarks.loop import ROOT, configure, corpus, rates, some_rows, trainer_of
-from utils.training.assemble import build_data
+from benchmarks.loop import ROOT, configure, corpus, rates, some_rows
+from utils.training.assemble import build_data, build_trainer
 from utils.training.device import Runtime
 
 
@@ -33,7 +33,7 @@ def worker(args: argparse.Namespace) -> None:
     size = (f"backbone.embed_dim={args.width}", f"backbone.depth={args.depth}")
     config = configure("ast", args.folder, "augment.enabled=false", "training.epochs=3", *size)
     runtime = Runtime("cpu", "fp32", "false")
-    found = rates(trainer_of(config, some_rows(build_data(config), args.clips), runtime))
+    found = rates(build_trainer(config, some_rows(build_data(config), args.clips), runtime))
     if runtime.is_main:
         content = {"processes": runtime.world, "clips_per_s": statistics.harmonic_mean(found)}
         (args.folder / "rate.json").write_text(json.dumps(content))

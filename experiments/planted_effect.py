@@ -31,7 +31,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.loop import trainer_of
 from data.batch import Batch
 from data.loader import Cycles
 from data.synthetic.corpus import CorpusReport, write_corpus
@@ -45,7 +44,7 @@ from utils.common.files import write_text
 from utils.config.schema import RunConfig, config_from_dict, config_hash
 from utils.evaluation.metadata_test import conditions
 from utils.metrics.bootstrap import patient_tables
-from utils.training.assemble import build_data, count_parts
+from utils.training.assemble import build_data, build_trainer, count_parts
 from utils.training.device import Runtime
 from utils.training.inputs import Inputs
 from utils.training.trainer import Trainer
@@ -178,7 +177,7 @@ class Study:
         """Train, test, and keep the record of a run."""
         config, data = self.configure(job), self.data(job.corpus)
         clock, cpu = time.monotonic(), time.process_time()
-        trainer = trainer_of(config, data, Runtime("cpu", "fp32", "false"))
+        trainer = build_trainer(config, data, Runtime("cpu", "fp32", "false"))
         remember(trainer, self.known.setdefault(job.corpus, {})).fit()
         record = {
             **job._asdict(),

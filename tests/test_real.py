@@ -18,13 +18,10 @@ from models.conditioner import Features
 from models.registry import VARIANTS
 from utils.config.schema import RunConfig, config_from_dict
 from utils.runs.run import Run
-from utils.tracking import Tracker
-from utils.training.assemble import build_data, build_frontend, build_model
-from utils.training.checkpointer import Checkpointer
+from utils.training.assemble import build_data, build_frontend, build_trainer
 from utils.training.device import Runtime
 from utils.training.inputs import Inputs
 from utils.training.runfolder import RunFolder
-from utils.training.trainer import Trainer
 
 pytestmark = pytest.mark.real
 
@@ -133,13 +130,8 @@ def test_it_learns_32_real_cycles_by_heart(variant, handful, tmp_path):
     chosen = np.random.default_rng(0).permutation(data.split.train)[:32]
     data.split = Split(np.sort(chosen), np.empty(0, np.int64), data.split.test)
     runtime = Runtime("cpu")
-    torch.manual_seed(0)
-    model = build_model(config, data.statistics)
-    checkpointer = Checkpointer(
-        RunFolder(tmp_path / "run"), runtime, Run(config, runtime)._describe(data)
-    )
     inputs = Remembered(build_frontend(config), runtime, data)
-    trainer = Trainer(config, data, model, inputs, runtime, checkpointer, Tracker())
+    trainer = build_trainer(config, data, runtime, inputs=inputs)
     trainer.fit()
     task = data.task
     probability = task.probabilities(trainer.predict(chosen))

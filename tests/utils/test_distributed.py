@@ -58,14 +58,14 @@ def trainer_of(name: str, folder: Path):
 def record(name: str, folder: Path) -> dict:
     """Losses of every cycle in every epoch, history, weights and predictions of a scenario."""
     trainer = trainer_of(name, folder)
-    losses, close = [], trainer._close_epoch
+    losses, close = [], trainer.close_epoch
 
     def watched():
         rows, values = trainer.gather(trainer.seen)
         losses.append(sorted(zip(rows.tolist(), values[:, 0].tolist(), strict=True)))
         return close()
 
-    trainer._close_epoch = watched
+    trainer.close_epoch = watched
     norms = gradient_norms(trainer)
     trainer.fit()
     test = trainer.data.split.test

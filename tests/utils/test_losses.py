@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import sigmoid_focal_loss
 
+from utils.config.schema import TrainingConfig
 from utils.training.losses import build_loss, positive_weights
 
 KEYS = {
@@ -23,7 +24,8 @@ KEYS = {
 
 
 def make(name: str, pos_weight=(1.0, 1.0), **changed):
-    return build_loss(name, pos_weight=torch.tensor(pos_weight), **{**KEYS, **changed})
+    training = TrainingConfig(loss=name, **KEYS | changed)
+    return build_loss(training, torch.tensor(pos_weight))
 
 
 def example(n: int = 12, k: int = 2, seed: int = 0):
@@ -113,7 +115,7 @@ def test_gradients_are_right_and_finite_far_out(name, gamma):
     logits, label = example(k=4 if name == "ce" else 2)
     gammas = {"focal_gamma": gamma, "asymmetric_gamma_pos": gamma, "asymmetric_gamma_neg": gamma}
     loss = make(name, **gammas)
-    double = build_loss(name, pos_weight=torch.ones(2).double(), **KEYS | gammas)
+    double = build_loss(TrainingConfig(loss=name, **KEYS | gammas), torch.ones(2).double())
     wide = logits.double().requires_grad_()
     assert torch.autograd.gradcheck(lambda z: double(z, label.double()).sum(), wide)
     for scale in (1e2, 1e4):

@@ -10,6 +10,7 @@ from torch import nn
 
 from models.conditioner import ParameterGroup
 from tests.utils.tiny import tiny_config, tiny_data
+from utils.config.schema import TrainingConfig
 from utils.training.assemble import build_model
 from utils.training.optim import build_optimizer, build_schedule, lr_factor
 
@@ -31,8 +32,9 @@ def test_no_warm_up_starts_at_the_top_and_all_warm_up_never_falls():
 def test_schedule_reaches_every_group_per_step():
     a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     groups = [ParameterGroup("a", [a]), ParameterGroup("b", [b], lr_multiplier=10.0)]
-    optimizer = build_optimizer(groups, lr=0.1, weight_decay=0.0)
-    schedule = build_schedule(optimizer, warmup_epochs=1.5, epochs=3, steps_per_epoch=4)
+    training = TrainingConfig(lr=0.1, weight_decay=0.0, warmup_epochs=1.5, epochs=3)
+    optimizer = build_optimizer(groups, training)
+    schedule = build_schedule(optimizer, training, 4)
     for step in range(12):
         found = [group["lr"] for group in optimizer.param_groups]
         assert found == pytest.approx([0.1 * lr_factor(step, 6, 12), lr_factor(step, 6, 12)])
@@ -44,7 +46,9 @@ def test_adamw_step_is_the_one_of_the_paper():
     """Decoupled decay, bias-corrected moments (Loshchilov & Hutter, algorithm 2)."""
     start, gradients = 2.0, [0.3, -0.7, 0.1]
     parameter = nn.Parameter(torch.tensor([start]))
-    optimizer = build_optimizer([ParameterGroup("x", [parameter])], lr=0.01, weight_decay=0.1)
+    optimizer = build_optimizer(
+        [ParameterGroup("x", [parameter])], TrainingConfig(lr=0.01, weight_decay=0.1)
+    )
     x, m, v = start, 0.0, 0.0
     for t, g in enumerate(gradients, 1):
         parameter.grad = torch.tensor([g])
@@ -57,7 +61,9 @@ def test_adamw_step_is_the_one_of_the_paper():
 
 def test_found_inf_skips_the_fused_update_and_the_step_count():
     parameter = nn.Parameter(torch.ones(3))
-    optimizer = build_optimizer([ParameterGroup("x", [parameter])], lr=0.1, weight_decay=0.5)
+    optimizer = build_optimizer(
+        [ParameterGroup("x", [parameter])], TrainingConfig(lr=0.1, weight_decay=0.5)
+    )
     parameter.grad = torch.full((3,), float("nan"))
     optimizer.found_inf = torch.ones(())
     optimizer.step()
@@ -78,7 +84,7 @@ def test_every_trainable_parameter_is_in_one_group(variant):
     groups = model.parameter_groups()
     found = [id(p) for group in groups for p in group.parameters]
     assert sorted(found) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    optimizer = build_optimizer(groups, lr=3e-5, weight_decay=0.01)
+    optimizer = build_optimizer(groups, TrainingConfig(lr=3e-5, weight_decay=0.01))
     settings = {g["name"]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups}
     assert settings.pop("masks", (3e-4, 0.0)) == (pytest.approx(3e-4), 0.0)
     assert set(settings.values()) == {(3e-5, 0.01)}

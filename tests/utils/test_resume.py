@@ -19,7 +19,7 @@ from tests.utils.tiny import (
     weights,
 )
 from utils.common.errors import Preempted, UserError
-from utils.training.checkpoint import load_checkpoint
+from utils.training.checkpoint import load_state
 from utils.training.runfolder import RunFolder
 
 #: Dropout (the default .4), augmentation, annealed masks, metadata dropout, accumulation, early
@@ -70,7 +70,7 @@ def assert_same(a, b) -> None:
 
 def at_step(trainer, number: int, act) -> None:
     """Call `act` during optimiser step `number` (from 0 in this process)."""
-    step, count = trainer._step, [0]
+    step, count = trainer.step, [0]
 
     def watched(parts, batches):
         if count[0] == number:
@@ -78,7 +78,7 @@ def at_step(trainer, number: int, act) -> None:
         count[0] += 1
         return step(parts, batches)
 
-    trainer._step = watched
+    trainer.step = watched
 
 
 def sigterm() -> None:
@@ -119,7 +119,7 @@ def test_sigterm_in_an_epoch(number, uninterrupted, tmp_path):
 def test_sigterm_between_two_epochs(moment, uninterrupted, tmp_path):
     config = tiny_config(**STATEFUL)
     first = tiny_trainer(config, tmp_path)
-    name = {"evaluation": "_close_epoch", "tracking": "_report"}[moment]
+    name = {"evaluation": "close_epoch", "tracking": "_report"}[moment]
     method, calls = getattr(first, name), []
 
     def watched(*arguments):
@@ -161,7 +161,7 @@ def test_a_finished_training_is_not_trained_again(uninterrupted, tmp_path):
     config = tiny_config(**STATEFUL, **{"training.checkpoint_minutes": 1e-9})
     tiny_trainer(config, tmp_path).fit()
     again = tiny_trainer(config, tmp_path)
-    again._train_epoch = None
+    again.train_epoch = None
     again.fit()
     result = outcome(again)
     assert not differing(result["weights"], uninterrupted["weights"])
@@ -184,28 +184,22 @@ def test_other_variants_resume_as_exactly(variant, tmp_path):
     assert_same(outcome(second), expected)
 
 
-def test_the_best_weights_on_disk_belong_to_the_state_beside_them(tmp_path):
+def test_the_state_on_disk_holds_the_best_weights(tmp_path):
     config = tiny_config(**LIVELY, **{"training.checkpoint_minutes": 1e-9, "training.epochs": 6})
     trainer = tiny_trainer(config, tmp_path)
-    folder, close, seen = RunFolder(tmp_path).checkpoints, trainer._close_epoch, []
+    folder, close, seen = RunFolder(tmp_path).checkpoints, trainer.close_epoch, []
 
     def checked():
         row = close()
         seen.append(sorted(p.name for p in folder.iterdir()))
         return row
 
-    trainer._close_epoch = checked
+    trainer.close_epoch = checked
     progress = trainer.fit()
-    assert all(len(names) <= 2 for names in seen)
-    assert sorted(p.name for p in folder.iterdir()) == [
-        f"best-{progress.best_epoch:04d}.pt",
-        "last.pt",
-    ]
-    best = load_checkpoint(folder / f"best-{progress.best_epoch:04d}.pt")
-    assert not differing(best.weights, weights(trainer))
-    trainer.checkpointer.finish(trainer)
-    trainer.checkpointer.clean()
-    assert [p.name for p in folder.iterdir()] == ["best.pt"]
+    assert all(names in ([], ["last.pt"]) for names in seen)
+    state = load_state(RunFolder(tmp_path).last)
+    assert not differing(state["best"], weights(trainer))
+    assert state["progress"]["best_epoch"] == progress.best_epoch
 
 
 def interrupted(tmp_path, **overrides):
@@ -234,23 +228,19 @@ def test_changed_data_is_refused(tmp_path):
     config = interrupted(tmp_path)
     table = cycle_table()
     table.loc[table.index[0], "Age"] = 99.0
-    with pytest.raises(UserError, match=r"data has changed .*statistics.*resume=never"):
+    with pytest.raises(UserError, match=r"data has changed .*: 101_\S+ differs in Age.*never"):
         tiny_trainer(config, tmp_path, tiny_data(config, table)).fit()
     table = cycle_table()
     table["Crackles"] = table["Crackles"].to_numpy()[::-1].copy()
-    with pytest.raises(UserError, match=r"data has changed .*counts"):
+    with pytest.raises(UserError, match=r"data has changed .*and \d+ more differ in Crackles;"):
         tiny_trainer(config, tmp_path, tiny_data(config, table)).fit()
 
 
-def test_a_lost_or_damaged_file_is_named(tmp_path):
+def test_a_damaged_state_is_named(tmp_path):
     config = interrupted(tmp_path)
-    (best,) = tmp_path.glob("checkpoints/best-*.pt")
-    content = best.read_bytes()
-    best.write_bytes(content[:100])
-    with pytest.raises(UserError, match=best.name):
-        tiny_trainer(config, tmp_path).fit()
-    best.unlink()
-    with pytest.raises(UserError, match=best.name):
+    last = RunFolder(tmp_path).last
+    last.write_bytes(last.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"last\.pt cannot be read"):
         tiny_trainer(config, tmp_path).fit()
 
 
@@ -303,6 +293,6 @@ def test_sigterm_in_the_report_keeps_the_training(tmp_path, synthetic_corpus, mo
     folder = RunFolder.of(config)
     assert folder.last.is_file()
     assert not folder.finished
-    monkeypatch.setattr(Trainer, "_train_epoch", None)
+    monkeypatch.setattr(Trainer, "train_epoch", None)
     assert once().folder.finished
     assert not folder.last.exists()

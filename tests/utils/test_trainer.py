@@ -117,7 +117,7 @@ def test_a_step_never_waits_for_the_device(variant, tmp_path):
     trainer.model.train()
     signals = Signals(trainer.runtime.device, 1, 1e9)
     with Questions() as questions:
-        nonfinite = trainer._step([MicroBatch(trainer.rows[:8], 1 / 8, 0)], iter([batch]))
+        nonfinite = trainer.step([MicroBatch(trainer.rows[:8], 1 / 8, 0)], iter([batch]))
         signals.post(nonfinite, batch.cycle)
     assert questions.asked == []
     with questions:  # it does see them
@@ -155,7 +155,7 @@ def test_one_step_is_adamw_on_the_mean_loss(tmp_path):
     optimizer.step()
 
     trainer.model.train()
-    flag = trainer._step([MicroBatch(rows, 1 / 8, 0)], trainer.inputs.batches([rows]))
+    flag = trainer.step([MicroBatch(rows, 1 / 8, 0)], trainer.inputs.batches([rows]))
     assert not flag
     for name, value in model.state_dict().items():
         found = trainer.model.state_dict()[name]
@@ -174,7 +174,7 @@ def test_an_infinite_gradient_updates_nothing_and_stops_the_run_by_name(tmp_path
     config = tiny_config(**{"augment.enabled": False})
     trainer = tiny_trainer(config, tmp_path)
     bad = int(trainer.rows[5])
-    seen, step = [], trainer._step
+    seen, step = [], trainer.step
     trainer.data.label[bad, 0] = float("nan")
     before = None
 
@@ -191,7 +191,7 @@ def test_an_infinite_gradient_updates_nothing_and_stops_the_run_by_name(tmp_path
         seen.append(rows)
         return flag
 
-    trainer._step = watched
+    trainer.step = watched
     with pytest.raises(UserError) as error:
         trainer.fit()
     assert before is not None
@@ -213,14 +213,14 @@ def test_a_checkpoint_never_holds_a_step_that_was_not_finite(tmp_path):
     config = tiny_config(**{"augment.enabled": False, "training.checkpoint_minutes": 1e-9})
     trainer = tiny_trainer(config, tmp_path)
     order = []
-    save, step = trainer.checkpointer.save, trainer._step
+    save, step = trainer.checkpointer.save, trainer.step
 
     def recorded_step(parts, batches):
         flag = step(parts, batches)
         order.append("step")
         return torch.ones(()) if order.count("step") == 2 else flag
 
-    trainer._step = recorded_step
+    trainer.step = recorded_step
     trainer.checkpointer.save = lambda t: (order.append("save"), save(t))
     with pytest.raises(UserError, match="not finite"):
         trainer.fit()
@@ -254,13 +254,13 @@ def test_the_history_is_what_the_predictions_say(tmp_path):
 
 def test_training_sees_every_cycle_once_an_epoch(tmp_path):
     trainer = tiny_trainer(tiny_config(), tmp_path)
-    close, rows = trainer._close_epoch, []
+    close, rows = trainer.close_epoch, []
 
     def recorded():
         rows.append(sorted(trainer.gather(trainer.seen)[0]))
         return close()
 
-    trainer._close_epoch = recorded
+    trainer.close_epoch = recorded
     trainer.fit()
     assert rows == [sorted(trainer.rows)] * 3
 
@@ -322,14 +322,14 @@ def test_early_stopping_counts_epochs_without_a_better_score(tmp_path):
 
 def test_the_best_weights_are_put_back(tmp_path):
     trainer = tiny_trainer(tiny_config(**{"training.epochs": 6}), tmp_path)
-    states, close = [], trainer._close_epoch
+    states, close = [], trainer.close_epoch
 
     def recorded():
         row = close()
         states.append(weights(trainer))
         return row
 
-    trainer._close_epoch = recorded
+    trainer.close_epoch = recorded
     progress = trainer.fit()
     assert progress.best_epoch < 5, "the last epoch is the best one: choose another seed"
     assert not differing(weights(trainer), states[progress.best_epoch])

@@ -20,9 +20,10 @@ from data.splits import Split
 from data.statistics import MetadataStatistics
 from utils.config.schema import RunConfig, config_from_dict, config_to_dict
 from utils.tracking import Tracker
-from utils.training.assemble import build_inputs, build_model, count_parts
+from utils.training.assemble import build_trainer
 from utils.training.checkpointer import Checkpointer
 from utils.training.device import Runtime
+from utils.training.fingerprint import fingerprint
 from utils.training.runfolder import RunFolder
 from utils.training.trainer import Trainer
 
@@ -173,30 +174,13 @@ def tiny_trainer(
     """Model, inputs, checkpointer and loop of a run that keeps its files in `folder`."""
     data = data or tiny_data(config)
     runtime = Runtime(config.training.device, config.training.precision, config.training.compile)
-    torch.manual_seed(config.training.seed)
-    model = build_model(config, data.statistics)
-    describe = {
-        "config": config_to_dict(config),
-        "statistics": data.statistics.to_dict(),
-        "selection": config.training.selection,
-        "counts": count_parts(data),
-        "partial": data.completeness.message,
-        "run": folder.name,
-    }
-    return Trainer(
-        config,
-        data,
-        model,
-        build_inputs(config, data, model, runtime),
-        runtime,
-        Checkpointer(RunFolder(folder), runtime, describe),
-        tracker or Tracker(),
-    )
+    checkpointer = Checkpointer(RunFolder(folder), config_to_dict(config), fingerprint(data.table))
+    return build_trainer(config, data, runtime, checkpointer=checkpointer, tracker=tracker)
 
 
 def step_losses(trainer: Trainer) -> list[float]:
     """Train, and give the mean task loss of every optimiser step."""
-    losses, step = [], trainer._step
+    losses, step = [], trainer.step
 
     def recorded(parts, batches):
         flag = step(parts, batches)
@@ -204,7 +188,7 @@ def step_losses(trainer: Trainer) -> list[float]:
         losses.append(torch.cat(records)[:, 0].mean().item())
         return flag
 
-    trainer._step = recorded
+    trainer.step = recorded
     trainer.fit()
     return losses
 
@@ -214,14 +198,14 @@ def gradient_norms(trainer: Trainer) -> list[list[float]]:
 
     Adam divides by the size of the gradient, so weights alone would hide a wrong factor.
     """
-    norms, update = [], trainer._update
+    norms, update = [], trainer.runtime.update
 
-    def recorded(loss):
-        groups = [group["params"] for group in trainer.optimizer.param_groups]
+    def recorded(optimizer, *rest):
+        groups = [group["params"] for group in optimizer.param_groups]
         norms.append([torch.cat([p.grad.flatten() for p in g]).norm().item() for g in groups])
-        return update(loss)
+        return update(optimizer, *rest)
 
-    trainer._update = recorded
+    trainer.runtime.update = recorded
     return norms
 
 

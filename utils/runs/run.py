@@ -25,15 +25,20 @@ from utils.common.cli import EXIT_PREEMPTED, hand_over, kept_messages, log_to, s
 from utils.common.errors import Preempted, UserError
 from utils.common.files import atomic_write, write_text
 from utils.config.schema import RunConfig, config_to_dict, config_to_yaml, flatten, load_config
-from utils.evaluation.report import RunReport
 from utils.metrics.predictions import make_predictions, write_predictions
 from utils.metrics.protocol import SYNTHETIC_NOTE
 from utils.runs import group
 from utils.runs.end import banner, print_end, published_best, write_run_report
 from utils.runs.model_summary import parameter_table
 from utils.tracking import MAX_TAG, Tracker, start_tracking
-from utils.training.assemble import build_data, build_inputs, build_model, count_parts
-from utils.training.checkpoint import git_revision, load_checkpoint
+from utils.training.assemble import (
+    build_data,
+    build_model,
+    build_trainer,
+    count_parts,
+    describe_run,
+)
+from utils.training.checkpoint import git_revision, load_checkpoint, save_checkpoint
 from utils.training.checkpointer import Checkpointer
 from utils.training.device import Runtime, describe
 from utils.training.runfolder import RunFolder
@@ -154,7 +159,7 @@ class Run:
             # a kill or a full disk may have come just before these two
             if not self._is_published():
                 self._publish()
-            Checkpointer(self.folder, self.runtime, {}).clean()
+            self.folder.last.unlink(missing_ok=True)
             logger.info("finished already; training.resume=never would start anew")
             copy = published_best(self.config)
             own = not self.is_member and filecmp.cmp(copy, self.folder.best, shallow=False)
@@ -228,25 +233,27 @@ class Run:
     def fit(self, model: ConditionedAST, data: Cycles) -> Trainer:
         """Train, or go on training; the model then has the weights of the chosen epoch."""
         self._open_folder()
-        checkpointer = Checkpointer(self.folder, self.runtime, self._describe(data))
-        trainer = Trainer(
+        self.description = describe_run(self.config, data)
+        trainer = build_trainer(
             self.config,
             data,
-            model,
-            build_inputs(self.config, data, model, self.runtime),
             self.runtime,
-            checkpointer,
-            self.tracker,
+            model=model,
+            checkpointer=Checkpointer(
+                self.folder, self.description["config"], self.description["fingerprint"]
+            ),
         )
         if self.runtime.is_main:
             self.tracker = trainer.tracker = self._start_tracking(data)
         trainer.fit()
         return trainer
 
-    def test(self, trainer: Trainer) -> RunReport | None:
+    def test(self, trainer: Trainer) -> dict[str, Any]:
         """Open the test half, once; write predictions, report and checkpoint."""
         data, task = trainer.data, trainer.data.task
-        checkpoint = trainer.checkpointer.finish(trainer)
+        checkpoint = trainer.checkpoint(self.description)
+        if self.runtime.is_main:
+            save_checkpoint(self.folder.best, checkpoint)
         frames = {}
         for part, rows in (("val", data.split.val), ("test", data.split.test)):
             if len(rows):
@@ -254,7 +261,7 @@ class Run:
                 frames[part] = make_predictions(
                     task, data.table, rows, logits, checkpoint.thresholds
                 )
-        report = None
+        report: dict[str, Any] = {}
         if self.runtime.is_main:
             for part, frame in frames.items():
                 path = self.folder.predictions / f"{part}.csv"
@@ -265,7 +272,7 @@ class Run:
             )
             self._track_files()
             self._publish()
-            trainer.checkpointer.clean()
+            self.folder.last.unlink(missing_ok=True)
         self.runtime.barrier()
         return report
 
@@ -275,18 +282,6 @@ class Run:
     def synthetic(self) -> bool:
         """Whether the recordings are those of `data.synthetic.corpus`."""
         return is_synthetic(self.config.dataset.data_folder)
-
-    def _describe(self, data: Cycles) -> dict[str, Any]:
-        """What a checkpoint says of the run, whatever the epoch."""
-        return {
-            "config": config_to_dict(self.config),
-            "statistics": data.statistics.to_dict(),
-            "selection": self.config.training.selection,
-            "counts": count_parts(data) | {"data": data.completeness.counts},
-            "partial": data.completeness.message if data.completeness.partial else "",
-            "synthetic": self.synthetic,
-            "run": self.folder.path.name,
-        }
 
     def _start_tracking(self, data: Cycles) -> Tracker:
         config, training = self.config, self.config.training

@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run. Only here are sections unpacked into plain values."""
+"""From a configuration to the parts of a run: data, front end, model, inputs, trainer."""
 
 from __future__ import annotations
 
@@ -9,27 +9,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
+import torch
 
-from data.augment import Augmentation
 from data.corpora import CORPORA, read_corpus
 from data.corpora.icbhi import completeness
-from data.frontend import AudioFrontend
 from data.loader import Cycles
 from data.splits import Split, split_cycles
 from data.statistics import MetadataStatistics
 from data.store_build import open_store
+from data.synthetic.corpus import is_synthetic
 from models.build import ConditionedAST
-from models.build import build_model as build
-from utils.config.schema import RunConfig
+from utils.config.schema import RunConfig, config_to_dict
+from utils.tracking import Tracker
+from utils.training.build import build_frontend, build_model
+from utils.training.checkpointer import Checkpointer
 from utils.training.device import Runtime
+from utils.training.fingerprint import fingerprint
 from utils.training.inputs import FrozenInputs, Inputs
+from utils.training.runfolder import run_name
+from utils.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
-def build_split(config: RunConfig) -> tuple[pd.DataFrame, Split]:
-    """Cycle table and split of a run, without opening any sound."""
+def build_data(config: RunConfig, statistics: MetadataStatistics | None = None) -> Cycles:
+    """Cycle table, split, metadata and waveforms of a run.
+
+    Args:
+        statistics: those of a checkpoint; None fits them on the training part.
+    """
     dataset = config.dataset
     table = read_corpus(dataset)
     split = split_cycles(
@@ -42,17 +50,6 @@ def build_split(config: RunConfig) -> tuple[pd.DataFrame, Split]:
         val_seed=dataset.val_seed,
         selection=config.training.selection,
     )
-    return table, split
-
-
-def build_data(config: RunConfig, statistics: MetadataStatistics | None = None) -> Cycles:
-    """Cycle table, split, metadata and waveforms of a run.
-
-    Args:
-        statistics: those of a checkpoint; None fits them on the training part.
-    """
-    dataset = config.dataset
-    table, split = build_split(config)
     store = open_store(
         table,
         cache_dir=dataset.cache_dir,
@@ -80,37 +77,13 @@ def build_data(config: RunConfig, statistics: MetadataStatistics | None = None) 
     )
 
 
-def build_frontend(config: RunConfig) -> AudioFrontend:
-    """Log-mel front end with the run's augmentation."""
-    audio, augment = config.audio, config.augment
-    augmentation = Augmentation(augment, audio.sample_rate) if augment.enabled else None
-    return AudioFrontend(audio, config.dataset.h, config.dataset.w, augmentation)
-
-
-def build_model(
-    config: RunConfig, statistics: MetadataStatistics, *, layer_norm_eps: float = 1e-6
-) -> ConditionedAST:
-    """The configured variant, pretrained as the configuration says."""
-    return build(
-        config.variant,
-        config.model,
-        config.backbone,
-        n_mels=config.dataset.h,
-        n_frames=config.dataset.w,
-        n_outputs=len(config.task.outputs),
-        device_counts=statistics.device_counts,
-        site_counts=statistics.site_counts,
-        layer_norm_eps=layer_norm_eps,
-    )
-
-
 def build_inputs(
     config: RunConfig, data: Cycles, model: ConditionedAST, runtime: Runtime
 ) -> Inputs:
     """Log-mels per batch; or stored features where a frozen backbone allows them."""
     frontend = build_frontend(config)
-    wanted = config.training.frozen_cache and not config.augment.enabled
-    if not (wanted and model.cacheable):
+    enabled = config.training.frozen_cache and not config.augment.enabled
+    if not (enabled and model.cacheable):
         return Inputs(frontend, runtime, data)
     settings = asdict(config.audio) | {"h": config.dataset.h, "w": config.dataset.w}
     return FrozenInputs(
@@ -122,6 +95,53 @@ def build_inputs(
         settings=json.dumps(settings, sort_keys=True),
         batch_size=config.dataset.batch_size,
     )
+
+
+def build_trainer(
+    config: RunConfig,
+    data: Cycles,
+    runtime: Runtime,
+    *,
+    model: ConditionedAST | None = None,
+    inputs: Inputs | None = None,
+    checkpointer: Checkpointer | None = None,
+    tracker: Tracker | None = None,
+) -> Trainer:
+    """Everything between a configuration and its training.
+
+    Args:
+        model: None builds the configured one from the run's seed alone.
+        inputs: None builds the configured ones.
+        checkpointer: keeps the run's folder; None keeps nothing.
+        tracker: receives the metrics of each epoch.
+    """
+    if model is None:
+        torch.manual_seed(config.training.seed)
+        model = build_model(config, data.statistics)
+    return Trainer(
+        config.training,
+        data,
+        model,
+        inputs or build_inputs(config, data, model, runtime),
+        runtime,
+        batch_size=config.dataset.batch_size,
+        checkpointer=checkpointer,
+        tracker=tracker,
+    )
+
+
+def describe_run(config: RunConfig, data: Cycles) -> dict[str, Any]:
+    """The fields of a `Checkpoint` that the training does not change."""
+    return {
+        "config": config_to_dict(config),
+        "statistics": data.statistics.to_dict(),
+        "selection": config.training.selection,
+        "counts": count_parts(data) | {"data": data.completeness.counts},
+        "partial": data.completeness.message if data.completeness.partial else "",
+        "synthetic": is_synthetic(config.dataset.data_folder),
+        "fingerprint": fingerprint(data.table),
+        "run": run_name(config),
+    }
 
 
 def count_parts(data: Cycles) -> dict[str, Any]:

@@ -1,19 +1,20 @@
-"""Checkpoints: written whole or not at all, read without executing anything.
+"""Checkpoints: written atomically, read without executing anything.
 
-A model checkpoint (`Checkpoint`) is all that evaluation, figures and prediction need beside the
-data. The training state is what resuming needs; it never leaves its run folder.
+A model checkpoint (`Checkpoint`) is all that evaluation, figures and prediction need in addition
+to the data. The training state is what resuming needs; it never leaves its run folder.
 """
 
 from __future__ import annotations
 
-import math
+import pickle
 import platform
 import subprocess
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
 
@@ -22,22 +23,10 @@ from models.build import ConditionedAST
 from utils.common.errors import UserError
 from utils.common.files import atomic_write
 from utils.config.schema import RunConfig, config_from_dict
+from utils.training.build import build_model
 
 FORMAT = "metadata-conditioned-ast"
 VERSION = 1
-
-
-#: Types of a checkpoint's fields as they come from a file.
-KINDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("weights", "config", "statistics", "counts", "versions"), dict),
-    **dict.fromkeys(("thresholds", "pos_weight"), (tuple, list)),
-    **dict.fromkeys(("selection", "partial", "run", "revision"), str),
-    "epoch": int,
-    "synthetic": bool,
-    **dict.fromkeys(("score", "layer_norm_eps"), (float, int)),
-}
-#: What is counted of each part of the data, beside its classes.
-COUNTED = {"cycles", "recordings", "patients"}
 
 
 @dataclass
@@ -59,6 +48,7 @@ class Checkpoint:
         partial: empty, or what is missing from the full ICBHI set.
         run: name of the run folder.
         synthetic: the recordings of the training were generated (`data.synthetic.corpus`).
+        fingerprint: of the data (`utils.training.fingerprint`).
         versions: of Python, torch and the libraries that shape the numbers.
         revision: git revision of the code, "+" appended when files were changed.
     """
@@ -76,6 +66,7 @@ class Checkpoint:
     partial: str
     run: str
     synthetic: bool = False  # the first checkpoints did not say
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # nor this
     versions: dict[str, str] = field(default_factory=lambda: versions())
     revision: str = field(default_factory=lambda: git_revision())
 
@@ -104,13 +95,11 @@ class Checkpoint:
         return config
 
     def metadata_statistics(self) -> MetadataStatistics:
-        """The training cycles' statistics, for encoding any other cycles alike."""
+        """The training cycles' statistics, for encoding any other cycles in the same way."""
         return MetadataStatistics.from_dict(self.statistics)
 
     def build_model(self) -> ConditionedAST:
         """The trained model, in eval mode, on the CPU."""
-        from utils.training.assemble import build_model  # it imports the loader; this need not
-
         config = self.run_config()
         config.backbone.weights = "none"  # they come from here
         model = build_model(config, self.metadata_statistics(), layer_norm_eps=self.layer_norm_eps)
@@ -149,44 +138,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     )
     try:
         checkpoint = Checkpoint(**content)
+        for name, hint in get_type_hints(Checkpoint).items():
+            value, kind = getattr(checkpoint, name), get_origin(hint) or hint
+            if not isinstance(value, {tuple: tuple | list, float: float | int}.get(kind, kind)):
+                raise TypeError(f"{name} is a {type(value).__name__}")
     except TypeError as error:
-        problem = str(error)
-    else:
-        problem = _problem(checkpoint)
-    if problem:
-        raise UserError(f"{path} is damaged: {problem}; use another copy")
+        raise UserError(f"{path} is damaged: {error}; use another copy") from None
     return checkpoint
-
-
-def _problem(checkpoint: Checkpoint) -> str:
-    """What would end in a traceback, or in wrong figures, long after loading; empty: nothing."""
-    for name, kind in KINDS.items():
-        value = getattr(checkpoint, name)
-        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-            return f"{name} is a {type(value).__name__}"
-    if not all(isinstance(value, torch.Tensor) for value in checkpoint.weights.values()):
-        return "its weights are not all tensors"
-    config = checkpoint.run_config()
-    task, number = config.task, (int, float)
-    if checkpoint.selection != config.training.selection:
-        return f"selection is not the {config.training.selection} of its configuration"
-    allowed = {task.n_thresholds, len(task.default_thresholds)}
-    if len(checkpoint.thresholds) not in allowed or not all(
-        isinstance(value, number) and 0 <= value <= 1 for value in checkpoint.thresholds
-    ):
-        return f"thresholds are not {task.n_thresholds} numbers in 0..1"
-    allowed = {0, len(task.outputs)}
-    if len(checkpoint.pos_weight) not in allowed or not all(
-        isinstance(value, number) and 0 < value < math.inf for value in checkpoint.pos_weight
-    ):
-        return f"pos_weight is not {len(task.outputs)} positive numbers"
-    for part in ("train", "val", "test"):
-        counts = checkpoint.counts.get(part)
-        if not isinstance(counts, dict) or not counts.keys() >= COUNTED:
-            return f"counts of {part} lack {', '.join(sorted(COUNTED))}"
-        if not all(isinstance(value, int) and value >= 0 for value in counts.values()):
-            return f"counts of {part} are not whole numbers"
-    return ""
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -196,7 +154,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 def load_state(path: Path) -> dict[str, Any]:
     """Read a training state written by `save_state`."""
-    return _content(path, FORMAT + "-state", "a training state; remove it to start anew")
+    return _content(path, FORMAT + "-state", "a training state; remove it to start from scratch")
 
 
 def _content(path: Path, form: str, what: str) -> dict[str, Any]:
@@ -214,7 +172,7 @@ def _content(path: Path, form: str, what: str) -> dict[str, Any]:
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:
-    size = sum(t.numel() * t.element_size() for t in _tensors(content))
+    size = sum(t.numel() * t.element_size() for t in _leaves(content) if torch.is_tensor(t))
     with atomic_write(path, needed_bytes=size) as file:
         torch.save(content, file)
 
@@ -222,27 +180,43 @@ def _save(path: Path, content: dict[str, Any]) -> None:
 def _load(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise ValueError("it unpacks to more than its size; torch compresses nothing")
             damaged = archive.testzip()  # torch itself does not look at the checksums
         if damaged:
             raise ValueError(f"wrong checksum of {damaged}")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _printable(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # damaged bytes can break the reader in any way
-        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it holds more than tensors, numbers and text"
+        else:
+            reason = _printable(str(error).strip().partition("\n")[0]) or type(error).__name__
         raise UserError(
-            f"{path} can not be read as a checkpoint (foreign, damaged or tampered with): "
+            f"{path} cannot be read as a checkpoint (foreign, damaged or tampered with): "
             f"{reason}; copy it again from where it was made"
         ) from None
 
 
-def _tensors(value: Any):
-    if isinstance(value, torch.Tensor):
+def _printable(value: Any) -> Any:
+    """The same content with all text free of control characters: it may be anyone's, and text is
+    printed."""
+    if isinstance(value, str):
+        return "".join(c for c in value if c.isprintable() or c == "\n")
+    if isinstance(value, dict):
+        return type(value)((_printable(key), _printable(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return type(value)(map(_printable, value))
+    return value
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(item)
+    else:
         yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
 
 
 def versions() -> dict[str, str]:

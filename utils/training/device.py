@@ -1,17 +1,20 @@
-"""Where and how precisely a run computes."""
+"""Device, precision and distribution of a run."""
 
 from __future__ import annotations
 
 import logging
+import random
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Runtime:
@@ -20,13 +23,13 @@ class Runtime:
     Attributes:
         accelerator: accelerate's view of the processes (started by torchrun, or just one).
         device: of this process.
-        precision: fp32 | bf16 | fp16, "auto" resolved.
+        precision: fp32 (exact) | tf32 | bf16 | fp16; "auto" resolved.
         compiled: whether models are compiled.
     """
 
     def __init__(self, device: str = "auto", precision: str = "auto", compile: str = "auto"):
         # Precision is decided here, not by an `accelerate config` that the user may have. Buffers
-        # never differ between the processes, and gradients need no copy beside the buckets.
+        # never differ between the processes, and gradients can live in the buckets.
         exchange = DistributedDataParallelKwargs(
             broadcast_buffers=False, gradient_as_bucket_view=True
         )
@@ -41,13 +44,14 @@ class Runtime:
             # torch emulates bf16 on older cards, at a fraction of the speed of fp32
             native = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
             precision = "bf16" if native else "fp32"
-        self.precision = precision
-        wanted = on_cuda if compile == "auto" else compile == "true"
-        self.compiled = wanted and self._compiler_works()
+        self.precision = precision if on_cuda or precision != "tf32" else "fp32"
+        enabled = on_cuda if compile == "auto" else compile == "true"
+        self.compiled = enabled and self._compiler_works()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        if on_cuda:
-            # fp32 products (front end apart) may use TF32: what "fp32" training means on a GPU.
-            torch.set_float32_matmul_precision("high")
+        if on_cuda:  # TF32 rounds the factors of a product to 10 bits; the front end never uses it
+            exact = precision == "fp32"
+            torch.set_float32_matmul_precision("highest" if exact else "high")
+            torch.backends.cudnn.allow_tf32 = not exact
 
     @property
     def rank(self) -> int:
@@ -62,22 +66,22 @@ class Runtime:
         return self.accelerator.is_main_process
 
     def _compiler_works(self) -> bool:
-        """Try a trifle, forward and backward: without a compiler torch would fail much later, in
-        the first backward pass."""
+        """Try a tiny function, forward and backward: without a compiler torch would fail much
+        later, in the first backward pass."""
         x = torch.ones(8, device=self.device, requires_grad=True)
         try:
             torch.compile(lambda x: (x.sin() * x).sum())(x).backward()
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-            logger.warning("torch.compile does not work here, going on without it: %s", reason)
+            logger.warning("torch.compile does not work here, continuing without it: %s", reason)
             return False
         return True
 
     def autocast(self) -> AbstractContextManager:
-        """Mixed precision for forward passes; nothing in fp32."""
-        if self.precision == "fp32":
+        """Mixed precision for forward passes: bf16 and fp16 only."""
+        if self.precision not in AUTOCAST:
             return nullcontext()
-        return torch.autocast(self.device.type, DTYPES[self.precision])
+        return torch.autocast(self.device.type, AUTOCAST[self.precision])
 
     def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
         """Move to the device, compile by key, and wrap for several processes.
@@ -87,10 +91,48 @@ class Runtime:
         """
         model.to(self.device)
         if self.compiled:
-            # Where a backend can not compile a part, dynamo warns and runs that part as it is.
-            torch._dynamo.config.suppress_errors = True
             model.compile()
         return self.accelerator.prepare_model(model) if self.world > 1 else model
+
+    def exchange(self, wrapped: torch.nn.Module, *, when: bool) -> AbstractContextManager:
+        """Backward passes inside exchange gradients between the processes only `when` it is true:
+        once per step, after its last micro-batch."""
+        return nullcontext() if when or self.world == 1 else wrapped.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add to the gradients, scaled for fp16. Data parallelism takes the mean over the
+        processes; the loss is this process's share of a sum."""
+        self.scaler.scale(loss * self.world).backward()
+
+    def update(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: list[Tensor],
+        grad_clip: float,
+        loss: Tensor,
+    ) -> Tensor:
+        """Clip the gradients, step and clear them, without a host sync.
+
+        Args:
+            grad_clip: largest gradient norm; 0: no limit.
+            loss: of the step, a scalar on the device.
+
+        Returns:
+            A scalar on the device: 1 if the gradient was not finite and the update was skipped.
+        """
+        self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or float("inf"))
+        if self.scaler.is_enabled():
+            # fp16: the scaler skips overflowing updates by itself; only a bad loss is an error.
+            nonfinite = (~torch.isfinite(loss)).float()
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        else:
+            nonfinite = (~torch.isfinite(norm)).float()
+            optimizer.found_inf = nonfinite  # the fused kernel skips the update by it
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return nonfinite
 
     def gather(self, tensor: Tensor, fill: float) -> Tensor:
         """Rows of all processes, one below the other; shorter parts are padded with `fill`."""
@@ -113,3 +155,28 @@ def describe(runtime: Runtime) -> str:
     processes = f", {runtime.world} processes" if runtime.world > 1 else ""
     compiled = ", compiled" if runtime.compiled else ""
     return f"{name}, {runtime.precision}{compiled}{processes}"
+
+
+def generator_states() -> dict[str, Any]:
+    """States of every random generator a library might use, as tensors and plain numbers."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - the global one, whoever uses it
+    version, internal, gauss = random.getstate()
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_generator_states(states: dict[str, Any]) -> None:
+    """Restore what `generator_states` gave."""
+    torch.set_rng_state(states["torch"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal.tolist()), gauss))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

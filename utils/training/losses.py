@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from utils.config.schema import TrainingConfig
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -56,23 +59,17 @@ def cross_entropy(logits: Tensor, label: Tensor, label_smoothing: float) -> Tens
     return F.cross_entropy(logits, target, label_smoothing=label_smoothing, reduction="none")
 
 
-def build_loss(
-    name: str,
-    *,
-    pos_weight: Tensor,
-    focal_gamma: float,
-    asymmetric_gamma_pos: float,
-    asymmetric_gamma_neg: float,
-    asymmetric_clip: float,
-    label_smoothing: float,
-) -> Loss:
+def build_loss(training: TrainingConfig, pos_weight: Tensor) -> Loss:
     """The loss that `training.loss` names; pos_weight [C] enters bce only."""
-    losses: dict[str, Loss] = {
-        "bce": lambda logits, label: bce(logits, label, pos_weight),
-        "focal": lambda logits, label: focal(logits, label, focal_gamma),
-        "asymmetric": lambda logits, label: asymmetric(
-            logits, label, asymmetric_gamma_pos, asymmetric_gamma_neg, asymmetric_clip
-        ),
-        "ce": lambda logits, label: cross_entropy(logits, label, label_smoothing),
-    }
-    return losses[name]
+    if training.loss == "bce":
+        return partial(bce, pos_weight=pos_weight)
+    if training.loss == "focal":
+        return partial(focal, gamma=training.focal_gamma)
+    if training.loss == "asymmetric":
+        return partial(
+            asymmetric,
+            gamma_pos=training.asymmetric_gamma_pos,
+            gamma_neg=training.asymmetric_gamma_neg,
+            clip=training.asymmetric_clip,
+        )
+    return partial(cross_entropy, label_smoothing=training.label_smoothing)

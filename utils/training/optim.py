@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from models.conditioner import ParameterGroup
+from utils.config.schema import TrainingConfig
 
 
 def lr_factor(step: int, warmup_steps: int, total_steps: int) -> float:
@@ -21,29 +22,31 @@ def lr_factor(step: int, warmup_steps: int, total_steps: int) -> float:
 
 
 def build_optimizer(
-    groups: Iterable[ParameterGroup], *, lr: float, weight_decay: float
+    groups: Iterable[ParameterGroup], training: TrainingConfig
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter, ICLR 2019), fused: one kernel per group, and an update that the
     device itself can skip (`found_inf`)."""
+    lr, decay = training.lr, training.weight_decay
     return torch.optim.AdamW(
         [
             {
                 "params": group.parameters,
                 "name": group.name,
                 "lr": lr * group.lr_multiplier,
-                "weight_decay": weight_decay if group.weight_decay is None else group.weight_decay,
+                "weight_decay": decay if group.weight_decay is None else group.weight_decay,
             }
             for group in groups
         ],
         lr=lr,
-        weight_decay=weight_decay,
+        weight_decay=decay,
         fused=True,
     )
 
 
 def build_schedule(
-    optimizer: torch.optim.Optimizer, *, warmup_epochs: float, epochs: int, steps_per_epoch: int
+    optimizer: torch.optim.Optimizer, training: TrainingConfig, steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """`lr_factor` per optimiser step, on top of every group's own rate."""
-    warmup, total = round(warmup_epochs * steps_per_epoch), epochs * steps_per_epoch
+    warmup = round(training.warmup_epochs * steps_per_epoch)
+    total = training.epochs * steps_per_epoch
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, warmup, total))

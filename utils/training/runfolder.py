@@ -6,7 +6,6 @@
         metrics.csv             one row per finished epoch
         tracking.json           what MLflow is to show, beside metrics.csv and the files
         checkpoints/last.pt     training state, replaced at every checkpoint; removed at the end
-        checkpoints/best-NNNN.pt  weights of the best epoch that last.pt refers to, while training
         checkpoints/best.pt     the finished model: weights and all that evaluation needs
         predictions/val.csv, test.csv   one row per cycle
         figures/                pictures of this run

@@ -1,8 +1,7 @@
-"""The one loop: train, choose, resume. It knows no variant by name.
+"""The training loop. It knows no variant by name.
 
-B batch, C labels, K logits, N cycles. `Trainer.fit` trains and leaves the best weights in the
-model; `Trainer.predict` computes logits for any rows. What is written when is described in
-`utils.training.runfolder`.
+B batch, C labels, K logits, N cycles. `fit` calls `train_epoch`, which calls `step`, which computes
+the loss; after each epoch `close_epoch` evaluates. `fit` leaves the best weights in the model.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,12 +22,14 @@ from tqdm import tqdm
 from data.batch import Batch
 from data.loader import Cycles, MicroBatch, derived_seed, epoch_order, epoch_plan
 from data.task import EVENTS
+from models.build import ConditionedAST
 from utils.common.errors import Preempted, UserError
-from utils.config.schema import RunConfig
+from utils.config.schema import TrainingConfig
 from utils.metrics.score import choose_thresholds, sp_se_score, summarise
-from utils.tracking import epoch_metrics
+from utils.tracking import Tracker, epoch_metrics
+from utils.training.checkpoint import Checkpoint
 from utils.training.checkpointer import Checkpointer
-from utils.training.device import Runtime
+from utils.training.device import Runtime, generator_states, set_generator_states
 from utils.training.inputs import Inputs
 from utils.training.losses import build_loss, positive_weights
 from utils.training.optim import build_optimizer, build_schedule
@@ -68,88 +68,82 @@ class Trainer:
     """Trains one model on one split.
 
     Args:
-        config: the run's configuration.
-        data: its cycles.
+        training: the section of the configuration.
+        data: the run's cycles.
         model: a `models.build.ConditionedAST`; moved to the device and trained in place.
-        inputs: gives batches on the device, and what the model takes of them.
+        inputs: what turns rows into batches and batches into model input, on the device.
         runtime: device, precision, processes.
-        checkpointer: writes and reads checkpoints.
-        tracker: receives one dictionary of metrics per epoch (`utils.tracking.Tracker`).
+        batch_size: cycles per optimiser step.
+        checkpointer: keeps the run's folder up to date; None keeps nothing.
+        tracker: receives one dictionary of metrics per epoch.
+
+    Attributes:
+        progress: where the run stands, apart from its tensors.
+        best: weights of the best epoch, on the device; None before the first.
+        seen: of the current epoch: rows [B], (loss, logits) [B, 1 + K] of each batch.
     """
 
     def __init__(
         self,
-        config: RunConfig,
+        training: TrainingConfig,
         data: Cycles,
-        model: torch.nn.Module,
+        model: ConditionedAST,
         inputs: Inputs,
         runtime: Runtime,
-        checkpointer: Checkpointer,
-        tracker: Any,
+        *,
+        batch_size: int,
+        checkpointer: Checkpointer | None = None,
+        tracker: Tracker | None = None,
     ):
-        self.config, self.data, self.runtime = config, data, runtime
-        self.checkpointer, self.tracker, self.inputs = checkpointer, tracker, inputs
-        self.training = config.training
-        self.model = model
+        self.training, self.data, self.runtime = training, data, runtime
+        self.model, self.inputs, self.batch_size = model, inputs, batch_size
+        self.checkpointer, self.tracker = checkpointer, tracker or Tracker()
         self.wrapped = runtime.prepare(model)
-        self.predictor = Predictor(data, model, inputs, runtime, config.dataset.batch_size)
+        self.predictor = Predictor(data, model, inputs, runtime, batch_size)
+        self.signals = Signals(runtime.device, runtime.world, 60 * training.checkpoint_minutes)
         self.rows = data.split.train
         self.classes = data.classes(self.rows)
         self.selection_rows = {
             "validation": data.split.val,
             "fixed": np.empty(0, np.int64),
             "test": data.split.test,
-        }[self.training.selection]
+        }[training.selection]
         labels = data.label[self.rows]
         _need_every_label(labels)
-        _need_both_sides(data.classes(self.selection_rows), self.training.selection)
-        self.pos_weight = positive_weights(labels, self.training.sensitivity_bias)
-        self.loss = build_loss(
-            self.training.loss,
-            pos_weight=self.pos_weight.to(runtime.device),
-            focal_gamma=self.training.focal_gamma,
-            asymmetric_gamma_pos=self.training.asymmetric_gamma_pos,
-            asymmetric_gamma_neg=self.training.asymmetric_gamma_neg,
-            asymmetric_clip=self.training.asymmetric_clip,
-            label_smoothing=self.training.label_smoothing,
-        )
+        _need_both_sides(data.classes(self.selection_rows), training.selection)
+        self.pos_weight = positive_weights(labels, training.sensitivity_bias)
+        self.loss = build_loss(training, self.pos_weight.to(runtime.device))
         groups = model.parameter_groups()
         self.parameters = [p for group in groups for p in group.parameters]
-        self.optimizer = build_optimizer(
-            groups, lr=self.training.lr, weight_decay=self.training.weight_decay
-        )
-        self.steps_per_epoch = -(-len(self.rows) // config.dataset.batch_size)
-        self.schedule = build_schedule(
-            self.optimizer,
-            warmup_epochs=self.training.warmup_epochs,
-            epochs=self.training.epochs,
-            steps_per_epoch=self.steps_per_epoch,
-        )
+        self.optimizer = build_optimizer(groups, training)
+        self.steps_per_epoch = -(-len(self.rows) // batch_size)
+        self.schedule = build_schedule(self.optimizer, training, self.steps_per_epoch)
         self.progress = Progress()
-        self.seen: list[tuple[Tensor, Tensor]] = []  # rows [B], (loss, logits) [B, 1 + K]
+        self.best: dict[str, Tensor] | None = None
+        self.seen: list[tuple[Tensor, Tensor]] = []
 
     # ---------------------------------------------------------------- the whole training
 
     def fit(self) -> Progress:
         """Train to the end (or to early stopping) and put the best weights into the model."""
-        # every process its own dropout masks; a resumed run then takes up the saved generators
+        # every process has its own dropout masks; a resumed run restores the saved generators
         torch.manual_seed(derived_seed(self.training.seed, self.runtime.rank))
-        self.checkpointer.resume(self)
+        if self.checkpointer:
+            self.checkpointer.restore(self)
         self.inputs.prepare(self.rows)
-        progress, interval_s = self.progress, 60 * self.training.checkpoint_minutes
-        with Signals(self.runtime.device, self.runtime.world, interval_s) as self.signals:
+        with self.signals:
             while not self._is_over():
-                self.model.conditioner.on_epoch(progress.epoch)
-                self._train_epoch()
-                self._report(self._close_epoch())
+                self.model.conditioner.on_epoch(self.progress.epoch)
+                self.train_epoch()
+                self._report(self.close_epoch())
                 flags = self.signals.now()
-                # what was trained is kept whatever happens to the test and the report
+                # the last state is saved whatever happens to the test and the report
                 self._handle_flags(flags._replace(save=flags.save or self._is_over()))
-        self.checkpointer.restore_best(self)
-        return progress
+        self.model.load_state_dict(self.best)
+        return self.progress
 
     def _is_over(self) -> bool:
-        """Whether every epoch is done, or early stopping has lost its patience."""
+        """Whether every epoch is done, or early stopping was triggered."""
         patience = self.training.early_stopping_patience
         stale = patience > 0 and self.progress.stale >= patience
         return stale or self.progress.epoch >= self.training.epochs
@@ -163,9 +157,69 @@ class Trainer:
             schedule=self.schedule.lr_lambdas[0],
         )
 
+    # ---------------------------------------------------------------- state
+
+    def checkpoint(self, description: dict[str, Any]) -> Checkpoint:
+        """The best weights so far, with all that evaluation needs.
+
+        description: the other fields (`utils.training.assemble.describe_run`).
+        """
+        progress = self.progress
+        return Checkpoint(
+            weights={name: value.cpu() for name, value in self.best.items()},
+            thresholds=progress.thresholds,
+            epoch=progress.best_epoch,
+            score=progress.best_score,
+            layer_norm_eps=self.model.backbone.norm.eps,
+            pos_weight=tuple(self.pos_weight.tolist()) if self.training.loss == "bce" else (),
+            **description,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that an exact continuation needs; every process must call it."""
+        rows, record = self.gather(self.seen)
+        return {
+            "progress": asdict(self.progress),
+            "model": self.model.state_dict(),
+            "best": self.best,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.runtime.scaler.state_dict(),
+            "generators": gather_object([generator_states()]),
+            "seen": (torch.from_numpy(rows), torch.from_numpy(record)),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state of this run, of as many processes or of another number."""
+        device, generators = self.runtime.device, state["generators"]
+        self.progress = Progress(**state["progress"])
+        self.progress.thresholds = tuple(self.progress.thresholds)
+        self.model.load_state_dict(state["model"])
+        self.best = state["best"] and {k: v.to(device) for k, v in state["best"].items()}
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.runtime.scaler.load_state_dict(state["scaler"])
+        if self.runtime.is_main:
+            self.seen = [tuple(part.to(device) for part in state["seen"])]
+        if len(generators) == self.runtime.world:
+            set_generator_states(generators[self.runtime.rank])
+        else:
+            logger.warning(
+                "the run was saved by %d processes and is resumed by %d: dropout will differ",
+                len(generators),
+                self.runtime.world,
+            )
+
+    def _save(self) -> None:
+        state = self.state_dict()
+        if self.runtime.is_main and self.checkpointer:
+            self.checkpointer.save(state)
+        self.runtime.barrier()
+        self.signals.saved()
+
     # ---------------------------------------------------------------- one epoch
 
-    def _train_epoch(self) -> None:
+    def train_epoch(self) -> None:
         progress, training = self.progress, self.training
         order = epoch_order(
             self.rows,
@@ -176,7 +230,7 @@ class Trainer:
         )
         plan = epoch_plan(
             order,
-            batch_size=self.config.dataset.batch_size,
+            batch_size=self.batch_size,
             accumulation_steps=training.accumulation_steps,
             rank=self.runtime.rank,
             world=self.runtime.world,
@@ -196,52 +250,31 @@ class Trainer:
         )
         started = time.monotonic() - progress.seconds
         for parts in bar:
-            nonfinite = self._step(parts, batches)
+            nonfinite = self.step(parts, batches)
             progress.step += 1
             progress.seconds = time.monotonic() - started
             rows = torch.from_numpy(np.concatenate([part.rows for part in parts]))
             self._handle_flags(self.signals.post(nonfinite, rows))
-        self._handle_flags(
-            self.signals.drain(), save=False
-        )  # if one is due, better behind the evaluation
+        self._handle_flags(self.signals.drain(), save=False)  # a due one waits for the evaluation
 
-    def _step(self, parts: list[MicroBatch], batches: Iterator[Batch]) -> Tensor:
+    def step(self, parts: list[MicroBatch], batches: Iterator[Batch]) -> Tensor:
         """One optimiser step; returns a scalar on the device, 1 if the gradient was not finite."""
-        total = torch.zeros((), device=self.runtime.device)
-        for number, part in enumerate(parts):
+        runtime, total = self.runtime, torch.zeros((), device=self.runtime.device)
+        for part in parts:
             batch = next(batches)
-            last = number == len(parts) - 1
-            wait = nullcontext() if last or self.runtime.world == 1 else self.wrapped.no_sync()
-            with wait:
-                with self.runtime.autocast():
+            with runtime.exchange(self.wrapped, when=part is parts[-1]):
+                with runtime.autocast():
                     output = self.wrapped(self.inputs(batch, part.seed), batch.metadata)
                 losses = self.loss(output.logits, batch.label)  # [B]
                 share = part.weight * len(batch)
                 loss = losses.sum() * part.weight + output.regularisation * share
-                # Data parallelism averages gradients; the weights already make them a mean.
-                self.runtime.scaler.scale(loss * self.runtime.world).backward()
+                runtime.backward(loss)
             total += loss.detach()
             if part.weight:
                 record = torch.cat([losses.detach()[:, None], output.logits.detach()], dim=1)
                 self.seen.append((batch.cycle, record))
-        return self._update(total)
-
-    def _update(self, loss: Tensor) -> Tensor:
-        scaler = self.runtime.scaler
-        scaler.unscale_(self.optimizer)
-        limit = self.training.grad_clip or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        if scaler.is_enabled():
-            # fp16: the scaler skips overflowing updates by itself; only a bad loss is an error.
-            nonfinite = (~torch.isfinite(loss)).float()
-            scaler.step(self.optimizer)
-            scaler.update()
-        else:
-            nonfinite = (~torch.isfinite(norm)).float()
-            self.optimizer.found_inf = nonfinite  # the fused kernel skips the update by it
-            self.optimizer.step()
+        nonfinite = runtime.update(self.optimizer, self.parameters, self.training.grad_clip, total)
         self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
         return nonfinite
 
     def _handle_flags(self, flags: Flags | None, save: bool = True) -> None:
@@ -256,8 +289,7 @@ class Trainer:
         later = self.signals.drain()
         if later is not None:
             self._refuse_nonfinite(later)
-        self.checkpointer.save(self)
-        self.signals.saved()
+        self._save()
         if flags.stop or (later is not None and later.stop):
             raise Preempted
 
@@ -275,7 +307,7 @@ class Trainer:
 
     # ---------------------------------------------------------------- the end of an epoch
 
-    def _close_epoch(self) -> dict[str, float]:
+    def close_epoch(self) -> dict[str, float]:
         """Evaluate, choose, and advance `progress`; returns the epoch's row of figures."""
         progress, task = self.progress, self.data.task
         rows, record = self.gather(self.seen)
@@ -318,14 +350,15 @@ class Trainer:
         if better:
             progress.best_epoch, progress.best_score = progress.epoch, score
             progress.thresholds, progress.stale = tuple(thresholds), 0
-            self.checkpointer.remember_best(self)
+            self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         progress.epoch, progress.step, progress.seconds = progress.epoch + 1, 0, 0.0
         return row
 
     def _report(self, row: dict[str, float]) -> None:
         if not self.runtime.is_main:
             return
-        self.checkpointer.folder.write_metrics(self.progress.history)
+        if self.checkpointer:
+            self.checkpointer.folder.write_metrics(self.progress.history)
         self.tracker.metrics(*epoch_metrics(row))
         logger.info(epoch_line(row, self.training.epochs, self.progress.stale == 0))
 
