@@ -1,8 +1,9 @@
-# make train | make test | make ui: each does its own set-up in .venv first.
+# make train | make test | make ui: each sets up .venv first if needed.
 PYTHON  ?= python3
 VARIANT ?= softfilm
 ICBHI   ?=
 ARGS    ?=
+PORT    ?= 5000
 
 PY    := .venv/bin/python
 READY := .venv/.ready
@@ -20,7 +21,7 @@ CONFIG_softfilm := configs/ast_film_soft_config.yaml
 SCRIPT := $(SCRIPT_$(VARIANT))
 CONFIG := $(CONFIG_$(VARIANT))
 
-# Here and not in the rule, which would install everything first.
+# Checked here and not in the rule, which would install everything first.
 ifneq ($(filter train,$(MAKECMDGOALS)),)
 ifeq ($(SCRIPT),)
 $(error VARIANT=$(VARIANT) is none of ast, grf, film, tafilm, softfilm)
@@ -34,7 +35,7 @@ help:
 	@echo "make train VARIANT=ast                  the same for ast, grf, film, tafilm or softfilm"
 	@echo "make train ICBHI=/path VARIANT=film     the full paper configuration on real data"
 	@echo "make test                               lint and the whole test suite"
-	@echo "make ui                                 MLflow UI on http://127.0.0.1:5000"
+	@echo "make ui                                 MLflow UI on http://127.0.0.1:$(PORT); PORT= changes it"
 	@echo "ARGS='training.epochs=5 training.warmup_epochs=1' adds configuration overrides to make train"
 
 $(READY): requirements.txt constraints.txt pyproject.toml
@@ -62,7 +63,8 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 
 ui: $(READY)
-	MLFLOW_DISABLE_TELEMETRY=true $(PY) -m mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
+	MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true $(PY) -m mlflow ui \
+	    --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

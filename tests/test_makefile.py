@@ -26,7 +26,7 @@ def make(tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["nonsense", "", "ast_film"])
-def test_an_unknown_variant_is_refused_before_the_installation(make, variant):
+def test_unknown_variant_is_refused_before_set_up(make, variant):
     ended = make("train", f"VARIANT={variant}")
     assert ended.returncode == 2
     assert f"VARIANT={variant} is none of ast, grf, film, tafilm, softfilm" in ended.stderr
@@ -34,7 +34,7 @@ def test_an_unknown_variant_is_refused_before_the_installation(make, variant):
 
 
 @pytest.mark.parametrize("variant", ["ast", "grf", "film", "tafilm", "softfilm"])
-def test_the_known_variants_go_on_to_the_installation(make, variant):
+def test_known_variant_reaches_the_set_up(make, variant):
     ended = make("train", f"VARIANT={variant}")
     assert "INSTALLATION" in ended.stdout and "none of" not in ended.stderr
 
@@ -42,3 +42,9 @@ def test_the_known_variants_go_on_to_the_installation(make, variant):
 def test_other_goals_need_no_variant(make):
     ended = make("help", "VARIANT=nonsense")
     assert ended.returncode == 0 and "make train VARIANT=ast" in ended.stdout
+
+
+def test_ui_takes_a_port_and_sends_no_telemetry(make):
+    shown = make("ui", "PORT=5999", "--dry-run").stdout
+    assert "--port 5999" in shown
+    assert "MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true" in shown

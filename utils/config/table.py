@@ -1,7 +1,7 @@
 """Every configuration key in one table, read from the dataclasses and their comments.
 
 python -m utils.config.table             print the table as Markdown
-python -m utils.config.table --write     put it between the marks in README.md
+python -m utils.config.table --write     put it between the marks in docs/configuration.md
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from utils.common.errors import UserError
 from utils.common.files import write_text
 from utils.config import schema as schema
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 BEGIN, END = "<!-- keys: begin (python -m utils.config.table --write) -->", "<!-- keys: end -->"
 FIELD = re.compile(r"^ {4}(\w+): [^#]*?(?:#\s*(.*))?$")
 COMMENT = re.compile(r"^ {4}#\s*(.*)$")
@@ -98,15 +98,15 @@ def insert(text: str, content: str) -> str:
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise UserError(f"README.md lacks the marks {BEGIN} and {END}")
+        raise UserError(f"docs/configuration.md lacks the marks {BEGIN} and {END}")
     return f"{head}{BEGIN}\n{content}\n{END}{tail}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="update README.md")
+    parser.add_argument("--write", action="store_true", help="update docs/configuration.md")
     if parser.parse_args().write:
-        write_text(README, insert(README.read_text(encoding="utf-8"), table()))
+        write_text(PAGE, insert(PAGE.read_text(encoding="utf-8"), table()))
     else:
         print(table())
 
