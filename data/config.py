@@ -19,17 +19,17 @@ class DatasetConfig:
     data_folder: str = setting(MISSING, path=True)  # folder that holds wavs, annotations and tables
     # icbhi_metadata.csv: written if absent, else checked
     cycle_metadata_path: str | None = setting(None, path=True)
-    class_split: str = setting("lungsound", choices=("lungsound",))  # the one label set there is
+    class_split: str = setting("lungsound", choices=("lungsound",))  # the only label set
     # official | official_disjoint | foldwise | random
     split_strategy: str = setting("official", choices=STRATEGIES)
     # foldwise: which of the 5 folds is the test part (0..4)
     test_fold: int = setting(0, choices=(0, 1, 2, 3, 4))
     split_seed: int = setting(0, low=0, high=MAX_SEED)  # random: seed of the patient-wise split
-    # random: share of the patients' cycles that is tested
+    # random: share of the cycles in the test part
     test_fraction: float = setting(0.4, low=0, high=1, ends="()")
     # share of the training cycles held out for validation
     val_fraction: float = setting(0.2, low=0, high=1, ends="()")
-    # fixes the validation patients, apart from training.seed
+    # fixes the validation patients, independently of training.seed
     val_seed: int = setting(0, low=0, high=MAX_SEED)
     # 4: crackle and wheeze logits; 2: normal against abnormal
     n_cls: int = setting(4, choices=(4, 2))
@@ -70,14 +70,14 @@ class AudioConfig:
 class AugmentConfig:
     """Each probability is per clip; 1 means always. Ranges are uniform."""
 
-    enabled: bool = True  # the one switch for all of it
+    enabled: bool = True  # switches all of it on or off
     noise_probability: float = setting(0.1, low=0, high=1)  # of white noise
     noise_rms: float = setting(3.2e-3, low=0)  # of the white noise, full scale = 1
     # [low, high]: noise by SNR instead of by rms
     noise_snr_db: list[float] | None = setting(None, interval=True)
     speed_probability: float = setting(0.1, low=0, high=1)  # of time-stretching
     speed_range: list[float] = setting([0.9, 1.1], low=0.1, high=10, interval=True)  # tempo factor
-    loudness_probability: float = setting(0.1, low=0, high=1)  # of another loudness
+    loudness_probability: float = setting(0.1, low=0, high=1)  # of changing the loudness
     # amplitude factor
     loudness_range: list[float] = setting([0.5, 2.0], low=0, ends="(]", interval=True)
     vtlp_probability: float = setting(0.1, low=0, high=1)  # of vocal-tract-length perturbation

@@ -2,7 +2,7 @@
 
     python -m experiments.planted_effect [--seeds 3] [--threads 1] [--fields site age device]
 
-The synthetic corpus with a planted effect (docs/synthetic_corpus.md) annotates the same sound in
+The synthetic corpus with a planted effect (docs/data.md) annotates the same sound in
 two ways, depending on a field that cannot be heard; without it, annotations say what is heard.
 Each variant is trained on both by the project's own loop, and where the effect is planted it is
 tested with real, shuffled and unknown metadata. The first field is learned by every variant, the

@@ -17,7 +17,7 @@ OFF = "off"
 REMARKS = "<!-- Below this line: written by hand, kept by the command. -->"
 #: Metadata fields of each factor of SoftFiLM.
 MEMBERS = {"device": ["device"], "site": ["site"], "rest": ["age", "bmi", "duration"]}
-INTRODUCTION = """Synthetic sounds of invented patients (docs/synthetic_corpus.md); the figures \
+INTRODUCTION = """Synthetic sounds of invented patients (docs/data.md); the figures \
 say whether a variant can use metadata, nothing about patients. ICBHI Score in percent, four \
 classes, test part, thresholds 0.5; mean ± sd over n seeds. Differences are in points, with 95 % \
 intervals over resampled test patients and resampled seeds (both paired). With few seeds the \

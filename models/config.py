@@ -132,13 +132,13 @@ class SoftFiLMConfig(FiLMConfig):
     mask_init_scale: float = 2.0  # mask logits: + on a factor's own third of D, - elsewhere
     # weight of the mean pairwise overlap in the loss
     mask_overlap_lambda: float = setting(0.01, low=0)
-    # weight of mean(1 - max_k w_k); the authors' code: .005
+    # weight of mean(1 - max_k w_k); the authors' code: 0.005
     mask_coverage_lambda: float = setting(0.0, low=0)
-    per_layer_masks: bool = False  # masks of their own for every conditioned block
+    per_layer_masks: bool = False  # separate masks for every conditioned block
     # sigmoid (factors independent) | softmax (over factors)
     mask_mode: str = setting("sigmoid", choices=("sigmoid", "softmax"))
-    mask_temperature: float = setting(1.0, low=0.1)  # tau, at least .1
-    mask_annealing: bool = False  # tau: constant for five epochs, then along a cosine to .2
+    mask_temperature: float = setting(1.0, low=0.1)  # tau, at least 0.1
+    mask_annealing: bool = False  # tau: constant for five epochs, then along a cosine to 0.2
     # epoch count of that schedule; set it to training.epochs
     mask_annealing_epochs: int = setting(100, low=1, high=MAX_COUNT)
     mask_lr_multiplier: float = setting(10.0, low=0)  # on training.lr; masks have no weight decay

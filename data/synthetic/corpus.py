@@ -6,7 +6,7 @@
 Same arguments, same bytes. The folder holds recordings, annotations and the three tables under
 the names of the database's own page, and two files that the database has not:
 `synthetic_corpus.json` (what this is, arguments, counts, best reachable Scores, checksums) and
-`synthetic_cycles.csv` (what is heard in each cycle). See docs/synthetic_corpus.md.
+`synthetic_cycles.csv` (what is heard in each cycle). See docs/data.md.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class TrainingConfig:
     asymmetric_clip: float = setting(0.05, low=0, high=1, ends="[)")
     # ce: share of the label spread over all classes
     label_smoothing: float = setting(0.0, low=0, high=1, ends="[)")
-    # shuffle | balanced (classes drawn alike)
+    # shuffle | balanced (classes equally often)
     sampler: str = setting("shuffle", choices=("shuffle", "balanced"))
     # validation | fixed | test (marked everywhere)
     selection: str = setting("validation", choices=("validation", "fixed", "test"))
@@ -73,7 +73,7 @@ class TrainingConfig:
     precision: str = setting("auto", choices=("auto", "fp32", "bf16", "fp16"))
     # auto (on CUDA) | true | false
     compile: str = setting("auto", choices=("auto", "true", "false"))
-    # auto: go on where an equal run stopped | never: start anew
+    # auto: continue an identical run | never: start from scratch
     resume: str = setting("auto", choices=("auto", "never"))
     checkpoint_minutes: float = setting(10.0, low=0)  # between checkpoints; 0: after every step
     frozen_cache: bool = True  # compute frozen, unconditioned layers once (augmentation off only)
