@@ -17,7 +17,6 @@ import soundfile
 
 from utils.common.errors import UserError
 
-RESAMPLERS = ("torchaudio", "soxr_hq")
 MIN_RATE, MAX_RATE = 4_000, 96_000  # Hz
 #: Taps of torchaudio's polyphase filter above which it is not built (200 MB of float32). Rates
 #: that share a factor with 16 kHz, which is all the usual ones, stay far below.
@@ -90,18 +89,15 @@ def _cut_off(path: Path) -> str | None:
     size = path.stat().st_size
     with path.open("rb") as file:
         riff, _, wave = struct.unpack("<4sI4s", file.read(12).ljust(12))
-        if riff != b"RIFF" or wave != b"WAVE":
-            return None
-        while len(header := file.read(8)) == 8:
+        while (riff, wave) == (b"RIFF", b"WAVE") and len(header := file.read(8)) == 8:
             name, length = struct.unpack("<4sI", header)
-            if name != b"data":
-                file.seek(length + length % 2, 1)
-                continue
-            there = size - file.tell()
-            streamed = length in (0, 0xFFFFFFFF)  # writers that could not go back say so
-            if there < length and not streamed:
+            if name == b"data":
+                there = size - file.tell()
+                streamed = length in (0, 0xFFFFFFFF)  # writers that could not go back say so
+                if there >= length or streamed:
+                    return None
                 return f"is cut off: its header promises {length} bytes of sound, {there} are there"
-            return None
+            file.seek(length + length % 2, 1)
     return None
 
 

@@ -23,7 +23,6 @@ from utils.common.errors import UserError
 
 log = logging.getLogger(__name__)
 
-STRATEGIES = ("official", "official_disjoint", "foldwise", "random")
 N_FOLDS = 5
 FOLD_SEED = 0
 _RESTARTS = 200  # random orders that are tried; the best balanced choice is kept
@@ -64,9 +63,8 @@ def split_cycles(
     """Divide the cycle table into training, validation and test rows.
 
     Args:
-        table: cycle table.
         strategy: official | official_disjoint (without the test cycles of patients who are in
-            train as well) | foldwise | random.
+            train, too) | foldwise | random.
         test_fold: foldwise: the fold (0..4) that is tested.
         split_seed: random: seed of the choice of test patients.
         test_fraction: random: share of the cycles (and patients) that is tested.
@@ -77,8 +75,19 @@ def split_cycles(
     Raises:
         UserError: a part that the data cannot fill.
     """
-    in_train, in_test = _train_and_test(table, strategy, test_fold, split_seed, test_fraction)
-    train, test = np.flatnonzero(in_train), np.flatnonzero(in_test)
+    in_test = _test_rows(table, strategy, test_fold, split_seed, test_fraction)
+    train, test = np.flatnonzero(~in_test), np.flatnonzero(in_test)
+    if strategy.startswith("official"):
+        both = patients_in_both_halves(table)
+        shared = table["PID"].iloc[test].isin(both).to_numpy()
+        if strategy == "official_disjoint":
+            test = test[~shared]
+        elif both:
+            log.warning(
+                "the official split has patients %s in both halves (%d of %d test cycles); "
+                "dataset.split_strategy=official_disjoint leaves those test cycles out",
+                *(", ".join(map(str, both)), shared.sum(), len(test)),
+            )
     _check_parts(table, train, test, strategy)
     val = np.zeros(0, np.int64)
     if selection == "validation":
@@ -86,7 +95,7 @@ def split_cycles(
         held_out = table["PID"].iloc[train].isin(chosen).to_numpy()
         train, val = train[~held_out], train[held_out]
         _warn_of_missing_classes(table, val, "validation part")
-    return Split(train.astype(np.int64), val.astype(np.int64), test.astype(np.int64))
+    return Split(train, val, test)
 
 
 def assign_folds(table: pd.DataFrame) -> np.ndarray:
@@ -133,32 +142,17 @@ def choose_validation_patients(
     return chosen
 
 
-def _train_and_test(
+def _test_rows(
     table: pd.DataFrame, strategy: str, test_fold: int, split_seed: int, test_fraction: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Boolean masks [N] of the training (with validation) and the test rows."""
-    if strategy in ("official", "official_disjoint"):
-        in_test = (table["Split"] == "test").to_numpy()
-        both = patients_in_both_halves(table)
-        shared = table["PID"].isin(both).to_numpy() & in_test
-        if strategy == "official_disjoint":
-            return ~in_test, in_test & ~shared
-        if both:
-            log.warning(
-                "the official split has patients %s in both halves (%d of %d test cycles); "
-                "dataset.split_strategy=official_disjoint leaves those test cycles out",
-                ", ".join(map(str, both)),
-                shared.sum(),
-                in_test.sum(),
-            )
-        return ~in_test, in_test
+) -> np.ndarray:
+    """Boolean mask [N] of the test rows."""
     if strategy == "foldwise":
-        in_test = (table["Fold"] == test_fold).to_numpy()
-    else:  # random; by cycles and patients only: balancing classes would look at test labels
+        return (table["Fold"] == test_fold).to_numpy()
+    if strategy == "random":  # by cycles and patients: balancing classes would use test labels
         counts = _patient_counts(table, with_classes=False)
         chosen = _choose(counts, test_fraction * counts.sum().to_numpy(), split_seed)
-        in_test = table["PID"].isin(chosen).to_numpy()
-    return ~in_test, in_test
+        return table["PID"].isin(chosen).to_numpy()
+    return (table["Split"] == "test").to_numpy()
 
 
 def _check_parts(table: pd.DataFrame, train: np.ndarray, test: np.ndarray, strategy: str) -> None:
@@ -169,12 +163,9 @@ def _check_parts(table: pd.DataFrame, train: np.ndarray, test: np.ndarray, strat
                 f"split_strategy {strategy}); add recordings or choose another split_strategy"
             )
     labels = classes_of(table.iloc[train])
-    for missing, name in (
-        (not (labels == 0).any(), "normal"),
-        (not (labels & 1).any(), "crackle"),
-        (not (labels & 2).any(), "wheeze"),
-    ):
-        if missing:
+    present = {"normal": labels == 0, "crackle": labels & 1, "wheeze": labels & 2}
+    for name, found in present.items():
+        if not found.any():
             raise UserError(
                 f"no training cycle of {len(train)} has the class {name}, so it cannot be "
                 "learned; add recordings or choose another dataset.split_strategy"

@@ -103,16 +103,7 @@ class MetadataStatistics:
 
     def to_dict(self) -> dict:
         """Plain lists, numbers and strings, fit for `torch.load(weights_only=True)` and JSON."""
-        return {
-            "scalars": list(SCALARS),
-            "medians": list(self.medians),
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "devices": list(self.devices),
-            "device_counts": list(self.device_counts),
-            "sites": list(self.sites),
-            "site_counts": list(self.site_counts),
-        }
+        return {"scalars": list(SCALARS)} | {key: list(v) for key, v in vars(self).items()}
 
     @classmethod
     def from_dict(cls, content: dict) -> MetadataStatistics:

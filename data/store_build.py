@@ -1,6 +1,6 @@
 """Building a waveform store: once, in parallel, all or nothing.
 
-The store grows in `<name>.building/` beside its final place, under a lock that a second process
+The store grows in `<name>.building/` next to its final place, under a lock that a second process
 waits for, and is renamed when everything is on the disk. A build that was killed starts again
 from scratch: the whole database takes about five minutes on two cores.
 """
@@ -24,7 +24,7 @@ import pandas as pd
 import soundfile
 from tqdm import tqdm
 
-from data.audio import RESAMPLERS, BadRecording, read_recording, resample, silent_cycles
+from data.audio import BadRecording, read_recording, resample, silent_cycles
 from data.store import StorePlan, WaveformStore, checksum, fingerprint, open_folder
 from utils.common.errors import Busy, UserError
 from utils.common.lock import held
@@ -63,8 +63,6 @@ def open_store(
     Raises:
         UserError: a bad or missing recording, no room, a cache folder that cannot be written.
     """
-    if resampler not in RESAMPLERS or on_bad_recording not in ("error", "skip"):
-        raise ValueError(f"resampler {resampler!r}, on_bad_recording {on_bad_recording!r}?")
     plan = StorePlan.of(table, sample_rate, resampler)
     final = Path(cache_dir) / plan.name
     if not final.is_dir():

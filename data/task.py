@@ -50,7 +50,7 @@ class Task:
 
     @property
     def default_thresholds(self) -> tuple[float, ...]:
-        """The rule without any choice: .5 per event; for exclusive classes the largest wins ()."""
+        """The rule without any choice: 0.5 per event; for exclusive classes the largest wins ()."""
         return () if self.exclusive else (0.5,) * self.n_thresholds
 
     def labels(self, crackle: np.ndarray, wheeze: np.ndarray) -> np.ndarray:
@@ -70,7 +70,7 @@ class Task:
         if self.exclusive:
             e = np.exp(logits - logits.max(axis=1, keepdims=True))
             return e / e.sum(axis=1, keepdims=True)
-        return 0.5 * (1.0 + np.tanh(0.5 * logits))  # a sigmoid that can not overflow
+        return 0.5 * (1.0 + np.tanh(0.5 * logits))  # a sigmoid that cannot overflow
 
     def predicted_classes(self, probability: np.ndarray, thresholds) -> np.ndarray:
         """[N, K] -> class [N] int64; an output is present when its probability >= threshold.

@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import pandas as pd
 
+from data.config import DatasetConfig
 from data.corpora import icbhi
 from data.cycle_table import check_metadata, write_metadata
 from utils.common.errors import UserError
@@ -36,16 +37,9 @@ class Corpus(NamedTuple):
 CORPORA: dict[str, Corpus] = {"icbhi": Corpus(icbhi.read_cycles, icbhi.DEVICES, icbhi.SITES)}
 
 
-class DatasetKeys(Protocol):
-    """The keys of the configuration's section `dataset` that are read here."""
-
-    name: str
-    data_folder: str
-    cycle_metadata_path: str | None
-    on_bad_recording: str
-
-
-def read_corpus(dataset: DatasetKeys, report: Callable[[str], None] | None = None) -> pd.DataFrame:
+def read_corpus(
+    dataset: DatasetConfig, report: Callable[[str], None] | None = None
+) -> pd.DataFrame:
     """Cycle table of a configuration, its metadata file written if absent, else checked.
 
     Args:

@@ -120,9 +120,10 @@ def draw_patients(n: int, rng: np.random.Generator, field: str | None) -> list[P
     """`n` patients in order of their numbers; `field` is the planted one, or None."""
     n_train = round(TRAIN_SHARE * n)
     parts = ["train"] * n_train + ["test"] * (n - n_train)
-    devices = apportion(n_train, DEVICE_SHARES["train"]) + apportion(
-        n - n_train, DEVICE_SHARES["test"]
-    )
+    devices = [
+        *apportion(n_train, DEVICE_SHARES["train"]),
+        *apportion(n - n_train, DEVICE_SHARES["test"]),
+    ]
     # Evenly spread over the list, so children meet every device and both halves.
     share = 0.5 if field == "age" else CHILD_SHARE
     children = [int((i + 1) * share) > int(i * share) for i in range(n)]
@@ -149,17 +150,19 @@ def draw_patients(n: int, rng: np.random.Generator, field: str | None) -> list[P
     return patients
 
 
-def deal(n: int, shares: Sequence[float], owed: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def deal(
+    n: int, shares: Sequence[float], pending: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
     """[n] states in random order, as near to their shares as whole numbers allow.
 
-    `owed` [states] is what earlier deals rounded away; it is paid back here and updated, so that
+    `pending` [states] is what earlier deals rounded away; it is paid back here and updated, so that
     many small deals together keep the shares to within one.
     """
-    exact = n * np.asarray(shares) / np.sum(shares) + owed
+    exact = n * np.asarray(shares) / np.sum(shares) + pending
     counts = np.zeros(len(exact), int)
     for _ in range(n):
         counts[(exact - counts).argmax()] += 1
-    owed[:] = exact - counts
+    pending[:] = exact - counts
     return rng.permutation(np.repeat(np.arange(len(counts)), counts))
 
 
@@ -215,15 +218,14 @@ def plan_recordings(
         pids = [p.pid for p in patients if p.part == "train" and p.device == device]
         both_halves.update(pids[-1:])
     planned = []
-    owed: dict[tuple[str, int], np.ndarray] = defaultdict(lambda: np.zeros(len(CLASSES)))
+    pending: dict[tuple[str, int], np.ndarray] = defaultdict(lambda: np.zeros(len(CLASSES)))
     for patient in patients:
         rng = np.random.default_rng([seed, patient.pid])
         devices = _recording_devices(patient, per_patient, traps, field, rng)
         drafts = []
-        used: set[str] = set()
         for k, device in enumerate(devices):
             if k % SESSION == 0:
-                used = set()
+                used: set[str] = set()
             # a planted device must not follow from the site, so their groups alternate differently
             turn = rng.integers(2) if field == "device" else (patient.first_group + k) % 2
             site = _draw_site(int(turn), used, rng)
@@ -232,7 +234,7 @@ def plan_recordings(
             group = planted.group_of(field or "site", site=site, device=device, age=patient.age)
             n = int(rng.integers(max(2, cycles - 2), cycles + 3))
             drafts.append((k, device, site, group, *_bounds(n, patient.traits, rng)))
-        heard = _deal_heard(patient, drafts, field, owed, rng)
+        heard = _deal_heard(patient, drafts, field, pending, rng)
         for (k, device, site, group, bounds, seconds), states in zip(drafts, heard, strict=True):
             mode = PROFILES[device].mode
             session = k // SESSION + 1
@@ -248,7 +250,7 @@ def plan_recordings(
 
 
 def _deal_heard(
-    patient: Patient, drafts: list[tuple], field: str | None, owed: dict, rng
+    patient: Patient, drafts: list[tuple], field: str | None, pending: dict, rng
 ) -> list[np.ndarray]:
     """Heard states of the patient's recordings, dealt within each group."""
     if field is None:
@@ -259,7 +261,7 @@ def _deal_heard(
     for group in (0, 1):
         rows = [row for row, draft in enumerate(drafts) if draft[3] == group]
         lengths = [len(drafts[row][4]) - 1 for row in rows]
-        states = deal(sum(lengths), mix, owed[patient.part, group], rng)
+        states = deal(sum(lengths), mix, pending[patient.part, group], rng)
         for row, part in zip(rows, np.split(states, np.cumsum(lengths)[:-1]), strict=False):
             heard[row] = part
     return heard

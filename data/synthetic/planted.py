@@ -1,4 +1,4 @@
-"""The planted effect: the same sound means another class, depending on what can not be heard.
+"""The planted effect: the same sound means another class, depending on what cannot be heard.
 
 A field of the metadata divides the cycles into two groups. Which events are *heard* in a cycle is
 drawn without regard to the group; how the cycle is *annotated* depends on both:

@@ -13,7 +13,7 @@ Durations and frequencies follow the literature:
   harmonics, mostly in expiration (Sovijarvi et al. 2000; Bohadana et al. 2014).
 
 What is heard never depends on the auscultation site, and nothing here reads a label.
-Amplitudes are relative to the breath's rms (1) until `record` applies the device's gain.
+Amplitudes are relative to the breath's rms (1) until `render` applies the device's gain.
 """
 
 from __future__ import annotations
@@ -208,9 +208,7 @@ def _add_wheezes(
 ) -> None:
     """One wheeze in expiration (sometimes in inspiration, too), now and then of two voices."""
     inspiration, turn, expiration, stop = _phases(begin, end, traits)
-    spans = [(expiration, stop)]
-    if rng.random() < 0.3:
-        spans.append((inspiration, turn))
+    spans = [(expiration, stop), (inspiration, turn)][: 2 if rng.random() < 0.3 else 1]
     level = 1.1 * np.exp(0.35 * rng.standard_normal())
     for first, last in spans:
         duration = min(max(0.25, rng.uniform(0.4, 0.95) * (last - first)), 0.9 * (end - begin))
@@ -291,30 +289,6 @@ def chest_sound(
     return events
 
 
-def record(chest: np.ndarray, rate: int, profile: DeviceProfile, gain: float, rng) -> np.ndarray:
-    """What the device makes of the chest's sound: response, own noise, gain, sampling rate.
-
-    Args:
-        chest: [n] at `rate` Hz, three times profile.rate or a third of it.
-        gain: factor on the device's usual level; the result is clipped at full scale.
-
-    Returns:
-        [n * profile.rate / rate] float32 in -1..1.
-    """
-    n = len(chest)
-    size = fft.next_fast_len(n, real=True)
-    f = fft.rfftfreq(size, 1 / rate)
-    centre, peak = profile.resonance
-    response = 1 + (peak - 1) * np.exp(-0.5 * ((f - centre) / (0.2 * centre)) ** 2)
-    response /= (1 + (f / profile.roll_off) ** 2) ** (profile.order / 2)
-    heard = fft.irfft(fft.rfft(chest, size) * response.astype(np.float32), size)[:n]
-    heard += profile.rumble * _shaped_noise(n, rate, lambda f: 1 / (1 + (f / 40) ** 2), rng)
-    up, down = (3, 1) if rate < profile.rate else (1, 3)
-    heard = signal.resample_poly(heard, up, down)
-    heard += profile.noise_white * rng.standard_normal(len(heard), dtype=np.float32)
-    return (profile.level * gain * heard).clip(-1.0, 1.0 - 2.0**-15).astype(np.float32)
-
-
 def render(
     bounds: np.ndarray,
     sounds: np.ndarray,
@@ -324,7 +298,24 @@ def render(
     event_level: float,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """One recording as the device writes it; arguments as in `chest_sound` and `record`."""
+    """One recording as the device writes it: response, own noise, gain, sampling rate.
+
+    Arguments as in `chest_sound`.
+
+    Returns:
+        [seconds * profile.rate] float32 in -1..1, clipped at full scale.
+    """
     rate = _CHEST_RATES[profile.rate]
     chest = chest_sound(bounds, sounds, seconds, rate, traits, event_level, rng)
-    return record(chest, rate, profile, float(np.exp(0.4 * rng.standard_normal())), rng)
+    gain = float(np.exp(0.4 * rng.standard_normal()))
+    n = len(chest)
+    size = fft.next_fast_len(n, real=True)
+    f = fft.rfftfreq(size, 1 / rate)
+    centre, peak = profile.resonance
+    response = 1 + (peak - 1) * np.exp(-0.5 * ((f - centre) / (0.2 * centre)) ** 2)
+    response /= (1 + (f / profile.roll_off) ** 2) ** (profile.order / 2)
+    heard = fft.irfft(fft.rfft(chest, size) * response.astype(np.float32), size)[:n]
+    heard += profile.rumble * _shaped_noise(n, rate, lambda f: 1 / (1 + (f / 40) ** 2), rng)
+    heard = signal.resample_poly(heard, *((3, 1) if rate < profile.rate else (1, 3)))
+    heard += profile.noise_white * rng.standard_normal(len(heard), dtype=np.float32)
+    return (profile.level * gain * heard).clip(-1.0, 1.0 - 2.0**-15).astype(np.float32)

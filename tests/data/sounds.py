@@ -33,7 +33,7 @@ def cut(path: Path, keep: float) -> Path:
 
 
 def spoil(path: Path, kind: str) -> Path:
-    """Write a recording that can not be used in this way."""
+    """Write a recording that cannot be used in this way."""
     sound = tone_in_noise(1.0, 8000)
     if kind == "empty file":
         path.write_bytes(b"")

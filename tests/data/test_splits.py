@@ -10,10 +10,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from data.config import STRATEGIES
 from data.corpora.icbhi import DEVICES, read_cycles
 from data.cycle_table import classes_of
 from data.splits import (
-    STRATEGIES,
     assign_folds,
     patients_in_both_halves,
     split_cycles,

@@ -64,7 +64,7 @@ def contents(folder):
 
 
 def with_heard(folder):
-    """The cycle table with what is heard beside it."""
+    """The cycle table with what is heard."""
     heard = pd.read_csv(folder / CYCLES)
     table = read_cycles(folder).merge(heard, on=["Filename", "CycleIndex"], validate="1:1")
     assert len(table) == len(heard)
@@ -397,9 +397,9 @@ def test_planted_age_does_not_change_the_breathing():
 
 def test_deal_gives_each_state_its_share():
     for sizes in ([1], [7], [20], [1, 1, 1, 2, 9, 4, 1, 30]):
-        owed, dealt = np.zeros(4), []
+        pending, dealt = np.zeros(4), []
         for n in sizes:
-            dealt.extend(deal(n, planted.PLANTED_MIX, owed, np.random.default_rng(n)))
+            dealt.extend(deal(n, planted.PLANTED_MIX, pending, np.random.default_rng(n)))
             counts = np.bincount(dealt, minlength=4)
             assert (np.abs(counts - len(dealt) * np.array(planted.PLANTED_MIX)) < 1).all()
         assert len(dealt) == sum(sizes)

@@ -82,7 +82,7 @@ def test_stereo_is_averaged_with_one_warning(tmp_path, caplog):
     assert "2 recordings have several channels" in caplog.text
 
 
-# -- recordings that can not be used ------------------------------------------------------------
+# -- recordings that cannot be used ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["cut wav", "nan", "silent"])

@@ -26,8 +26,9 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 
 from data.batch import Metadata
+from data.config import STRATEGIES
 from data.corpora.icbhi import DEVICES, SITES, completeness, read_cycles
-from data.splits import STRATEGIES, Split, split_cycles
+from data.splits import Split, split_cycles
 from data.statistics import MetadataStatistics
 from data.synthetic.corpus import is_synthetic
 from data.task import Task
