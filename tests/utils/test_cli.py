@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
     ("end", "status", "said"),
     [
         (None, 0, ""),
-        (UserError("file f, row 3: mend it"), 2, "error: file f, row 3: mend it\n"),
+        (UserError("file f, row 3: correct it"), 2, "error: file f, row 3: correct it\n"),
         (Preempted(), 75, "warning: stopped by SIGTERM; the state is saved"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
@@ -72,17 +74,35 @@ def test_a_broken_pipe_that_is_not_the_output_is_an_error():
         main()
 
 
-def test_output_that_nobody_reads_to_its_end_is_told_from_the_whole():
-    code = (
-        "import time; from utils.common.cli import command\n"
-        "@command\n"
-        "def main():\n"
-        "    for _ in range(100): print('line', flush=True); time.sleep(.02)\n"
-        "raise SystemExit(main())\n"
+LOUD = """
+from pathlib import Path
+from utils.common.cli import command
+@command
+def main():
+    for _ in range(20000): print("line")
+    Path("done").touch()
+raise SystemExit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirection", "message"),
+    [("| head -1", ""), (">&-", ""), (">/dev/full", "<stdout> cannot be written"), ("2>&-", "")],
+)
+def test_lost_output_ends_no_run(redirection, message, tmp_path):
+    line = f"{shlex.quote(sys.executable)} -c {shlex.quote(LOUD)} {redirection}"
+    shell = ["bash", "-c", f"set -o pipefail; {line}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "done").exists()
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert bool(done.stderr) == bool(message)
+
+
+def test_a_user_without_a_name_can_import_torch():
+    code = "import os, utils.common; print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
+    nameless = f"import getpass\ndef getuser(): raise KeyError\ngetpass.getuser = getuser\n{code}"
+    words = [sys.executable, "-c", nameless]
+    assert (
+        "torchinductor_" in subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout
     )
-    words = [sys.executable, "-c", code]
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
-        run.stdout.readline()
-        run.stdout.close()
-        errors = run.stderr.read().decode()
-    assert run.returncode == 141 and "Traceback" not in errors

@@ -32,6 +32,15 @@ def test_a_processor_computes_in_full_precision_and_uncompiled_by_default():
     assert (runtime.precision, runtime.compiled, runtime.world) == ("fp32", False, 1)
 
 
+@pytest.mark.parametrize("names", [["WORLD_SIZE"], ["RANK"], ["WORLD_SIZE", "RANK", "LOCAL_RANK"]])
+def test_variables_of_a_batch_job_start_no_group(names, monkeypatch, caplog):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name in names:
+        monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "1")
+    assert Runtime("cpu").world == 1
+    assert f"{', '.join(names)} without MASTER_ADDR" in caplog.text
+
+
 @pytest.mark.parametrize(("threads", "said"), [(1, "CPU, 1 thread, fp32"), (2, "CPU, 2 threads,")])
 def test_a_processor_says_its_threads(threads, said, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)

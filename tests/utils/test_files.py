@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.common.cli import log_to
+from utils.common.cli import log_file
 from utils.common.errors import UserError
 from utils.common.files import TEMPORARY, atomic_write, write_error, write_text
 
@@ -96,20 +96,20 @@ def test_quota_counts_as_full(tmp_path):
 
 def test_a_log_on_a_full_disk_costs_one_warning(small_disk, caplog):
     log = logging.getLogger("utils.test")
-    with caplog.at_level(logging.INFO), log_to(small_disk / "run.log"):
+    with caplog.at_level(logging.INFO), log_file() as log_to:
+        log.info("before")
+        log_to(small_disk / "run.log")
         log.info("first")
         (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free))
         for number in range(200):
             log.info("%d " * 30, *[number] * 30)
-    told = [record for record in caplog.records if "what is printed is not kept" in record.message]
-    assert len(told) == 1 and "run.log" in told[0].message
-    assert (small_disk / "run.log").read_text().splitlines()[0].endswith("first")
+    lost = [record for record in caplog.records if "the rest of it is lost" in record.message]
+    assert len(lost) == 1 and "run.log" in lost[0].message
+    lines = (small_disk / "run.log").read_text().splitlines()
+    assert lines[0].endswith("before") and lines[1].endswith("first")
 
 
-def test_a_log_that_can_not_be_opened_is_named(tmp_path):
+def test_a_log_that_cannot_be_opened_is_named(tmp_path):
     (tmp_path / "run.log").mkdir()
-    with (
-        pytest.raises(UserError, match=r"run\.log can not be written"),
-        log_to(tmp_path / "run.log"),
-    ):
-        pass
+    with log_file() as log_to, pytest.raises(UserError, match=r"run\.log can ?not be written"):
+        log_to(tmp_path / "run.log")

@@ -1,28 +1,29 @@
 """What every command shares: messages that fit the terminal, and exit statuses that mean something.
 
 0 done; 2 something the user can fix; 73 another process is at work on the same run, store or grid;
-75 preempted by SIGTERM with the state saved (the same command resumes); 130 interrupted; 141 the
-output pipe was closed before the end.
+75 preempted by SIGTERM with the state saved (the same command resumes); 130 interrupted.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import select
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import wraps
 from logging.handlers import MemoryHandler
 from pathlib import Path
+from typing import Any, TextIO
 
 from utils.common.errors import Busy, Preempted, UserError
 from utils.common.files import write_error
 
+logger = logging.getLogger(__name__)
+
 WIDTH = 100
-EXIT_USER, EXIT_BUSY, EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_NO_READER = 2, 73, 75, 130, 141
+EXIT_USER, EXIT_BUSY, EXIT_PREEMPTED, EXIT_INTERRUPTED = 2, 73, 75, 130
 _HANDLER = "metadata-conditioned-ast"
 
 
@@ -71,79 +72,65 @@ def _ours_or_warning(record: logging.LogRecord) -> bool:
     return ours or record.levelno >= logging.WARNING
 
 
-class _LogFile(logging.FileHandler):
-    """A log file that a full disk costs lines, but never the run."""
+class _Tolerant:
+    """A stream whose end (the reader has gone, the disk is full) does not end the run: what cannot
+    be written is dropped, with one warning unless a reader such as `head` has seen enough."""
 
-    told = False
+    def __init__(self, stream: TextIO):
+        self._stream = stream
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not self.told:
-            self.told = True  # first, because the warning comes here as well
-            error = sys.exc_info()[1]
-            logging.getLogger(__name__).warning(
-                "%s can not be written (%s); what is printed is not kept",
-                self.baseFilename,
-                getattr(error, "strerror", None) or error,
-            )
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
-    def close(self) -> None:
-        with suppress(OSError):  # what the disk did not take was told
-            super().close()
+    def write(self, text: str) -> None:
+        self._attempt(self._stream.write, text)
 
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
 
-class log_to:
-    """Context in which messages are appended to a file as well.
-
-    Raises:
-        UserError: the file can not be opened.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> log_to:
+    def _attempt(self, method: Callable, *arguments: str) -> None:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.handler = _LogFile(self.path, encoding="utf-8")
+            method(*arguments)
         except OSError as error:
-            raise write_error(self.path, error) from error
-        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        self.handler.addFilter(_ours_or_warning)
-        logging.getLogger().addHandler(self.handler)
-        return self
-
-    def __exit__(self, *_) -> None:
-        logging.getLogger().removeHandler(self.handler)
-        self.handler.close()
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # also for what is buffered
+            os.close(nowhere)
+            if not isinstance(error, BrokenPipeError):
+                name, reason = self._stream.name, error.strerror
+                logger.warning("%s cannot be written (%s); the rest of it is lost", name, reason)
 
 
 @contextmanager
-def kept_messages() -> Iterator[MemoryHandler]:
-    """Context in which messages are kept for a log file that is not open yet; see `hand_over`."""
-    handler = MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
-    handler.addFilter(_ours_or_warning)
-    logging.getLogger().addHandler(handler)
+def log_file() -> Iterator[Callable[[Path], None]]:
+    """Context in which messages are kept until the function it gives is called with the path of a
+    file; they are then appended to it, as all later ones are.
+
+    Raises:
+        UserError: (by that function) the file cannot be opened.
+    """
+    kept = MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
+    kept.addFilter(_ours_or_warning)
+    logging.getLogger().addHandler(kept)
+
+    def open_file(path: Path) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handler = logging.StreamHandler(_Tolerant(path.open("a", encoding="utf-8")))
+        except OSError as error:
+            raise write_error(path, error) from error
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        kept.setTarget(handler)
+        kept.flushLevel = logging.NOTSET
+        kept.flush()
+
     try:
-        yield handler
+        yield open_file
     finally:
-        logging.getLogger().removeHandler(handler)
-
-
-def hand_over(kept: MemoryHandler, log: log_to) -> None:
-    """Write what was kept into a log file that is open now, and keep no more."""
-    logging.getLogger().removeHandler(kept)
-    kept.setTarget(log.handler)
-    kept.close()
-
-
-def _nobody_reads() -> bool:
-    """Whether the output goes into a pipe whose reader has gone: `| head` has seen enough."""
-    try:
-        poll = select.poll()
-        poll.register(sys.stdout.fileno(), select.POLLOUT)
-        return any(event & select.POLLERR for _, event in poll.poll(0))
-    except (OSError, AttributeError):  # no file behind it, or a system without poll
-        return False
+        logging.getLogger().removeHandler(kept)
+        handler = kept.target
+        kept.close()
+        if handler is not None:
+            handler.stream.close()
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
@@ -151,29 +138,23 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
 
     @wraps(main)
     def run(*arguments, **options) -> int:
+        streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = (stream and _Tolerant(stream) for stream in streams)
         set_up_logging()
-        status, ended = None, False
         try:
-            status = main(*arguments, **options)
-            ended = True
-            sys.stdout.flush()
-        except BrokenPipeError:
-            if not _nobody_reads():  # some other pipe
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if not ended:
-                return EXIT_NO_READER
+            return main(*arguments, **options) or 0
         except UserError as error:
-            logging.getLogger(__name__).error("%s", error)
+            logger.error("%s", error)
             return EXIT_BUSY if isinstance(error, Busy) else EXIT_USER
         except Preempted:
-            logging.getLogger(__name__).warning(
-                "stopped by SIGTERM; the state is saved: the same command goes on from here"
-            )
+            logger.warning("stopped by SIGTERM; the state is saved: the same command resumes")
             return EXIT_PREEMPTED
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
-        return status or 0
+        finally:
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()
+            sys.stdout, sys.stderr = streams
 
     return run

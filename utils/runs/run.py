@@ -21,7 +21,7 @@ from data.loader import Cycles
 from data.synthetic.corpus import is_synthetic
 from models.build import ConditionedAST
 from models.registry import VARIANTS
-from utils.common.cli import EXIT_PREEMPTED, hand_over, kept_messages, log_to, set_up_logging
+from utils.common.cli import EXIT_PREEMPTED, log_file, set_up_logging
 from utils.common.errors import Preempted, UserError
 from utils.common.files import atomic_write, write_text
 from utils.config.schema import RunConfig, config_to_dict, config_to_yaml, flatten, load_config
@@ -183,7 +183,7 @@ class Run:
 
     def __enter__(self) -> Run:
         self._stack.enter_context(_sigterm_ends_here())
-        self._kept = self._stack.enter_context(kept_messages())  # warnings of the data, banners
+        self._log_to = self._stack.enter_context(log_file())  # warnings of the data, banners
         logger.info("%s: %s", self.variant.title, self.folder.path)
         if self.config.training.selection == "test":
             logger.warning("%s", banner("SELECTED ON TEST: these figures will be optimistic"))
@@ -193,7 +193,7 @@ class Run:
         """Create the run's folder, once all that the user could have got wrong has been read."""
         if self.runtime.is_main:
             self.folder.prepare(self.config, fresh=self.config.training.resume == "never")
-            hand_over(self._kept, self._stack.enter_context(log_to(self.folder.log)))
+            self._log_to(self.folder.log)
         self.runtime.barrier()
         logger.info("%s on %s", self.variant.title, describe(self.runtime))
 

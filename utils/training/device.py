@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -28,6 +29,12 @@ class Runtime:
     """
 
     def __init__(self, device: str = "auto", precision: str = "auto", compile: str = "auto"):
+        launched = [name for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in os.environ]
+        if launched and "MASTER_ADDR" not in os.environ:  # as batch systems leave them in a job
+            names = ", ".join(launched)
+            logger.warning("%s without MASTER_ADDR: not started by torchrun, runs alone", names)
+            for name in launched:
+                del os.environ[name]
         # Precision is decided here, not by an `accelerate config` that the user may have. Buffers
         # never differ between the processes, and gradients can live in the buckets.
         exchange = DistributedDataParallelKwargs(
