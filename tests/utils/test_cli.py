@@ -99,10 +99,15 @@ def test_lost_output_ends_no_run(redirection, message, tmp_path):
     assert bool(done.stderr) == bool(message)
 
 
-def test_a_user_without_a_name_can_import_torch():
-    code = "import os, utils.common; print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
-    nameless = f"import getpass\ndef getuser(): raise KeyError\ngetpass.getuser = getuser\n{code}"
-    words = [sys.executable, "-c", nameless]
-    assert (
-        "torchinductor_" in subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout
+def test_a_user_without_a_name_is_given_one():
+    code = (
+        "import pwd\n"
+        "def getpwuid(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = getpwuid\n"
+        "import utils.common, torch._dynamo, getpass; print(getpass.getuser())"
     )
+    names = {"LOGNAME", "USER", "LNAME", "USERNAME"}
+    environment = {k: v for k, v in os.environ.items() if k not in names}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"uid-{os.getuid()}\n", done.stderr
