@@ -4,8 +4,8 @@
     python evaluate.py --checkpoint FILE --data-folder DIR --split val
     python evaluate.py --compare checkpoints/ast_best.pt checkpoints/softfilm_best.pt
 
-The report has 95 % intervals over patients, subgroups, calibration, the floors (models that hear
-nothing) and, for models that see metadata, the metadata test: the same model and sounds with real,
+The report has 95 % intervals over patients, subgroups, calibration, metadata-only baselines and,
+for models that see metadata, the metadata permutation test: the same model and sounds with real,
 shuffled and unknown metadata. report.json, report.md, predictions.csv and figures/ go to
 evaluation/<split>/ in the run's folder, and to the run in MLflow where it was tracked.
 
@@ -20,17 +20,18 @@ import logging
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from utils.common.cli import command
 from utils.common.files import write_json, write_text
-from utils.evaluation.compare import SHOWN, compare, default_folder, write_comparison
-from utils.evaluation.render import number, to_markdown, with_interval
-from utils.evaluation.trained_model import SPLITS, Evaluator
+from utils.evaluation.compare import SHOWN, Result, compare, default_folder, write_comparison
+from utils.evaluation.model_report import report_on
+from utils.evaluation.render import RATES, number, to_markdown, with_interval
+from utils.evaluation.report import Report
+from utils.evaluation.trained_model import SPLITS, TrainedModel
 from utils.metrics.predictions import write_predictions
-from utils.metrics.protocol import Selection, metric_group
+from utils.metrics.protocol import SYNTHETIC_NOTE, Selection, metric_group
 from utils.runs.end import banner, defined, figure_row
 from utils.tracking import continue_tracking
 
@@ -67,27 +68,35 @@ def evaluate(options: argparse.Namespace) -> None:
     """--checkpoint."""
     model = open_model(options.checkpoint, options)
     folder = options.output or output_folder(model, options.split)
-    report, frame = model.report(options.split, with_metadata_test=not options.no_metadata_test)
-    for message in (report["partial_message"], *report["notes"]):
-        if message:
-            logger.warning("%s", banner(message))
-    write_evaluation(folder, report, frame, model)
-    track(model, folder, options.split, report)
+    report, frame = report_on(model, options.split, with_metadata_test=not options.no_metadata_test)
+    warn(report.partial_message, report.synthetic, *report.notes)
+    write_evaluation(folder, report, frame)
+    track(model, folder, report)
     print_report(report)
     print(f"\nwritten to {folder}")
 
 
-def open_model(path: str, options: argparse.Namespace) -> Evaluator:
-    return Evaluator(
+def open_model(path: str, options: argparse.Namespace) -> TrainedModel:
+    """The model, named on the console first."""
+    model = TrainedModel.open(
         path,
         data_folder=options.data_folder,
         device=options.device,
         batch_size=options.batch_size,
     )
+    print(model.headline(), flush=True)
+    return model
 
 
-def output_folder(model: Evaluator, split: str) -> Path:
-    """evaluation/<split> in the run's folder, else beside the checkpoint; other data apart."""
+def warn(partial: str, synthetic: bool, *notes: str) -> None:
+    """What must be said before the metrics are read."""
+    for message in (SYNTHETIC_NOTE if synthetic else "", partial, *notes):
+        if message:
+            logger.warning("%s", banner(message))
+
+
+def output_folder(model: TrainedModel, split: str) -> Path:
+    """evaluation/<split> in the run's folder, else next to the checkpoint; other data apart."""
     own = model.run_folder
     root = own.path if own else model.path.with_name(f"{model.path.stem}_evaluation")
     name = split
@@ -96,32 +105,28 @@ def output_folder(model: Evaluator, split: str) -> Path:
     return root / "evaluation" / name if own else root / name
 
 
-def write_evaluation(
-    folder: Path, report: dict[str, Any], frame: pd.DataFrame, model: Evaluator
-) -> None:
+def write_evaluation(folder: Path, report: Report, frame: pd.DataFrame) -> None:
     """predictions.csv, report.md, figures/ and, last, report.json."""
-    from utils.figures.runs import evaluation_figures
-    from utils.figures.sources import Evaluation
+    from utils.figures.runs import Evaluation, evaluation_figures
 
+    origin = report.origin
     write_predictions(frame, folder / "predictions.csv")
-    title = f"{report['title']}: {report['part']} part of {report['data_folder']}"
+    title = f"{origin.title}: {origin.part} part of {origin.data_folder}"
     write_text(folder / "report.md", to_markdown(report, title))
-    name = Path(report["run"])  # what a figure names as its source
-    one = Evaluation(name, report["part"], {"title": report["title"]}, report, report["synthetic"])
-    evaluation_figures(one, folder / "figures")
-    write_json(folder / "report.json", report)
+    evaluation_figures(Evaluation(folder, report), folder / "figures")
+    write_json(folder / "report.json", report.to_dict())
 
 
-def track(model: Evaluator, folder: Path, split: str, report: dict[str, Any]) -> None:
-    """Add figures and files to the MLflow run of the training, where there is one."""
+def track(model: TrainedModel, folder: Path, report: Report) -> None:
+    """Add metrics and files to the MLflow run of the training, where there is one."""
     own = model.run_folder
     if own is None or not own.finished or not folder.resolve().is_relative_to(own.path.resolve()):
         return
     tracker = continue_tracking(own.path)
     group = f"evaluation_{folder.name}"
-    if split in ("test", "all"):
-        group = metric_group(group, report["selection"])
-    tracker.metrics(defined(report["metrics"]["chosen"], group))
+    if report.origin.part in ("test", "all"):
+        group = metric_group(group, model.selection)
+    tracker.metrics(defined(report.metrics["chosen"], group))
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".json", ".md", ".csv", ".png"):
             inside = path.parent.relative_to(folder)
@@ -131,50 +136,49 @@ def track(model: Evaluator, folder: Path, split: str, report: dict[str, Any]) ->
         logger.warning("%s", message)
 
 
-def print_report(report: dict[str, Any]) -> None:
-    """The figures that matter most, at most 100 columns."""
-    rule = Selection(report["selection"])
+def print_report(report: Report) -> None:
+    """The metrics that matter most, at most 100 columns."""
+    one, metrics = report.origin, report.metrics
     print(
-        f"\n{report['title']}, {report['n_cls']}-class, seed {report['seed']}, "
-        f"epoch {report['epoch'] + 1}, {report['part']} part: {rule.label}"
+        f"\n{one.title}, {one.n_cls}-class, seed {one.seed}, epoch {one.epoch + 1}, "
+        f"{one.part} part: {Selection(one.selection).label}"
     )
     print(f"{'percent, [95 % over patients]':32}{'Sp':>9}{'Se':>9}{'Score':>9}")
-    metrics = report["metrics"]
     print(figure_row("chosen thresholds", metrics["chosen"]))
     if "collapsed_score" in metrics["chosen"]:
         print(figure_row("collapsed to 2 classes", metrics["chosen"], "collapsed_"))
-    print(figure_row("thresholds at .5", metrics["default"]))
-    for name, floor in report.get("floors", {}).items():
-        print(figure_row(f"floor: {name}", floor["metrics"]["chosen"]))
-    if report.get("metadata_test"):
-        print(f"\n{'metadata test':32}{'Sp':>9}{'Se':>9}{'Score':>9}  Score minus real [95 %], p")
-    for row in report.get("metadata_test", []):
-        values = "".join(f"{number(row[name]):>9}" for name in ("sp", "se", "score"))
+    print(figure_row("thresholds at 0.5", metrics["default"]))
+    for name, baseline in (report.baselines or {}).items():
+        print(figure_row(f"baseline: {name}", baseline.metrics["chosen"]))
+    if report.metadata_test:
+        head = f"{'metadata permutation test':32}{'Sp':>9}{'Se':>9}{'Score':>9}"
+        print(f"\n{head}  Score minus real [95 %], p")
+    for row in report.metadata_test or []:
+        values = "".join(f"{number(row[name]):>9}" for name in RATES)
         change = row["difference"]
-        tail = f"  {with_interval(change, 1)}, {number(change['p'], 3)}"
+        tail = f"  {with_interval(change, 1)}, {number(change.p, 3)}"
         print(f"{row['metadata']:32}{values}" + (tail if row["metadata"] != "real" else ""))
 
 
-def print_comparison(result: dict[str, Any]) -> None:
+def print_comparison(result: Result) -> None:
     """Each model, then each pair, at most 100 columns."""
-    counts = result["counts"]
-    what = f"{counts['cycles']:,} test cycles, {counts['patients']} patients"
-    print(f"\n{result['task']['n_cls']}-class, {what}")
+    what = f"{result.counts['cycles']:,} test cycles, {result.counts['patients']} patients"
+    print(f"\n{result.task['n_cls']}-class, {what}")
     print(f"{'percent, [95 % over patients]':44}{'Sp':>9}{'Se':>9}{'Score':>9}")
-    for model in result["models"]:
-        print(figure_row(f"{model['name']:43} ", model["figures"]))
-        print(f"  {Selection(model['selection']).label}; {model['run']}")
-    for name, floor in result["floors"].items():
-        print(figure_row(f"{f'floor: {name}':43} ", floor["metrics"]["chosen"]))
+    for model in result.models:
+        print(figure_row(f"{model.name:43} ", model.figures))
+        print(f"  {Selection(model.selection).label}; {model.run}")
+    for name, baseline in result.floors.items():
+        print(figure_row(f"{f'baseline: {name}':43} ", baseline.metrics["chosen"]))
     print("\npaired differences in points [95 %], p")
-    pair = None
-    for row in result["pairs"]:
-        if row["figure"] not in SHOWN:
+    last = None
+    for pair in result.pairs:
+        if pair.figure not in SHOWN:
             continue
-        if pair != (pair := (row["second"], row["first"])):
-            print(" minus ".join(pair))
-        print(f"  {SHOWN[row['figure']]:30}{with_interval(row):>26}  {number(row['p'], 4)}")
-    for note in result["notes"]:
+        if last != (last := (pair.second, pair.first)):
+            print(" minus ".join(last))
+        print(f"  {SHOWN[pair.figure]:30}{with_interval(pair):>26}  {number(pair.p, 4)}")
+    for note in result.notes:
         print(textwrap.fill(f"note: {note}", 100, subsequent_indent="    "))
 
 
@@ -186,8 +190,7 @@ def main() -> None:
         return
     models = [open_model(path, options) for path in options.compare]
     result = compare(models)
-    if result["partial"]:
-        logger.warning("%s", banner(result["partial_message"]))
+    warn(result.partial_message, result.synthetic)
     path = write_comparison(result, options.output or default_folder(models))
     print_comparison(result)
     print(f"\nwritten to {path.parent}")

@@ -10,7 +10,7 @@
     python visualize.py --sota
 
 Several figures may be asked for at once; --all asks for every one. A checkpoint holds its own
-configuration and statistics; beside it only the data is needed. PNG and PDF go to --output-dir.
+configuration and statistics; only the data is needed as well. PNG and PDF go to --output-dir.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from pathlib import Path
 
 from utils.common.cli import command
 from utils.common.errors import UserError
-from utils.figures.commands import FIGURES
-from utils.figures.options import SOFTFILM, Options
-from utils.figures.style import FORMATS
+from utils.figures.commands import FIGURES, SOFTFILM, Options
+from utils.figures.style import FORMATS, Output
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[list[str], Options]:
@@ -31,11 +30,11 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[list[str], Options]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    wanted = parser.add_argument_group("figures")
+    figures = parser.add_argument_group("figures")
     for name, make in FIGURES.items():
         flag = f"--{name.replace('_', '-')}"
-        wanted.add_argument(flag, action="store_true", help=make.__doc__.split("\n")[0])
-    wanted.add_argument("--all", action="store_true", help="every figure; says which lack input")
+        figures.add_argument(flag, action="store_true", help=make.__doc__.split("\n")[0])
+    figures.add_argument("--all", action="store_true", help="every figure; says which lack input")
     source = parser.add_argument_group("input")
     source.add_argument("--checkpoint", metavar="FILE", help="a trained model")
     source.add_argument("--baseline-ckpt", metavar="FILE", help="t-SNE: a plain AST")
@@ -53,8 +52,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[list[str], Options]:
     if not names:
         parser.error("which figure? " + ", ".join(f"--{n.replace('_', '-')}" for n in FIGURES))
     return names, Options(
-        output_dir=given.output_dir,
-        formats=given.formats,
+        output=Output(given.output_dir, given.formats),
         checkpoint=given.checkpoint or (SOFTFILM if given.all else None),
         baseline=given.baseline_ckpt,
         softfilm=given.softfilm_ckpt,

@@ -19,9 +19,11 @@ from data.synthetic.corpus import MARKER, write_corpus
 from data.task import FIELDS, Task
 from tests.test_real import HANDFUL, TABLES
 from tests.utils.tiny import tiny_config
+from utils.common.files import plain
 from utils.evaluation import compare as comparison
-from utils.evaluation.report import compare_predictions
-from utils.evaluation.trained_model import Evaluator
+from utils.evaluation.model_report import report_on, stored
+from utils.evaluation.report import compare_predictions, read_report
+from utils.evaluation.trained_model import TrainedModel
 from utils.metrics.predictions import read_predictions
 from utils.runs.run import Run
 from utils.tracking import read_record
@@ -109,8 +111,16 @@ def test_the_figures_of_the_test_part_are_the_runs_own(variant, work, monkeypatc
         "confusion.png", "operating_curve.png", "reliability.png", "subgroups.png"
     }  # fmt: skip
     text = (folder / "report.md").read_text(encoding="utf-8")
-    assert "PARTIAL DATA" in text and "Floors" in text and "SYNTHETIC RECORDINGS" in text
-    assert ("Is it the sound?" in text) == (variant == "ast_softfilm") == ("metadata_test" in again)
+    assert (
+        "PARTIAL DATA" in text
+        and "Metadata-only baselines" in text
+        and "SYNTHETIC RECORDINGS" in text
+    )
+    assert (
+        ("Metadata permutation test" in text)
+        == (variant == "ast_softfilm")
+        == ("metadata_test" in again)
+    )
     printed = capsys.readouterr()
     score = own["metrics"]["chosen"]["score"]["value"]
     assert f"{score:.2f}" in printed.out and "PARTIAL DATA" in printed.err
@@ -119,7 +129,7 @@ def test_the_figures_of_the_test_part_are_the_runs_own(variant, work, monkeypatc
 
 
 def test_the_metadata_test_hears_every_sound_once(work, monkeypatch):
-    model = Evaluator(best(work, "ast_softfilm"))
+    model = TrainedModel.open(best(work, "ast_softfilm"))
     heard = []
     forward = AudioFrontend.forward
 
@@ -129,8 +139,8 @@ def test_the_metadata_test_hears_every_sound_once(work, monkeypatch):
 
     monkeypatch.setattr(AudioFrontend, "forward", counted)
     rows = model.rows("test")
-    table = model._metadata_test(rows)
-    assert sum(heard) == len(rows)
+    table = report_on(model, "test")[0].metadata_test
+    assert sum(heard) == 2 * len(rows) + len(model.rows("val")), "predictions and one pass for all"
     assert [row["metadata"] for row in table] == [
         "real", "shuffled", "all unknown", *(f"{f} unknown" for f in FIELDS)
     ]  # fmt: skip
@@ -140,7 +150,7 @@ def test_the_metadata_test_hears_every_sound_once(work, monkeypatch):
 
 
 def test_predictions_under_other_metadata_are_those_of_cycles_that_have_them(work):
-    model = Evaluator(best(work, "ast_softfilm"))
+    model = TrainedModel.open(best(work, "ast_softfilm"))
     rows = model.rows("test")[::-1].copy()
     index = torch.from_numpy(rows)
     real, hidden = model.data.metadata, model.data.metadata.without(*FIELDS)
@@ -161,7 +171,7 @@ def test_the_run_is_found_from_the_copy_and_strangers_stay_beside_the_file(
     model = evaluate.open_model(options.checkpoint, options)
     assert evaluate.output_folder(model, "test").resolve() == run.resolve() / "evaluation" / "test"
     alone = Path(shutil.copy(copy, tmp_path / "mailed.pt"))
-    model = Evaluator(alone)
+    model = TrainedModel.open(alone)
     model.config.training.output_dir = str(tmp_path / "nowhere")
     assert evaluate.output_folder(model, "val") == tmp_path / "mailed_evaluation" / "val"
     assert start(monkeypatch, "--checkpoint", alone, "--no-metadata-test", "--output",
@@ -222,7 +232,7 @@ def test_other_parts_say_what_they_are(work, no_pictures, monkeypatch, capsys):
 def test_other_data_are_shouted_and_kept_apart(work, no_pictures, monkeypatch, capsys, tmp_path):
     write_corpus(tmp_path / "clinic", patients=9, seed=5)
     checkpoint = best(work, "ast_softfilm")
-    model = Evaluator(checkpoint, data_folder=str(tmp_path / "clinic"))
+    model = TrainedModel.open(checkpoint, data_folder=str(tmp_path / "clinic"))
     assert model.data.statistics.to_dict() == model.checkpoint.statistics, "nothing is fitted anew"
     words = ("--checkpoint", checkpoint, "--data-folder", tmp_path / "clinic")
     assert start(monkeypatch, *words, "--no-metadata-test") == 0
@@ -234,7 +244,7 @@ def test_other_data_are_shouted_and_kept_apart(work, no_pictures, monkeypatch, c
     assert report["counts"]["cycles"] == len(model.rows("test"))
     # the same cycles in another folder are the same data
     moved = Path(shutil.copytree(model.checkpoint.run_config().dataset.data_folder, tmp_path / "m"))
-    assert Evaluator(checkpoint, data_folder=str(moved)).other_data() == ""
+    assert TrainedModel.open(checkpoint, data_folder=str(moved)).other_data() == ""
 
 
 def test_a_synthetic_corpus_is_marked_after_it_has_gone(work, corpus, tmp_path):
@@ -242,7 +252,7 @@ def test_a_synthetic_corpus_is_marked_after_it_has_gone(work, corpus, tmp_path):
     (other / MARKER).unlink()
     away = (corpus / MARKER).rename(tmp_path / MARKER)
     try:
-        assert Evaluator(best(work, "ast"), data_folder=str(other)).synthetic
+        assert TrainedModel.open(best(work, "ast"), data_folder=str(other)).synthetic
     finally:
         away.rename(corpus / MARKER)
 
@@ -268,7 +278,7 @@ def test_an_evaluation_is_added_to_the_tracked_run(corpus, monkeypatch, tmp_path
     assert start(monkeypatch, "--checkpoint", run.best, "--no-metadata-test") == 0
     record = read_record(run.path)
     assert (record["status"], record["end"]) == ("FINISHED", before["end"])
-    score = run.read_report()["test"]["metrics"]["chosen"]["score"]["value"]
+    score = read_report(run.report).test.metrics["chosen"]["score"].value
     assert record["values"]["evaluation_test/score"] == score
     assert record["files"]["evaluation/test/report.json"] == "evaluation/test"
     assert record["files"]["evaluation/test/figures/confusion.png"] == "evaluation/test/figures"
@@ -286,12 +296,11 @@ def test_comparing_takes_the_runs_predictions_or_computes_the_same(
     first, second = best(work, "ast"), best(work, "ast_softfilm")
     frames = [read_predictions(p.parent.parent / "predictions/test.csv", Task(4))
               for p in (first, second)]  # fmt: skip
-    expected = compare_predictions(
-        {"AST": frames[0], "SoftFiLM-AST": frames[1]}, Task(4), bootstrap=10_000
-    )
+    named = {"AST": frames[0], "SoftFiLM-AST": frames[1]}
+    expected = [vars(pair) for pair in compare_predictions(named, Task(4), bootstrap=10_000)]
     assert start(monkeypatch, "--compare", first, second, "--output", tmp_path / "o") == 0
     result = json.loads((tmp_path / "o" / "comparison.json").read_text())
-    assert result["pairs"] == expected
+    assert result["pairs"] == plain(expected)
     row = next(r for r in expected if r["figure"] == "score")
     interval = f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
     text = (tmp_path / "o" / "comparison.md").read_text(encoding="utf-8")
@@ -300,7 +309,7 @@ def test_comparing_takes_the_runs_predictions_or_computes_the_same(
     assert len(captions) == 2 and all("SYNTHETIC RECORDINGS" in line for line in captions)
     floors = report_of(first.parent.parent)["test"]["floors"]
     assert result["floors"]["class prior"]["metrics"] == floors["class prior"]["metrics"]
-    assert "| floor: metadata only, trees |" in text
+    assert "| baseline: metadata only, trees |" in text
     printed = capsys.readouterr()
     assert f"{interval}  {row['p']:.4f}" in printed.out and "PARTIAL DATA" in printed.err
     lines = [line for line in printed.out.splitlines() if str(tmp_path) not in line]
@@ -308,18 +317,19 @@ def test_comparing_takes_the_runs_predictions_or_computes_the_same(
 
     strangers = []
     for path, name in ((first, "a.pt"), (second, "b.pt")):
-        strangers.append(Evaluator(shutil.copy(path, tmp_path / name)))
+        strangers.append(TrainedModel.open(shutil.copy(path, tmp_path / name)))
         strangers[-1].config.training.output_dir = str(tmp_path / "nowhere")
-        assert strangers[-1].stored() is None
-    assert comparison.compare(strangers)["pairs"] == expected
-    assert comparison.compare(strangers)["floors"] == result["floors"]
+        assert stored(strangers[-1]) is None
+    again = plain(comparison.compare(strangers).to_dict())
+    assert again["pairs"] == plain(expected)
+    assert again["floors"] == result["floors"]
 
 
 def test_predictions_of_another_training_are_not_taken(work):
-    model = Evaluator(best(work, "ast"))
-    assert model.stored() is not None
+    model = TrainedModel.open(best(work, "ast"))
+    assert stored(model) is not None
     model.checkpoint.epoch += 1
-    assert model.stored() is None
+    assert stored(model) is None
 
 
 def test_what_can_not_be_compared_is_refused(work, corpus, monkeypatch, capsys, tmp_path):
@@ -344,7 +354,7 @@ def test_honest_rules_are_compared_with_a_warning_and_test_selected_figures_neve
     for pair in ((ast, biased.best), (biased.best, ast)):
         assert start(monkeypatch, "--compare", *pair) == 2
         error = " ".join(capsys.readouterr().err.split())
-        assert "never stand in one table" in error and f"{biased.best} was selected on" in error
+        assert "never put into one table" in error and f"{biased.best} was selected on" in error
     rule = {"training.selection": "fixed", "training.min_sensitivity": 0.0}
     fixed = train("ast", corpus, tmp_path, **short, **rule)
     assert start(monkeypatch, "--compare", ast, fixed.best, "--output", tmp_path / "o") == 0

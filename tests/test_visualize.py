@@ -13,12 +13,12 @@ from data.task import CLASSES, Task
 from tests.utils.figure_data import write_checkpoint
 from utils.common.errors import UserError
 from utils.evaluation.report import evaluate_predictions
-from utils.figures import commands, embeddings, sources
-from utils.figures.commands import own_results
-from utils.figures.options import Options
-from utils.figures.runs import run_figures
-from utils.figures.sources import read_evaluation
+from utils.evaluation.trained_model import TrainedModel
+from utils.figures import commands
+from utils.figures.commands import Options, own_results
+from utils.figures.runs import model_notice, read_evaluation, run_figures
 from utils.figures.spectrograms import log_mels, typical_cycles
+from utils.figures.style import Output
 from utils.metrics.predictions import make_predictions
 from utils.training.checkpoint import save_checkpoint
 
@@ -50,10 +50,13 @@ def written(folder):
 # ---------------------------------------------------------------- models
 
 
-def test_readme_commands_write_png_and_pdf(checkpoints, tmp_path):
+def test_readme_commands_write_png_and_pdf(checkpoints, tmp_path, capsys):
     soft, base = checkpoints / "softfilm_best.pt", checkpoints / "ast_best.pt"
     out = ("--output-dir", tmp_path)
     assert run("--mask-analysis", "--checkpoint", soft, *out) == 0
+    first = " ".join(capsys.readouterr().out.split()[:40])
+    for said in ("SoftFiLM-AST, 4-class", "validation patients", "SYNTHETIC", "epoch 2 of 3", "20"):
+        assert said in first
     assert run("--film-params", "--checkpoint", soft, *out) == 0
     assert run("--tsne", "--baseline-ckpt", base, "--softfilm-ckpt", soft, *out) == 0
     names = ("film_params", "film_params_map", "mask_analysis", "tsne")
@@ -67,14 +70,13 @@ def test_figures_of_models_say_what_they_rest_on(checkpoints, tmp_path, monkeypa
         said[name] = text, notice
         return []
 
-    monkeypatch.setattr(Options, "write", note)
-    options = Options(output_dir=tmp_path, checkpoint=str(checkpoints / "softfilm_best.pt"))
+    monkeypatch.setattr(Output, "write", note)
+    options = Options(Output(tmp_path), checkpoint=str(checkpoints / "softfilm_best.pt"))
     commands.mask_analysis(options)
     text, notice = said["mask_analysis"]
     assert notice.synthetic and notice.grave and notice.protocol == "validation"
     assert notice.partial.startswith("PARTIAL DATA") and "a-run, epoch 2" in notice.source
-    trained = sources.open_trained(checkpoints / "softfilm_best.pt", "", "ast_softfilm")
-    _, split = sources.read_corpus(trained.config)
+    _, split = TrainedModel.open(checkpoints / "softfilm_best.pt").corpus
     assert f"over {len(split.test)} cycles" in text
 
 
@@ -85,8 +87,7 @@ def test_figures_of_a_model_say_synthetic_after_its_corpus_has_gone(
     checkpoint.config["dataset"]["data_folder"] = str(tmp_path / "gone")
     for known in (False, True):
         save_checkpoint(tmp_path / "soft.pt", replace(checkpoint, synthetic=known))
-        trained = sources.open_trained(tmp_path / "soft.pt", "", "ast_softfilm")
-        assert trained.notice().synthetic == known
+        assert model_notice(TrainedModel.open(tmp_path / "soft.pt")).synthetic == known
 
 
 def test_what_a_checkpoint_says_of_files_is_taken_only_where_they_are(synthetic_corpus, tmp_path):
@@ -96,46 +97,25 @@ def test_what_a_checkpoint_says_of_files_is_taken_only_where_they_are(synthetic_
         f"dataset.cycle_metadata_path={metadata}",
     )  # fmt: skip
     metadata.unlink()
-    dataset = sources.open_trained(tmp_path / "soft.pt", "", "ast_softfilm").config.dataset
+    dataset = TrainedModel.open(tmp_path / "soft.pt").config.dataset
     assert (dataset.cycle_metadata_path, dataset.cache_dir) == (None, "cache")
     metadata.touch(), cache.mkdir()
-    dataset = sources.open_trained(tmp_path / "soft.pt", "", "ast_softfilm").config.dataset
+    dataset = TrainedModel.open(tmp_path / "soft.pt").config.dataset
     assert (dataset.cycle_metadata_path, dataset.cache_dir) == (str(metadata), str(cache))
-    other = sources.open_trained(tmp_path / "soft.pt", "", "ast_softfilm", "elsewhere").config
+    other = TrainedModel.open(tmp_path / "soft.pt", data_folder="elsewhere").config
     assert (other.dataset.data_folder, other.dataset.cycle_metadata_path) == ("elsewhere", None)
 
 
-@pytest.mark.parametrize("variant", ["ast", "softfilm"])
-def test_models_carry_every_trained_weight(checkpoints, variant, monkeypatch, tmp_path):
-    seen = {}
-    original = embeddings.embed_cycles
-
-    def spy(model, data, frontend, runtime, rows, batch_size):
-        seen.update({name: value.clone() for name, value in model.state_dict().items()})
-        return original(model, data, frontend, runtime, rows, batch_size)
-
-    monkeypatch.setattr("utils.figures.embeddings.embed_cycles", spy)
-    trained = sources.open_trained(checkpoints / f"{variant}_best.pt", "", "ast")
-    vectors = commands._embed(trained, np.arange(3))
-    assert seen.keys() == trained.checkpoint.weights.keys()
-    for name, value in trained.checkpoint.weights.items():
-        assert torch.equal(seen[name], value), name
-    assert vectors.shape == (3, 48)
-
-
-def test_embeddings_are_what_the_head_sees(checkpoints):
-    trained = sources.open_trained(checkpoints / "grf_best.pt", "", "ast_grf")
+def test_embeddings_and_logits_are_the_trained_models(checkpoints):
+    model = TrainedModel.open(checkpoints / "grf_best.pt")
+    for name, value in model.checkpoint.weights.items():
+        assert torch.equal(model.model.state_dict()[name], value), name
     rows = np.array([4, 1, 2])
-    vectors = commands._embed(trained, rows)
-    from utils.training.assemble import build_data, build_frontend
-
-    data = build_data(trained.config, trained.checkpoint.metadata_statistics())
-    model, batch = trained.checkpoint.build_model(), data.batch(rows)
-    with torch.no_grad():
-        spectrogram = build_frontend(trained.config)(batch.waveform, batch.length, None)
-        logits = model(spectrogram, batch.metadata).logits
-        from_vectors = model.head(torch.from_numpy(vectors))
-    torch.testing.assert_close(from_vectors, logits, rtol=1e-4, atol=1e-4)
+    vectors = torch.from_numpy(model.embeddings(rows))
+    assert vectors.shape == (3, 48)
+    logits = model.logits(model.data.batch(rows))  # any batch, no data needed
+    torch.testing.assert_close(model.model.head(vectors), logits, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(model.predictor(rows), logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +203,7 @@ def finished(tmp_path):
     )
     report = {
         "title": "FiLM-AST", "n_cls": 4, "selection": "fixed", "split_strategy": "official",
-        "epoch": 1, "seed": 0, "test": test,
+        "variant": "ast_film", "epoch": 1, "seed": 0, "test": test.to_dict(),
     }  # fmt: skip
     folder = tmp_path / "run"
     folder.mkdir()
@@ -241,7 +221,7 @@ def test_figures_of_a_run(finished, tmp_path):
 
 def test_a_synthetic_corpus_is_marked_after_it_has_gone(finished):
     path = finished / "report.json"
-    assert not read_evaluation(finished).synthetic
+    assert not read_evaluation(finished).report.synthetic
     path.write_text(json.dumps(json.loads(path.read_text()) | {"synthetic": True}))
     assert read_evaluation(finished).notice().grave
 
@@ -271,15 +251,16 @@ def test_the_part_that_was_not_evaluated_is_named(finished, tmp_path, caplog):
 
 
 def test_own_results_are_means_over_seeds_and_partial_ones_are_refused(finished):
-    one, two = (sources.read_evaluation(finished) for _ in range(2))
-    value = one.report["metrics"]["chosen"]["score"]["value"]
-    two.report["metrics"]["chosen"]["score"]["value"] = value + 2
+    one, two = (read_evaluation(finished) for _ in range(2))
+    value = one.report.metrics["chosen"]["score"].value
+    better = replace(two.report.metrics["chosen"]["score"], value=value + 2)
+    two.report.metrics["chosen"]["score"] = better
     four, collapsed = own_results([one, two])
     assert (four.task, four.name, four.protocol) == ("4-class", "FiLM-AST, 2 seeds", "fixed")
     assert four.score == pytest.approx(value + 1) and four.score_sd == pytest.approx(2**0.5)
     assert (collapsed.task, collapsed.score_sd) == ("2-class", 0.0)
-    one.report["partial"] = True
-    with pytest.raises(UserError, match="can not stand beside published"):
+    one.report.partial = True
+    with pytest.raises(UserError, match="cannot be shown with published"):
         own_results([one])
 
 
@@ -290,20 +271,17 @@ def test_log_mel_of_each_class_is_the_front_ends(synthetic_corpus, tmp_path):
     assert run("--log-mel", "--data-folder", synthetic_corpus, "--output-dir", tmp_path) == 0
     assert written(tmp_path) == ["log_mel.pdf", "log_mel.png"]
     from utils.config.schema import RunConfig
-    from utils.training.assemble import build_frontend
+    from utils.training.assemble import build_frontend, build_split
 
     config = RunConfig()
     config.dataset.data_folder = str(synthetic_corpus)
-    table, _ = sources.read_corpus(config)
+    table, _ = build_split(config)
     rows = typical_cycles(table)
     assert list(rows) == list(CLASSES)
     for name, row in rows.items():
         events = (table.Crackles[row], table.Wheezes[row])
         assert CLASSES[events[0] + 2 * events[1]] == name and table.Split[row] == "train"
-    mels = log_mels(
-        table, rows, build_frontend(config), sample_rate=16000, resampler="torchaudio",
-        clip_seconds=10.0, mean=config.audio.mean, std=config.audio.std,
-    )  # fmt: skip
+    mels = log_mels(table, rows, build_frontend(config), config.audio)
     for name, row in rows.items():
         assert mels[name].energy.shape == (128, 1024)
         assert mels[name].duration == pytest.approx(table.Duration[row], abs=1e-3)

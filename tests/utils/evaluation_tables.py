@@ -10,7 +10,7 @@ from data.splits import Split
 from data.task import Task
 from models.registry import VARIANTS
 from utils.config.schema import RunConfig
-from utils.evaluation.baselines import floor_reports
+from utils.evaluation.baselines import baseline_reports
 from utils.evaluation.report import evaluate_predictions
 from utils.metrics.predictions import make_predictions, write_predictions
 from utils.training.runfolder import RunFolder
@@ -71,7 +71,7 @@ def finish_run(config: RunConfig, table: pd.DataFrame | None = None, seed: int =
     if given is not None:
         rows = np.arange(len(table))
         split, rule["selection"] = Split(rows, rows[:0], rows), "fixed"
-        test["floors"] = floor_reports(task, table.reset_index(drop=True), split, **rule)
+        test.baselines = baseline_reports(task, table.reset_index(drop=True), split, **rule)
     folder.write_report(
         {
             "variant": config.variant,
@@ -83,8 +83,8 @@ def finish_run(config: RunConfig, table: pd.DataFrame | None = None, seed: int =
             "partial": False,
             "partial_message": "",
             "synthetic": True,
-            "counts": {"train": test["counts"]},
-            "test": test,
+            "counts": {"train": test.counts},
+            "test": test.to_dict(),
         }
     )
     return folder

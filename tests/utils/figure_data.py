@@ -9,8 +9,8 @@ import torch
 from data.corpora.icbhi import DEVICES, SITES
 from data.statistics import MetadataStatistics
 from utils.config.schema import config_to_dict, load_config
-from utils.figures.sources import SCRIPTS, read_corpus
-from utils.training.assemble import build_model
+from utils.figures.commands import SCRIPTS
+from utils.training.assemble import build_model, build_split
 from utils.training.checkpoint import Checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +44,7 @@ def write_checkpoint(path: Path, variant: str, corpus: Path, *overrides: str) ->
         ],
         variant=variant,
     )
-    table, split = read_corpus(config)
+    table, split = build_split(config)
     statistics = MetadataStatistics.fit(table.iloc[split.train], DEVICES, SITES)
     torch.manual_seed(0)
     model = build_model(config, statistics)

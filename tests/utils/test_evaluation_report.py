@@ -14,12 +14,20 @@ from data.task import Task
 from tests.utils.evaluation_tables import cycle_table, predictions
 from utils.common.errors import UserError
 from utils.common.files import plain
-from utils.evaluation import paper
 from utils.evaluation.finished_runs import folders_from_mlflow, read_runs
+from utils.evaluation.published import AUTHORS, read_published
 from utils.evaluation.render import model_card, number, to_markdown
-from utils.evaluation.report import compare_predictions, evaluate_predictions
+from utils.evaluation.report import (
+    Baseline,
+    Origin,
+    Report,
+    RunReport,
+    compare_predictions,
+    evaluate_predictions,
+    read_report,
+)
 from utils.evaluation.result_tables import build_tables, main
-from utils.figures.published import read_published
+from utils.metrics.bootstrap import Difference
 from utils.metrics.predictions import (
     class_numbers,
     labels,
@@ -84,29 +92,30 @@ def test_report_is_json_and_its_figures_are_the_metrics(task):
     frame = predictions(task, table)
     thresholds = (0.4,) * task.n_thresholds
     report = evaluate_predictions(frame, task, thresholds, selection="validation", bootstrap=200)
-    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    content = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert content == report.to_dict() == Report.from_dict(content).to_dict()
     true = class_numbers(frame, task)
     rules = {"chosen": thresholds, "default": task.default_thresholds}
     for rule, values in rules.items():
         pred = task.predicted_classes(probabilities(frame, task), values)
         expected = sp_se_score(true, pred)
-        found = report["metrics"][rule]
-        assert [found[k]["value"] for k in ("sp", "se", "score")] == pytest.approx(expected)
-        assert found["score"]["low"] < expected.score < found["score"]["high"]
-        assert np.trace(report["confusion"][rule]) == (true == pred).sum()
-    assert report["counts"]["cycles"] == len(table) == sum(np.ravel(report["patient_tables"]))
-    assert report["counts"]["patients"] == len(report["patients"]) == 12
-    assert report["thresholds"]["chosen"] == list(thresholds)
-    assert set(report["calibration"]) == set(task.outputs)
+        found = report.metrics[rule]
+        assert [found[k].value for k in ("sp", "se", "score")] == pytest.approx(expected)
+        assert found["score"].low < expected.score < found["score"].high
+        assert np.trace(report.confusion[rule]) == (true == pred).sum()
+    assert report.counts["cycles"] == len(table) == np.sum(report.patient_tables)
+    assert report.counts["patients"] == len(report.patients) == 12
+    assert report.thresholds["chosen"] == thresholds
+    assert set(report.calibration) == set(task.outputs)
 
 
 def test_thresholds_none_keeps_the_decisions_of_the_table():
     task, frame = Task(2), predictions(Task(2), cycle_table())
     frame["pred_class"] = frame["true_class"]
     report = evaluate_predictions(frame, task, None, selection="validation", bootstrap=20)
-    assert report["metrics"]["chosen"]["score"]["value"] == 100
-    assert report["metrics"]["default"]["score"]["value"] < 100
-    assert report["thresholds"]["chosen"] is None and "those of each fold" in to_markdown(report)
+    assert report.metrics["chosen"]["score"].value == 100
+    assert report.metrics["default"]["score"].value < 100
+    assert report.thresholds["chosen"] is None and "those of each fold" in to_markdown(report)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -115,9 +124,9 @@ def test_part_with_one_class_reports_nothing_undefined(task):
     report = evaluate_predictions(
         frame, task, task.default_thresholds, selection="fixed", bootstrap=20
     )
-    score = report["metrics"]["chosen"]["score"]
+    score = report.to_dict()["metrics"]["chosen"]["score"]
     assert score == {"value": None, "low": None, "high": None}
-    assert report["operating_curve"]["se"] == []
+    assert report.operating_curve["se"] == []
     text = to_markdown(report)
     assert "nan" not in text.lower().split() and "| Score | – | – |" in text
 
@@ -126,16 +135,16 @@ def test_part_with_one_class_reports_nothing_undefined(task):
 @pytest.mark.parametrize("partial", ["", "PARTIAL: 50 of 920 recordings"])
 @pytest.mark.parametrize("synthetic", [False, True])
 def test_every_table_carries_rule_and_what_the_data_lack(selection, partial, synthetic):
-    floors = {"class prior": {"metrics": report_of(Task(4))["metrics"]}}
-    report = report_of(
-        Task(4), selection=selection, partial_message=partial, synthetic=synthetic
-    ) | {
-        "run": "ast_film-4cls-s3", "variant": "ast_film", "title": "FiLM-AST", "n_cls": 4,
-        "split_strategy": "official", "seed": 3, "epoch": 6, "revision": "abc123",
-    }  # fmt: skip
-    difference = {"value": -3.0, "low": -5.0, "high": -1.0, "p": 0.004}
-    probe = [{"metadata": "shuffled", "sp": 50.0, "se": 40.0, "score": 45.0}]
-    report |= {"floors": floors, "metadata_test": [probe[0] | {"difference": difference}]}
+    report = report_of(Task(4), selection=selection, partial_message=partial, synthetic=synthetic)
+    report.origin = Origin(
+        run="ast_film-4cls-s3", variant="ast_film", title="FiLM-AST", n_cls=4,
+        split_strategy="official", selection=selection, seed=3, epoch=6, revision="abc123",
+    )  # fmt: skip
+    report.baselines = {"class prior": Baseline(report_of(Task(4)).metrics)}
+    difference = Difference(-3.0, -5.0, -1.0, 0.004)
+    row = {"metadata": "shuffled", "sp": 50.0, "se": 40.0, "score": 45.0, "difference": difference}
+    report.metadata_test = [row]
+    assert Report.from_dict(report.to_dict()).metadata_test == [row]
     text = to_markdown(report)
     captions = [
         line for line in text.splitlines() if line.startswith("**") and line.endswith(")**")
@@ -147,8 +156,8 @@ def test_every_table_carries_rule_and_what_the_data_lack(selection, partial, syn
     assert "Run `ast_film-4cls-s3`: FiLM-AST, 4-class, split `official`, seed 3, epoch 7." in text
     assert Selection(selection).statement in text and (partial in text)
     assert "| shuffled | 50.00 | 40.00 | 45.00 | -3.00 [-5.00, -1.00] | 0.004 |" in text
-    nobody = dict.fromkeys(report["counts"], 0)
-    card = model_card(report, training_counts={"train": report["counts"], "val": nobody})
+    nobody = dict.fromkeys(report.counts, 0)
+    card = model_card(report, training_counts={"train": report.counts, "val": nobody})
     rule = Selection(selection)
     for needed in (
         rule.label,
@@ -161,9 +170,9 @@ def test_every_table_carries_rule_and_what_the_data_lack(selection, partial, syn
     assert (PARTIAL_MARK in card) == bool(partial)
     assert ("Physiol. Meas." in card) == (not synthetic) and (SYNTHETIC_MARK in card) == synthetic
     assert "seed 3, epoch 7; run `ast_film-4cls-s3`, code revision `abc123`" in card
-    assert "| floor: class prior | " in card and "Training: 144 cycles" in card
+    assert "| baseline: class prior | " in card and "Training: 144 cycles" in card
     assert "Validation" not in card
-    val = {"train": report["counts"], "val": report["counts"]}
+    val = {"train": report.counts, "val": report.counts}
     assert "Validation: 144 cycles" in model_card(report, training_counts=val)
 
 
@@ -229,13 +238,17 @@ def test_comparison_is_second_minus_first():
         for name, seed, skill in (("poor", 0, 0.0), ("good", 1, 2.0), ("fair", 2, 0.6))
     }
     rows = compare_predictions(named, Task(2), bootstrap=500)
-    score = {(r["first"], r["second"]): r for r in rows if r["figure"] == "score"}
+    score = {(r.first, r.second): r for r in rows if r.figure == "score"}
     assert list(score) == [("poor", "good"), ("poor", "fair"), ("good", "fair")]
-    assert score["poor", "good"]["low"] > 0 > score["good", "fair"]["high"]
-    assert score["poor", "good"]["p"] < 0.01
+    assert score["poor", "good"].low > 0 > score["good", "fair"].high
+    assert score["poor", "good"].p < 0.01
 
 
 # --- tables of runs ------------------------------------------------------------------------------
+
+
+TITLES = ["AST", "GRF-AST", "FiLM-AST", "TAFiLM-AST", "SoftFiLM-AST"]
+NAMES = ["ast", "ast_grf", "ast_film", "ast_tafilm", "ast_softfilm"]
 
 
 @pytest.fixture
@@ -243,67 +256,64 @@ def run_folder(tmp_path):
     """Maker of finished run folders."""
 
     def make(variant="ast_film", *, seed=0, n_cls=4, selection="validation", blocks=12,
-             layers=tuple(range(12)), partial="", lr=3e-5, patients=12,
-             synthetic=False):  # fmt: skip
+             layers="all", partial="", lr=3e-5, patients=12, synthetic=False):  # fmt: skip
         task = Task(n_cls)
         test = report_of(
             task, selection=selection, seed=seed, partial_message=partial, patients=patients
         )
-        test["floors"] = {"class prior": {"metrics": report_of(task, seed=9)["metrics"]}}
-        report = {
-            "variant": variant,
-            "title": paper.TITLES.get(variant, variant),
-            "n_cls": n_cls,
-            "selection": selection,
-            "seed": seed,
-            "partial": bool(partial),
-            "partial_message": partial,
-            "synthetic": synthetic,
-            "counts": {"train": test["counts"]},
-            "test": test,
-        }
+        test.baselines = {"class prior": Baseline(report_of(task, seed=9).metrics)}
+        title = TITLES[NAMES.index(variant)] if variant in NAMES else variant
+        report = RunReport(
+            variant, title, n_cls, selection, seed, partial=bool(partial), partial_message=partial,
+            synthetic=synthetic, counts={"train": test.counts}, test=test,
+        )  # fmt: skip
         layers = layers if isinstance(layers, str) else list(layers)
         section = {} if variant in ("ast", "ast_grf") else {"conditioned_layers": layers}
         config = {
+            "variant": variant,
             "dataset": {"split_strategy": "official", "n_cls": n_cls, "cache_dir": "cache"},
             "backbone": {"depth": 12, "trainable_blocks": blocks},
-            "models": {variant: section},
+            "models": {variant: section, "other": {"x": seed}},
             "training": {"seed": seed, "selection": selection, "lr": lr, "output_dir": "runs"},
             "mlflow": {"enabled": False},
         }
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
-        (folder / "report.json").write_text(json.dumps(report))
+        (folder / "report.json").write_text(json.dumps(report.to_dict()))
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         return folder
 
     return make
 
 
-def cells(table, first):
-    """The row whose first cell is `first`, by heading."""
-    (row,) = [row for row in table.rows if row[0] == first]
-    return dict(zip(table.head, row, strict=True))
+def row_of(table, **values):
+    """The row with these cells, by heading; `_` for a space or a sign in it."""
+    frame = table.frame
+    for name, value in values.items():
+        (column,) = [c for c in frame if c.replace(" ", "_").split(".")[-1] == name]
+        frame = frame[frame[column] == value]
+    assert len(frame) == 1, frame
+    return frame.iloc[0]
 
 
-def test_seeds_are_averaged_beside_the_paper(run_folder):
+def test_seeds_are_averaged_next_to_the_paper(run_folder):
     runs = read_runs([run_folder(seed=s) for s in (0, 1, 2)])
     (table,) = build_tables(runs, ["4-class"])
-    row = cells(table, "FiLM-AST")
-    values = [r.report["test"]["metrics"]["chosen"]["score"]["value"] for r in runs]
+    row = row_of(table, Method="FiLM-AST")
+    values = [r.report.test.metrics["chosen"]["score"].value for r in runs]
     assert row["Score, ours"].startswith(f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} [")
     assert row["Score, ours"].endswith("n = 3")
-    assert row["Score, paper"] == "62.37 ± 1.05"
-    assert cells(table, "SoftFiLM-AST")["Score, ours"] == "–"
-    assert [r[0] for r in table.rows] == [*paper.TITLES.values(), "Floor: class prior"]
-    floor = runs[0].report["test"]["floors"]["class prior"]["metrics"]["chosen"]["score"]
-    value, low, high = (floor[key] for key in ("value", "low", "high"))
-    expected = f"{value:.2f} [{low:.1f}, {high:.1f}]"
-    assert cells(table, "Floor: class prior")["Score, ours"] == expected
+    assert row["Score, paper"] == "62.37 ± 1.05" and row["Se, paper"] == "47.49 ± 0.95"
+    assert row_of(table, Method="SoftFiLM-AST")["Score, ours"] == "–"
+    assert list(table.frame["Method"]) == [*TITLES, "Baseline: class prior"]
+    assert list(table.frame)[1] == "Sp, ours", "no key differs"
+    one = runs[0].report.test.baselines["class prior"].metrics["chosen"]["score"]
+    expected = f"{one.value:.2f} [{one.low:.1f}, {one.high:.1f}]"
+    assert row_of(table, Method="Baseline: class prior")["Score, ours"] == expected
     assert any("Test: 144 cycles" in note for note in table.notes)
 
 
-def test_rules_and_partial_data_never_share_a_table(run_folder):
+def test_protocols_and_partial_data_never_share_a_table(run_folder):
     folders = [
         run_folder(),
         run_folder(selection="test"),
@@ -315,18 +325,21 @@ def test_rules_and_partial_data_never_share_a_table(run_folder):
     assert len(tables) == 5
     marks = [Selection.TEST.label in t.title for t in tables]
     assert marks == [False, False, False, False, True]  # honest rules first
-    shouted = [t for t in tables if PARTIAL_MARK in t.title]
-    assert len(shouted) == 1 and "50 of 920 recordings" in shouted[0].notes[0]
+    marked = [t for t in tables if PARTIAL_MARK in t.title]
+    assert len(marked) == 1 and "50 of 920 recordings" in marked[0].notes[0]
     (invented,) = [t for t in tables if SYNTHETIC_MARK in t.title]
     assert SYNTHETIC_MARK in invented.notes[0]
-    assert all(cells(t, "FiLM-AST")["Score, ours"].endswith("n = 1") for t in tables)
+    assert all(row_of(t, Method="FiLM-AST")["Score, ours"].endswith("n = 1") for t in tables)
 
 
-def test_other_settings_are_not_seeds(run_folder):
+def test_a_key_that_differs_is_a_column(run_folder):
     folders = [run_folder(seed=0), run_folder(seed=1), run_folder(seed=0, lr=1e-4)]
     (table,) = build_tables(read_runs(folders), ["4-class"])
-    named = [row for row in table.rows if row[0].startswith("FiLM-AST · ")]
-    assert sorted(row[3].split(", ")[-1] for row in named) == ["n = 1", "n = 2"]
+    assert list(table.frame)[:2] == ["Method", "training.lr"]
+    for lr, n in (("3e-05", 2), ("0.0001", 1)):
+        row = row_of(table, Method="FiLM-AST", lr=lr)
+        assert row["Score, ours"].endswith(f"n = {n}")
+    assert row_of(table, Method="AST")["training.lr"] == "–"
 
 
 def test_the_same_run_twice_is_refused(run_folder):
@@ -336,62 +349,51 @@ def test_the_same_run_twice_is_refused(run_folder):
     assert len(read_runs([folders[0], folders[0]])) == 1
 
 
-def test_two_class_table_keeps_collapsed_figures_apart(run_folder):
+def test_two_class_table_keeps_collapsed_metrics_apart(run_folder):
     folders = [run_folder("ast_tafilm", n_cls=2), run_folder("ast_tafilm", n_cls=4)]
-    tables = build_tables(read_runs(folders), ["2-class"])
-    (table,) = tables
-    assert cells(table, "TAFiLM-AST")["Score, paper"] == "71.10 ± 0.95"
-    collapsed = cells(table, "TAFiLM-AST (4-class model, collapsed)")
+    (table,) = build_tables(read_runs(folders), ["2-class"])
+    assert row_of(table, Method="TAFiLM-AST")["Score, paper"] == "71.10 ± 0.95"
+    collapsed = row_of(table, Method="TAFiLM-AST (4-class model, collapsed)")
     assert collapsed["Score, paper"] == "–" and collapsed["Score, ours"] != "–"
-    floors = [row for row in table.rows if row[0].startswith("Floor")]
-    names = ["Floor: class prior", "Floor: class prior (4-class model, collapsed)"]
-    assert [row[0] for row in floors] == names and floors[0][1:4] != floors[1][1:4]
+    mark = " (4-class model, collapsed)"
+    own, other = (row_of(table, Method=f"Baseline: class prior{m}") for m in ("", mark))
+    assert list(own)[1:4] != list(other)[1:4]
     assert any("72.10, printed 71.10" in note for note in table.notes)
 
 
-def test_variants_stand_in_their_own_order_in_every_table(run_folder):
-    """AST has no printed 2-class figure, and runs/* comes in alphabetical order."""
+def test_variants_keep_their_order_in_every_table(run_folder):
+    """AST has no printed 2-class value, and runs/* comes in alphabetical order."""
     order = ["ast", "ast_film", "ast_softfilm"]
     folders = [
         run_folder(name, n_cls=n_cls) for n_cls in (2, 4) for name in (*order[::-1], "ast_gone")
     ]
-    folders += [run_folder(v, layers=[0, 5]) for v in ("ast_softfilm", "ast_film")]
-    tables = {t.title.split(",")[0].split(" (")[0]: t for t in build_tables(read_runs(folders))}
-    titles = [*paper.TITLES.values(), "ast_gone"]
-    for name in ("4-class evaluation", "2-class evaluation"):
-        rows = [row[0] for row in tables[name].rows if not row[0].startswith("Floor")]
-        assert rows[:6] == titles
-    collapsed = [f"{paper.TITLES.get(v, v)} (4-class model, collapsed)" for v in order]
-    assert [row for row in rows if row in collapsed] == collapsed
-    assert tables["Conditioned layers"].head[1:3] == ["FiLM-AST, ours", "SoftFiLM-AST, ours"]
+    for table in build_tables(read_runs(folders)):
+        rows = [m for m in table.frame["Method"] if not m.startswith("Baseline")]
+        assert rows[:6] == [*TITLES, "ast_gone"]
 
 
 def test_freezing_and_layers_tables(run_folder):
     folders = [run_folder(blocks=b) for b in (0, 12)]
-    folders += [run_folder("ast_softfilm", layers=ls) for ls in (range(12), (10, 11), (0, 5))]
+    folders += [run_folder("ast_softfilm", layers=ls) for ls in ("all", (10, 11), (0, 5))]
     tables = build_tables(read_runs(folders))
-    by_title = {t.title.split(",")[0]: t for t in tables}
+    by_title = {t.title.split(",")[0].split(" (")[0]: t for t in tables}
     freezing, layers = by_title["Backbone freezing"], by_title["Conditioned layers"]
-    assert [row[0] for row in freezing.rows] == ["n = 0", "n = 4", "n = 8", "n = 12"]
-    assert cells(freezing, "n = 0")["FiLM-AST, paper"] == "53.09"
-    assert cells(freezing, "n = 0")["FiLM-AST, ours"] != "–"
-    assert cells(freezing, "n = 4")["FiLM-AST, ours"] == "–"
-    names = [row[0] for row in layers.rows]
-    assert names == ["{0, 5}", "Last 2 {10, 11}", "Last 6 {6–11}", "All 12 {0–11}"]
-    assert cells(layers, "Last 2 {10, 11}")["SoftFiLM-AST, paper"] == "62.45"
-    assert cells(layers, "Last 2 {10, 11}")["SoftFiLM-AST, ours"] != "–"
-    # a partly conditioned model is no entry of the main table
-    main_row = cells(by_title["4-class evaluation (selected on validation patients)"],
-                     "SoftFiLM-AST")  # fmt: skip
-    assert main_row["Score, ours"].endswith("n = 1")
-
-
-def test_presets_of_layers_count_as_what_they_name(run_folder):
-    folders = [run_folder("ast_softfilm", layers=name) for name in ("all", "last_2")]
-    tables = {t.title.split(",")[0]: t for t in build_tables(read_runs(folders))}
-    rows = [row[0] for row in tables["Conditioned layers"].rows if row[1] != "–"]
-    assert rows == ["Last 2 {10, 11}", "All 12 {0–11}"]
-    assert "4-class evaluation (selected on validation patients)" in tables
+    assert list(freezing.frame)[:2] == ["Method", "backbone.trainable_blocks"]
+    assert list(dict.fromkeys(freezing.frame.iloc[:, 1])) == ["0", "4", "8", "12"]
+    row = row_of(freezing, Method="FiLM-AST", trainable_blocks="0")
+    assert row["Score, paper"] == "53.09" and row["Score, ours"] != "–"
+    row = row_of(freezing, Method="FiLM-AST", trainable_blocks="4")
+    assert row["Score, paper"] == "58.73" and row["Score, ours"] == "–"
+    soft = layers.frame[layers.frame.Method == "SoftFiLM-AST"]
+    assert list(soft.iloc[:, 1]) == ["0, 5", "last 2", "last 6", "all"]
+    row = row_of(layers, Method="SoftFiLM-AST", conditioned_layers="last 2")
+    assert row["Score, paper"] == "62.45" and row["Score, ours"] != "–"
+    # a partly conditioned or frozen model is not in the main table, and the table says so
+    main_table = by_title["4-class evaluation"]
+    assert row_of(main_table, Method="SoftFiLM-AST")["Score, ours"].endswith("n = 1")
+    assert (
+        main_table.notes[-1].startswith("Left out") and "run0, run3, run4" in main_table.notes[-1]
+    )
 
 
 def test_command_prints_each_format(run_folder, capsys):
@@ -446,33 +448,31 @@ def test_run_folders_are_found_through_mlflow(run_folder, tmp_path, monkeypatch)
         folders_from_mlflow(uri, "elsewhere")
 
 
-# --- the paper's figures -------------------------------------------------------------------------
+# --- report.json ---------------------------------------------------------------------------------
 
 
-def test_printed_scores_are_the_means_but_for_one():
-    wrong = []
-    for n_cls, rows in paper.RESULTS.items():
-        for variant, row in rows.items():
-            if "sp" in row:
-                mean = (row["sp"].value + row["se"].value) / 2
-                if abs(mean - row["score"].value) > 0.011:
-                    wrong.append((n_cls, variant))
-    assert wrong == [(2, "ast_tafilm")]
-    for variant, row in paper.RESULTS[4].items():
-        assert paper.FREEZING[12][variant] == row["score"].value
-    assert paper.LAYERS[12] == paper.FREEZING[12]["ast_softfilm"]
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[1, 2]",
+        lambda text: text.replace('"n_cls"', '"classes"', 1),
+        lambda text: text.replace('"confusion": {', '"confusion": [], "x": {', 1),
+        lambda text: text.replace('"metrics": {', '"metrics": 3, "y": {', 1),
+    ],
+)
+def test_a_damaged_report_is_one_sentence(damage, run_folder):
+    path = run_folder() / "report.json"
+    assert read_report(path).test.counts["patients"] == 12
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(UserError, match=r"report\.json .*evaluate the run again") as error:
+        read_report(path)
+    assert "\n" not in str(error.value)
 
 
-def test_printed_figures_equal_those_of_the_comparison_figure():
+def test_the_papers_scores_are_the_means_but_for_one():
     table = read_published()
-    table = table[table["authors"].str.startswith("Kontogiannis")]
-    names = {title: variant for variant, title in paper.TITLES.items()}
-    seen = 0
-    for row in table.itertuples():
-        if row.method in names:
-            printed = paper.RESULTS[int(row.task[0])][names[row.method]]
-            for figure in ("sp", "se", "score"):
-                if figure in printed:
-                    assert getattr(row, figure) == printed[figure].value
-            seen += 1
-    assert seen >= 8
+    table = table[(table.authors == AUTHORS) & table.sp.notna()]
+    wrong = table[((table.sp + table.se) / 2 - table.score).abs() > 0.011]
+    assert len(table) == 8 and list(wrong.method + wrong.task) == ["TAFiLM-AST2-class"]

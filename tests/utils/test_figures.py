@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from data.task import Task
 from utils.common.errors import UserError
+from utils.evaluation.published import TABLE, printed, read_published, systems
 from utils.figures import style
 from utils.figures.evaluation import (
     confusion_figure,
@@ -16,14 +17,7 @@ from utils.figures.evaluation import (
     reliability_figure,
     subgroup_figure,
 )
-from utils.figures.published import (
-    HONEST,
-    TABLE,
-    OwnResult,
-    read_published,
-    sota_caption,
-    sota_figure,
-)
+from utils.figures.sota import HONEST, OwnResult, sota_caption, sota_figure
 from utils.figures.training import learning_figure, measured_part, read_metrics
 from utils.metrics.calibration import calibration_report
 from utils.metrics.protocol import Selection
@@ -201,9 +195,12 @@ def test_every_published_row_has_a_source_and_its_score_adds_up():
         if not (pd.isna(row.sp) or pd.isna(row.se)):
             adds_up = abs((row.sp + row.se) / 2 - row.score) <= 0.0151
             assert adds_up or "does not add up" in row.note, row.method
+    assert printed(4, "AST").score == 60.17 and printed(4, "AST", blocks=0).score == 50.04
+    assert printed(4, "SoftFiLM-AST", layers=2).score == 62.45 and printed(2, "AST") is None
+    assert not {"AST"} & set(systems().method)
     tafilm = table[(table.method == "TAFiLM-AST") & (table.task == "2-class")].iloc[0]
     assert (tafilm.sp, tafilm.se, tafilm.score) == (77.80, 66.40, 71.10)  # as printed
-    assert "does not add up" in tafilm.note and "72.10" in sota_caption(table)
+    assert "does not add up" in tafilm.note and "72.10" in sota_caption()
 
 
 @pytest.mark.parametrize(
@@ -228,21 +225,21 @@ def test_faulty_published_rows_are_named(tmp_path, column, value, message):
 
 
 def test_honest_and_test_selected_results_stand_in_blocks_of_their_own():
-    table = read_published()
+    table = systems()
     own = [
         OwnResult("4-class", "Ours", 80.0, 30.0, 55.0, None, "validation"),
         OwnResult("4-class", "Ours, on test", 80.0, 40.0, 60.0, 1.0, "test"),
     ]
-    axis = sota_figure(table, own).axes[0]
+    axis = sota_figure(own).axes[0]
     place = {t.get_text(): t.get_position()[1] for t in axis.texts}
     heads = {
         HONEST: place["Honest: test half opened once"],
-        Selection.TEST: place["Chosen on the test half"],
+        Selection.TEST: place["Selected on the test half"],
     }
     labels = {
         t.get_text(): y for t, y in zip(axis.get_yticklabels(), axis.get_yticks(), strict=True)
     }
-    unknown = place["Way of choosing not known"]
+    unknown = place["Selection not stated"]
     assert heads[HONEST] < labels["Ours (ours)"] < unknown < heads[Selection.TEST]
     assert labels["Ours, on test (ours)"] > heads[Selection.TEST]
     for row in table[(table.task == "4-class") & (table.selection == Selection.TEST)].itertuples():

@@ -12,9 +12,9 @@ from utils.evaluation.baselines import (
     MODELS,
     PRIOR,
     balancing_weight,
+    baseline_predictions,
+    baseline_reports,
     design_matrix,
-    floor_predictions,
-    floor_reports,
     main,
     prior_logits,
 )
@@ -47,7 +47,7 @@ def test_prior_is_the_class_frequency(task):
 def test_floors_predict_the_test_rows_by_the_runs_rule(task, selection):
     table = cycle_table(patients=24)
     split = parts(table)
-    made = floor_predictions(task, table, split, selection=selection)
+    made = baseline_predictions(task, table, split, selection=selection)
     assert list(made) == [PRIOR, *MODELS]
     for frame, thresholds in made.values():
         assert (frame["cycle"] == split.test).all()
@@ -65,10 +65,10 @@ def test_floors_never_see_the_test_labels():
     other.loc[split.test, ["Crackles", "Wheezes"]] = (
         1 - table.loc[split.test, ["Crackles", "Wheezes"]]
     )
-    for name, (frame, thresholds) in floor_predictions(
+    for name, (frame, thresholds) in baseline_predictions(
         Task(4), table, split, selection="validation"
     ).items():
-        again, same = floor_predictions(Task(4), other, split, selection="validation")[name]
+        again, same = baseline_predictions(Task(4), other, split, selection="validation")[name]
         assert thresholds == same
         assert (frame["logit_crackle"] == again["logit_crackle"]).all()
         assert (labels(frame, Task(4)) != labels(again, Task(4))).all()
@@ -84,7 +84,7 @@ def test_scaling_comes_from_the_training_rows_alone():
     assert rest.any()
     for name in MODELS:
         before, after = (
-            floor_predictions(Task(2), t, split, selection="fixed")[name][0]["logit_abnormal"]
+            baseline_predictions(Task(2), t, split, selection="fixed")[name][0]["logit_abnormal"]
             for t in (table, other)
         )
         assert (before[rest] == after[rest]).all(), name
@@ -95,16 +95,16 @@ def test_metadata_model_learns_what_metadata_say():
     table = cycle_table(patients=24)
     table["Crackles"] = (table["Device"] == "Litt3200").astype(int)
     table["Wheezes"] = 0
-    reports = floor_reports(Task(2), table, parts(table), selection="fixed", bootstrap=50)
-    assert reports["metadata only, linear"]["metrics"]["chosen"]["score"]["value"] == 100
-    assert reports[PRIOR]["metrics"]["chosen"]["score"]["value"] == 50
+    reports = baseline_reports(Task(2), table, parts(table), selection="fixed", bootstrap=50)
+    assert reports["metadata only, linear"].metrics["chosen"]["score"].value == 100
+    assert reports[PRIOR].metrics["chosen"]["score"].value == 50
 
 
 def test_a_class_without_examples_is_survived():
     table = cycle_table(patients=24)
     table["Wheezes"] = 0
     for task in TASKS:
-        for frame, _ in floor_predictions(task, table, parts(table), selection="fixed").values():
+        for frame, _ in baseline_predictions(task, table, parts(table), selection="fixed").values():
             assert np.isfinite(frame.filter(like="logit_").to_numpy()).all()
             assert set(frame["pred_class"]) <= {"normal", "crackle", "abnormal"}
 
@@ -132,13 +132,13 @@ def test_floors_on_the_whole_database(icbhi_root):
     for task in (Task(2), Task(4)):
         train = table.iloc[split.train]
         label = task.labels(train["Crackles"].to_numpy(), train["Wheezes"].to_numpy())
-        reports = floor_reports(
+        reports = baseline_reports(
             task, table, split,
             selection="fixed", pos_weight=balancing_weight(task, label), bootstrap=10,
         )  # fmt: skip
         for name, report in reports.items():
-            scores[task.n_cls, name] = report["metrics"]["chosen"]["score"]["value"]
-            assert report["counts"]["cycles"] == 2756
+            scores[task.n_cls, name] = report.metrics["chosen"]["score"].value
+            assert report.counts["cycles"] == 2756
     assert scores[2, PRIOR] == scores[4, PRIOR] == 50
     assert scores[2, "metadata only, linear"] == pytest.approx(57.9, abs=1)
     assert scores[2, "metadata only, trees"] == pytest.approx(53.6, abs=2)

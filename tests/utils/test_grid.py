@@ -170,7 +170,7 @@ def test_finished_cells_are_skipped_and_failing_ones_passed_by(grid_file, capsys
     assert [cell.label for cell in started] == ["AST trainable_blocks=2 seed=0"]
     table = (grid.folder / "table.md").read_text(encoding="utf-8")
     assert "Backbone freezing" in table and table.strip() in capsys.readouterr().out
-    assert f"| n = 0 | {before:.2f} [" in table
+    assert f"| AST | 0 | {before:.2f} [" in table
     assert {"table.csv", "table.tex", "grid.json"} <= {p.name for p in grid.folder.iterdir()}
     cells = json.loads((grid.folder / "grid.json").read_text())["cells"]
     assert [cell["run"] for cell in cells] == [c.folder.path.name for c in grid.cells]

@@ -136,7 +136,7 @@ def test_pooled_folds_cover_every_patient_exactly_once(tmp_path, capsys):
     assert groups[0].over_seeds("score").mean == pytest.approx(score)
     (table,) = build_tables([run], ["2-class"])
     assert "split foldwise, all folds pooled" in table.title
-    assert table.rows[0][3].startswith(f"{score:.2f} [")
+    assert table.frame["Score, ours"][0].startswith(f"{score:.2f} [")
     assert len(read_runs([*folders, smaller.path])) == 5
     # the floors are pooled alike: 13 patients, the class prior is at 50
     text = (group.path / "report-s0.md").read_text(encoding="utf-8")

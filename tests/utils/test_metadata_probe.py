@@ -105,14 +105,14 @@ def test_a_model_of_the_metadata_is_exposed_and_a_listener_is_not(task):
     thresholds = task.default_thresholds
     options = {"shuffles": 4, "bootstrap": 300}
     honest = metadata_test(listens, table, statistics.transform, task, thresholds, **options)
-    assert all(row["score"] == 100 and row["difference"]["value"] == 0 for row in honest)
+    assert all(row["score"] == 100 and row["difference"].value == 0 for row in honest)
     rows = metadata_test(knows_patients, table, statistics.transform, task, thresholds, **options)
     cheat = {row["metadata"]: row for row in rows}
     assert cheat["shuffled"]["runs"] == 4 and cheat["real"]["runs"] == 1
-    assert cheat["shuffled"]["difference"]["high"] < -10
-    assert cheat["shuffled"]["difference"]["p"] < 0.05
+    assert cheat["shuffled"]["difference"].high < -10
+    assert cheat["shuffled"]["difference"].p < 0.05
     assert cheat["site unknown"]["score"] == cheat["real"]["score"]
-    assert cheat["age unknown"]["difference"]["high"] < -10
+    assert cheat["age unknown"]["difference"].high < -10
 
 
 def test_shuffled_rows_are_averaged_over_the_shuffles():

@@ -1,13 +1,16 @@
-"""The end of a run: report with floors, figures, model card; and what is printed."""
+"""The end of a run: report with baselines, figures, model card; and what is printed."""
 
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 
 from tests.utils.tiny import tiny_config, tiny_trainer
-from utils.evaluation.baselines import floor_reports
+from utils.evaluation.baselines import baseline_reports
+from utils.metrics.bootstrap import Interval
 from utils.metrics.predictions import make_predictions
 from utils.runs.end import figure_row, print_end, write_run_report
 from utils.tracking import Tracker
@@ -51,18 +54,25 @@ def test_everything_is_there(tmp_path):
     _, folder, _, _, report, tracker = finish(tmp_path)
     assert {p.stem for p in folder.figures.glob("*.png")} == FIGURES | {"mask_analysis"}
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    for part in ("Floors", "Subgroups", "Calibration", "Confusion", "Masks", "PARTIAL DATA"):
+    for part in (
+        "Metadata-only baselines",
+        "Subgroups",
+        "Calibration",
+        "Confusion",
+        "Masks",
+        "PARTIAL DATA",
+    ):
         assert part in text
-    controls = report["controls"]
+    controls = report.controls
     assert controls["masks/overlap_initial_same_temperature"] == pytest.approx(0.0747, abs=2e-4)
     assert 0 < controls["masks/overlap_regularisers_only"] < 0.0747
     assert controls.items() <= tracker.values.items()
     card = (tmp_path / "model_card.md").read_text(encoding="utf-8")
     assert "For research only" in card and "PARTIAL DATA" in card
-    score = report["test"]["metrics"]["chosen"]["score"]["value"]
+    score = report.test.metrics["chosen"]["score"].value
     assert tracker.values["test/score"] == score
     written = json.loads(folder.report.read_text(encoding="utf-8"))
-    assert written["test"]["metrics"] == report["test"]["metrics"]
+    assert written == report.to_dict()
 
 
 @pytest.mark.parametrize("selection", ["validation", "fixed", "test"])
@@ -71,15 +81,18 @@ def test_the_floors_follow_the_runs_rule(selection, tmp_path, monkeypatch):
     sensitive = {"training.min_sensitivity": 0.7} if selection != "fixed" else {}
     rule = {"training.selection": selection, **sensitive}
     _, _, checkpoint, data, report, tracker = finish(tmp_path, "ast", **rule)
-    expected = floor_reports(
+    expected = baseline_reports(
         data.task, data.table, data.split,
         selection=selection, pos_weight=checkpoint.pos_weight,
         min_sensitivity=sensitive.get("training.min_sensitivity", 0.0),
     )  # fmt: skip
-    assert report["test"]["floors"] == expected
-    assert report["test"]["protocol"]["selection"] == selection
-    chosen = expected["class prior"]["thresholds"]["chosen"]
-    assert (chosen == [0.5, 0.5]) == (selection == "fixed")
+    assert (
+        report.test.to_dict()["floors"]
+        == replace(report.test, baselines=expected).to_dict()["floors"]
+    )
+    assert report.test.protocol["selection"] == selection
+    chosen = expected["class prior"].thresholds["chosen"]
+    assert (chosen == (0.5, 0.5)) == (selection == "fixed")
     # figures chosen on test stand in no column of the tracker that honest ones have
     groups = {name.split("/")[0] for name in tracker.values}
     honest, chosen_there = {"test", "test_default"}, {"test_selected_on_test"}
@@ -90,7 +103,7 @@ def test_the_floors_follow_the_runs_rule(selection, tmp_path, monkeypatch):
 def test_only_softfilm_draws_masks(tmp_path):
     _, folder, _, _, report, _ = finish(tmp_path, "ast_tafilm")
     assert {p.stem for p in folder.figures.glob("*.png")} == FIGURES
-    assert report["controls"] == {} and "Masks" not in (tmp_path / "report.md").read_text()
+    assert report.controls == {} and "Masks" not in (tmp_path / "report.md").read_text()
 
 
 def test_a_figure_that_fails_costs_the_run_nothing_else(tmp_path, monkeypatch, caplog):
@@ -125,6 +138,6 @@ def test_the_end_fits_the_terminal_and_names_the_checkpoint(tmp_path, monkeypatc
 
 
 def test_an_undefined_figure_is_a_dash():
-    nothing = {"value": None, "low": None, "high": None}
-    row = figure_row("x", {"sp": {"value": 50.0}, "se": nothing, "score": nothing})
+    nothing = Interval(math.nan, math.nan, math.nan)
+    row = figure_row("x", {"sp": Interval(50.0, 40.0, 60.0), "se": nothing, "score": nothing})
     assert row.split() == ["x", "50.00", "–", "–", "[–,", "–]"]

@@ -1,11 +1,11 @@
-"""What can be scored without listening: the class-prior model and two metadata-only models.
+"""Metadata-only baselines: the class prior and two models that see no audio.
 
-All are fitted on the run's training rows and decide by the run's own rule, so they stand on the
-same split as the model above them. The metadata-only models see what a conditioner sees, device,
-site and the z-scored age, BMI and duration, and weigh positives as the training loss does. There
-are two because neither is always the stronger floor: logistic regression carries over to new
-patients better (two classes), boosted trees find the combinations that make a device or a site
-telling (four classes). Both have scikit-learn's defaults: nothing is tuned, so nothing is selected.
+All are fitted on the run's training rows and decide by the run's own rule, so they share the split
+of the model they are compared with. The metadata-only models see what a conditioner sees (device,
+site and the z-scored age, BMI and duration) and weigh positives as the training loss does. There
+are two because neither is always the stronger baseline: logistic regression carries over to new
+patients better (two classes), boosted trees find informative combinations of device and site (four
+classes). Both have scikit-learn's defaults: nothing is tuned, so nothing is selected.
 
     python -m utils.evaluation.baselines --data-folder DIR [--selection validation]
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,14 +33,13 @@ from data.synthetic.corpus import is_synthetic
 from data.task import Task
 from utils.common.cli import command
 from utils.evaluation.render import markdown_table, number, with_interval
-from utils.evaluation.report import evaluate_predictions
+from utils.evaluation.report import Baseline, evaluate_predictions
 from utils.metrics.calibration import log_odds
 from utils.metrics.predictions import make_predictions
 from utils.metrics.protocol import Selection, caption
 from utils.metrics.score import choose_thresholds, output_targets
 
 PRIOR = "class prior"
-KEPT = ("thresholds", "metrics", "counts", "patients", "patient_tables")
 MODELS: dict[str, Callable[[], ClassifierMixin]] = {
     "metadata only, linear": lambda: LogisticRegression(max_iter=2000),
     "metadata only, trees": lambda: HistGradientBoostingClassifier(random_state=0),
@@ -102,7 +100,7 @@ def metadata_logits(
     return np.stack(columns, axis=1)
 
 
-def floor_predictions(
+def baseline_predictions(
     task: Task,
     table: pd.DataFrame,
     split: Split,
@@ -111,7 +109,7 @@ def floor_predictions(
     pos_weight: Sequence[float] | None = None,
     min_sensitivity: float = 0.0,
 ) -> dict[str, tuple[pd.DataFrame, tuple[float, ...]]]:
-    """Predictions table of the test part and thresholds of each floor.
+    """Predictions table of the test part and thresholds of each baseline.
 
     Args:
         table: cycle table; split: its training, validation and test rows.
@@ -139,7 +137,7 @@ def floor_predictions(
     return out
 
 
-def floor_reports(
+def baseline_reports(
     task: Task,
     table: pd.DataFrame,
     split: Split,
@@ -149,10 +147,9 @@ def floor_reports(
     min_sensitivity: float = 0.0,
     bootstrap: int = 2000,
     seed: int = 0,
-) -> dict[str, dict[str, Any]]:
-    """Floor -> `thresholds`, `metrics`, `counts`, `patients` and `patient_tables` (at the chosen
-    thresholds), as `evaluate_predictions` gives them."""
-    made = floor_predictions(
+) -> dict[str, Baseline]:
+    """Metrics of each baseline on the test part; arguments as for `baseline_predictions`."""
+    made = baseline_predictions(
         task, table, split,
         selection=selection, pos_weight=pos_weight, min_sensitivity=min_sensitivity,
     )  # fmt: skip
@@ -161,7 +158,13 @@ def floor_reports(
         report = evaluate_predictions(
             frame, task, thresholds, selection=selection, bootstrap=bootstrap, seed=seed
         )
-        reports[name] = {key: report[key] for key in KEPT}
+        reports[name] = Baseline(
+            metrics=report.metrics,
+            thresholds=report.thresholds,
+            counts=report.counts,
+            patients=report.patients,
+            patient_tables=report.patient_tables,
+        )
     return reports
 
 
@@ -177,7 +180,7 @@ def balancing_weight(task: Task, label: np.ndarray, sensitivity_bias: float = 1.
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the floors of both tasks."""
+    """Print the baselines of both tasks."""
     parser = argparse.ArgumentParser(
         prog="python -m utils.evaluation.baselines",
         description=__doc__,
@@ -203,16 +206,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train = table.iloc[split.train]
         label = task.labels(train["Crackles"].to_numpy(), train["Wheezes"].to_numpy())
         weight = balancing_weight(task, label)
-        reports = floor_reports(task, table, split, selection=options.selection, pos_weight=weight)
+        reports = baseline_reports(
+            task, table, split, selection=options.selection, pos_weight=weight
+        )
         for name, report in reports.items():
-            for rule, figures in report["metrics"].items():
-                shown = [with_interval(figures[key], 1) for key in ("sp", "se", "score")]
-                collapsed = figures.get("collapsed_score", {"value": None})["value"]
+            for rule, metrics in report.metrics.items():
+                shown = [with_interval(metrics[key], 1) for key in ("sp", "se", "score")]
+                collapsed = metrics["collapsed_score"].value if task.n_cls == 4 else None
                 cells = [f"{task.n_cls}-class", name, rule, *shown, number(collapsed, 1)]
                 rows.append(cells)
-    head = ["task", "floor", "thresholds", "Sp", "Se", "Score", "collapsed Score"]
+    head = ["task", "baseline", "thresholds", "Sp", "Se", "Score", "collapsed Score"]
     partial = completeness(table)
-    text = f"Floors on {options.split_strategy} test part, 95 % intervals over patients"
+    text = f"Metadata-only baselines, {options.split_strategy} split, 95 % intervals over patients"
     marks = options.selection, partial.partial, is_synthetic(options.data_folder)
     lines = [caption(text, *marks), ""]
     print("\n".join([*lines, *markdown_table(head, rows)]))

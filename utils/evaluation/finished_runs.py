@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,13 +15,14 @@ import yaml
 from data.splits import N_FOLDS
 from models.config import resolve_layers
 from utils.common.errors import UserError
-from utils.config.schema import NOT_HASHED
+from utils.config.schema import NOT_HASHED, flatten
+from utils.evaluation.report import RunReport, read_json, read_report
 from utils.metrics.bootstrap import Interval, SeedSummary, over_seeds, patient_bootstrap
 from utils.metrics.protocol import Selection
 
 log = logging.getLogger(__name__)
 
-#: Files that mark a folder beside the run folders: a group of seeds or folds, a grid, a comparison.
+#: Files that mark a folder among the run folders: a group of seeds or folds, a grid, a comparison.
 COLLECTIONS = ("group.json", "comparison.json", "grid.json", "tracking.json")
 
 
@@ -33,7 +31,7 @@ POOLED = "foldwise, all folds pooled"
 
 
 class Protocol(NamedTuple):
-    """What must be equal before two figures may stand in one column."""
+    """What must be equal before two values may be put into one column."""
 
     selection: str
     split: str
@@ -46,45 +44,91 @@ class Protocol(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, report.json and config.yaml.
+    """A finished run: its folder, report and configuration (config.yaml, flat).
 
     The folds of one seed that a group has pooled count as one run, whose `test_fold` is None.
     """
 
     path: Path
-    report: dict[str, Any]
+    report: RunReport
     config: dict[str, Any]
 
     @property
     def protocol(self) -> Protocol:
         """Selection rule, split and data of this run."""
-        dataset, counts = self.config["dataset"], self.report["test"]["counts"]
-        split = dataset["split_strategy"]
+        report, counts = self.report, self.report.test.counts
+        split = self.config["dataset.split_strategy"]
         if split == "foldwise":
-            fold = dataset["test_fold"]
+            fold = self.config["dataset.test_fold"]
             split = POOLED if fold is None else f"foldwise, fold {fold}"
         elif split == "random":
-            split = f"random, seed {dataset['split_seed']}"
+            split = f"random, seed {self.config['dataset.split_seed']}"
         return Protocol(
-            self.report["selection"],
+            report.selection,
             split,
-            self.report["partial"],
-            self.report.get("synthetic", False),
-            None if split == POOLED else self.report["counts"]["train"]["cycles"],
+            report.partial,
+            report.synthetic,
+            None if split == POOLED else report.counts["train"]["cycles"],
             counts["cycles"],
             counts["patients"],
         )
 
     @cached_property
-    def setting(self) -> str:
-        """Eight hex digits over every key that can change the result, but for the seed."""
-        values = copy.deepcopy(self.config)
-        values.pop("mlflow", None)
-        values["training"].pop("seed", None)
-        for section, keys in NOT_HASHED.items():
-            for key in keys:
-                values.get(section, {}).pop(key, None)
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+    def setting(self) -> dict[str, str]:
+        """Every key that can change the result, but for the seed and what is in `Protocol` or in
+        the title; those of the variant's own section as `models.*.<key>`."""
+        own = f"models.{self.report.variant}."
+        out = {}
+        for key, value in self.config.items():
+            if key.startswith(("mlflow.", "models.")) and not key.startswith(own):
+                continue
+            if key not in UNSEEN:
+                out[key.replace(own, "models.*.")] = _text(value)
+        if self.layers is not None:
+            out["models.*.conditioned_layers"] = layers_name(self.layers, self.depth)
+        return out
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the backbone."""
+        return self.config["backbone.depth"]
+
+    @property
+    def blocks(self) -> int:
+        """Trainable blocks."""
+        return min(self.config["backbone.trainable_blocks"], self.depth)
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """Conditioned layers, None for a variant without."""
+        key = f"models.{self.report.variant}.conditioned_layers"
+        layers = self.config.get(key)
+        return None if layers is None else resolve_layers(layers, self.depth)
+
+    @property
+    def conditions_all(self) -> bool:
+        return self.layers is None or self.layers == tuple(range(self.depth))
+
+
+#: Keys that are not in `Run.setting`.
+UNSEEN = {f"{section}.{key}" for section, keys in NOT_HASHED.items() for key in keys} | {
+    "variant", "dataset.n_cls", "training.seed", "training.selection", "dataset.split_strategy",
+    "dataset.test_fold", "dataset.split_seed",
+}  # fmt: skip
+
+
+def _text(value: Any) -> str:
+    """A value as a cell of a table."""
+    return "null" if value is None else str(value).lower() if value in (True, False) else str(value)
+
+
+def layers_name(layers: tuple[int, ...], depth: int) -> str:
+    """`all`, `last 2` or the numbers."""
+    if layers == tuple(range(depth)):
+        return "all"
+    if layers == tuple(range(layers[0], depth)):
+        return f"last {len(layers)}"
+    return ", ".join(map(str, layers))
 
 
 @dataclass(frozen=True)
@@ -94,67 +138,38 @@ class RunGroup:
     runs: tuple[Run, ...]
 
     @property
-    def variant(self) -> str:
-        return self.runs[0].report["variant"]
+    def first(self) -> Run:
+        return self.runs[0]
 
     @property
     def title(self) -> str:
-        return self.runs[0].report["title"]
+        return self.first.report.title
 
     @property
     def n_cls(self) -> int:
-        return self.runs[0].report["n_cls"]
+        return self.first.report.n_cls
 
-    @property
-    def setting(self) -> str:
-        return self.runs[0].setting
-
-    @property
-    def depth(self) -> int:
-        """Blocks of the backbone."""
-        return self.runs[0].config["backbone"]["depth"]
-
-    @property
-    def blocks(self) -> int:
-        """Trainable blocks."""
-        return min(self.runs[0].config["backbone"]["trainable_blocks"], self.depth)
-
-    @property
-    def layers(self) -> tuple[int, ...] | None:
-        """Conditioned layers, None for a variant without."""
-        layers = self.runs[0].config["models"][self.variant].get("conditioned_layers")
-        return None if layers is None else resolve_layers(layers, self.depth)
-
-    @property
-    def trains_all(self) -> bool:
-        return self.blocks == self.depth
-
-    @property
-    def conditions_all(self) -> bool:
-        return self.layers is None or self.layers == tuple(range(self.depth))
-
-    def over_seeds(self, figure: str) -> SeedSummary:
-        """Mean and sd over the runs of a figure at the chosen thresholds."""
-        values = [run.report["test"]["metrics"]["chosen"][figure]["value"] for run in self.runs]
-        return over_seeds([np.nan if v is None else v for v in values])
+    def over_seeds(self, metric: str) -> SeedSummary:
+        """Mean and sd over the runs of a metric at the chosen thresholds."""
+        return over_seeds([run.report.test.metrics["chosen"][metric].value for run in self.runs])
 
     @cached_property
     def _intervals(self) -> dict[str, Interval]:
-        tests = [run.report["test"] for run in self.runs]
-        classes = len(tests[0]["task"]["classes"])
-        if any(test["patients"] != tests[0]["patients"] for test in tests):
+        tests = [run.report.test for run in self.runs]
+        classes = len(tests[0].task["classes"])
+        if any(list(test.patients) != list(tests[0].patients) for test in tests):
             raise UserError(
-                f"{self.runs[0].path} and its other seeds were tested on different patients; "
+                f"{self.first.path} and its other seeds were tested on different patients; "
                 "evaluate them on the same data"
             )
-        tables = [np.array(test["patient_tables"]) for test in tests]
+        tables = [np.array(test.patient_tables) for test in tests]
         return patient_bootstrap(
             np.stack([table.reshape(-1, classes, classes) for table in tables])
         )
 
-    def interval(self, figure: str) -> Interval:
+    def interval(self, metric: str) -> Interval:
         """95 % patient bootstrap interval of the runs' mean."""
-        return self._intervals[figure]
+        return self._intervals[metric]
 
 
 def read_runs(folders: Iterable[str | Path]) -> list[Run]:
@@ -179,36 +194,39 @@ def read_runs(folders: Iterable[str | Path]) -> list[Run]:
         if not report.is_file():
             log.warning("%s is not finished (no report.json) and is left out", folder)
             continue
-        content, settings = _read(report), _read(config)
-        if "patient_tables" not in content.get("test", {}):
-            raise UserError(f"{report} lacks the patients' counts; evaluate the run again")
-        runs.append(Run(folder, content, settings))
+        found = read_report(report)
+        if found.test is None:
+            raise UserError(f"{report} has no test part; evaluate the run again")
+        runs.append(Run(folder, found, _read_config(config)))
     members = {name for names in pooled for name in names}
     return [run for run in runs if run.path.name not in members] + list(pooled.values())
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON or YAML file."""
+def _read_config(path: Path) -> dict[str, Any]:
+    """config.yaml, flat."""
     try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, json.JSONDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path.parent} holds a file that is not readable: {error}") from None
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not readable: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no configuration; restore it or remove the run folder")
+    return flatten(content)
 
 
 def _pooled_folds(folder: Path) -> dict[tuple[str, ...], Run]:
     """Names of the runs of all folds -> the pooled run, for each seed of a group; {} where the
     group is one of seeds, or has some folds only."""
-    content = _read(folder / "group.json")
+    path = folder / "group.json"
+    content = read_json(path)
     if len(content.get("folds", [])) < N_FOLDS:
         return {}
-    settings = _read(folder.parent / content["runs"][0] / "config.yaml")
-    settings["dataset"]["test_fold"] = None
+    settings = _read_config(folder.parent / content["runs"][0] / "config.yaml")
+    settings["dataset.test_fold"] = None
     found = {}
     for number, seed in enumerate(content["seeds"]):
         names = tuple(content["runs"][N_FOLDS * number : N_FOLDS * (number + 1)])
         report = content | {"seed": seed, "test": content["test"][str(seed)]}
-        found[names] = Run(folder, report, settings)
+        found[names] = Run(folder, RunReport.from_dict(report), settings)
     return found
 
 
@@ -218,20 +236,17 @@ def group_runs(runs: Sequence[Run]) -> list[tuple[Protocol, list[RunGroup]]]:
     Raises:
         UserError: two runs have the same setting and the same seed.
     """
-    settings: dict[tuple[Protocol, str, str], list[Run]] = {}
+    same: dict[tuple, dict[int, Run]] = {}
     for run in runs:
-        key = (run.protocol, run.report["variant"], run.setting)
-        settings.setdefault(key, []).append(run)
+        key = (run.protocol, run.report.variant, run.report.n_cls, *sorted(run.setting.items()))
+        other = same.setdefault(key, {}).setdefault(run.report.seed, run)
+        if other is not run:
+            raise UserError(
+                f"{other.path} and {run.path} are the same run with the same seed; "
+                "name one of them only"
+            )
     protocols: dict[Protocol, list[RunGroup]] = {}
-    for (protocol, _, _), same in settings.items():
-        by_seed: dict[int, Run] = {}
-        for run in same:
-            other = by_seed.setdefault(run.report["seed"], run)
-            if other is not run:
-                raise UserError(
-                    f"{other.path} and {run.path} are the same run with the same seed; "
-                    "name one of them only"
-                )
+    for (protocol, *_), by_seed in same.items():
         ordered = tuple(by_seed[seed] for seed in sorted(by_seed))
         protocols.setdefault(protocol, []).append(RunGroup(ordered))
     return sorted(protocols.items(), key=lambda item: (Selection(item[0].selection).rank, item[0]))

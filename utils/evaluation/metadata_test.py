@@ -1,21 +1,20 @@
-"""Is it the sound? The same model with real, shuffled, unknown metadata.
+"""Metadata permutation test: the same model with real, shuffled and unknown metadata.
 
-A conditioned model that has learned to listen loses a little when its metadata are wrong; one that
-has learned the patient loses what it had above the floor. Metadata are changed in the cycle table,
-before the training statistics turn them into numbers, or hidden by `Metadata.without`.
+A conditioned model that relies on the sound loses a little when its metadata are wrong; one that
+recognises the patient loses what it had above the metadata-only baselines. Metadata are changed in
+the cycle table, before the training statistics turn them into numbers, or hidden by
+`Metadata.without`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
 
 from data.batch import Metadata
 from data.task import FIELDS, Task
-from utils.common.files import plain
 from utils.metrics.bootstrap import paired_bootstrap, patient_tables
 from utils.metrics.score import metrics_of
 
@@ -36,7 +35,7 @@ def derangement(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def shuffle_metadata(table: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Cycle table in which metadata keep their distribution but belong to somebody else.
+    """Cycle table in which metadata keep their distribution but belong to another patient.
 
     Each patient gets another patient's age, BMI and device (of a donor with several devices, the
     one with most cycles); sites are permuted among the recordings; duration stays, being part of
@@ -94,18 +93,18 @@ def metadata_test(
     seed: int = 0,
     bootstrap: int = 2000,
 ) -> list[dict]:
-    """Figures under each kind of metadata and their paired difference to the real ones.
+    """Metrics under each kind of metadata and their paired difference to the real ones.
 
     Args:
         predict: several metadata of all N rows -> for each, probability [N, K] of the same N
             cycles' sounds. All are asked for at once, so that the sounds are read once.
         table: the N rows of the cycle table, one part.
         thresholds: the model's; they stay the same.
-        shuffles: number of shufflings, whose figures are averaged.
+        shuffles: number of shufflings, whose metrics are averaged.
 
     Returns:
-        Rows `metadata`, `runs` (predictions averaged), figures in percent, `difference` (Score
-        minus that with real metadata, points: value, low, high, p).
+        Rows `metadata`, `runs` (predictions averaged), metrics in percent, `difference` (Score
+        minus that with real metadata, points, a `Difference`).
     """
     true = task.true_classes(task.labels(table["Crackles"].to_numpy(), table["Wheezes"].to_numpy()))
     names, metadata = zip(*conditions(table, transform, shuffles=shuffles, seed=seed), strict=True)
@@ -120,5 +119,5 @@ def metadata_test(
         point = {k: float(v.mean()) for k, v in metrics_of(stacked.sum(axis=1)).items()}
         found = paired_bootstrap(np.stack(counts["real"]), stacked, resamples=bootstrap, seed=seed)
         row = {"metadata": name, "runs": len(tables)} | point
-        rows.append(row | {"difference": asdict(found["score"])})
-    return plain(rows)
+        rows.append(row | {"difference": found["score"]})
+    return rows

@@ -1,11 +1,12 @@
-"""Run folders -> the tables of the README, ours beside the paper's printed figures.
+"""Run folders -> result tables, ours next to the paper's printed values.
 
     python -m utils.evaluation.result_tables runs/* [--table 4-class] [--format latex]
     python -m utils.evaluation.result_tables --mlflow sqlite:///mlflow.db --experiment icbhi
 
-Each selection rule, split and data set has a table of its own, so figures of different protocols
-never share a column. Runs that differ in the training seed only are averaged; the folds of a run
-with --folds all stand there pooled, where the group's folder is named too (as runs/* does).
+Each selection rule, split and data set has a table of its own, so that values of different
+protocols never share a column. Runs that differ in the training seed only are averaged; whatever
+else differs between the rows of a table is a column of it. The folds of a run with --folds all are
+one row, pooled, where the group's folder is named too (as runs/* does).
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import pandas as pd
 
 from models.registry import VARIANTS
 from utils.common.cli import command
 from utils.common.errors import UserError
-from utils.evaluation import paper
 from utils.evaluation.finished_runs import (
     POOLED,
     Protocol,
@@ -29,191 +32,64 @@ from utils.evaluation.finished_runs import (
     group_runs,
     read_runs,
 )
-from utils.evaluation.render import NOTHING, counts_line, number
-from utils.evaluation.tables import FORMATS, Table, render
+from utils.evaluation.published import AUTHORS, BLOCKS, printed, read_published
+from utils.evaluation.render import NOTHING, RATES, counts_line, markdown_table, number
 from utils.metrics.protocol import SYNTHETIC_NOTE, Selection, caption
 
 COLLAPSED = " (4-class model, collapsed)"
-FIGURES = {"sp": "Sp", "se": "Se", "score": "Score"}
+HEADS = dict(zip(RATES, ("Sp", "Se", "Score"), strict=True))
+TRAINABLE, LAYERS = "backbone.trainable_blocks", "models.*.conditioned_layers"
+SELECTION_NOTE = (
+    "Paper: SELECTED ON TEST: official split, values as printed; the authors' code chooses epoch "
+    "and thresholds on the test half."
+)
+TAFILM_NOTE = (
+    "The paper's 2-class TAFiLM row is quoted as printed, but does not add up: "
+    "(77.80 + 66.40) / 2 = 72.10, printed 71.10."
+)
 
 
-def _place(variant: str) -> tuple[int, str]:
-    """Sorts by `Variant.order`; one that is no longer in `models/` comes last."""
-    names = list(VARIANTS)
-    return (names.index(variant) if variant in names else len(names), variant)
+@dataclass(frozen=True)
+class Table:
+    """Cells are finished text; the notes belong under every rendering."""
+
+    title: str
+    frame: pd.DataFrame
+    notes: list[str]
+    protocol: Protocol
 
 
-def cell(group: RunGroup, figure: str, *, interval: bool = True) -> str:
-    """`mean ± sd [low, high], n = 5`, in percent; sd from two runs on."""
-    seeds, bounds = group.over_seeds(figure), group.interval(figure)
-    if math.isnan(seeds.mean):
-        return NOTHING
-    text = f"{seeds.mean:.2f}"
-    if seeds.n > 1:
-        text += f" ± {seeds.sd:.2f}"
-    if interval:
-        text += f" [{bounds.low:.1f}, {bounds.high:.1f}], n = {seeds.n}"
-    return text
+@dataclass(frozen=True)
+class Kind:
+    """What a table shows: name, number of classes, metrics, and which runs belong to it.
+
+    Attributes:
+        key: the setting that the table is about, always a column; None: whole models.
+        belongs: whether a run does.
+    """
+
+    title: str
+    n_cls: int
+    metrics: tuple[str, ...]
+    key: str | None
+    belongs: Callable[[Run], bool]
 
 
-def notes(protocol: Protocol, groups: Sequence[RunGroup], extra: Sequence[str]) -> list[str]:
-    """What must stand under a table: rule, data, meaning of the numbers, the paper's own rule."""
-    first = groups[0].runs[0].report
-    trained = "one model per fold, on the other folds"
-    if protocol.split != POOLED:
-        trained = counts_line(first["counts"]["train"])
-    lines = [
-        f"Ours: {Selection(protocol.selection).statement}",
-        f"Split `{protocol.split}`. Training: {trained}. "
-        f"Test: {counts_line(first['test']['counts'])}.",
-        "Percent; mean ± sd over n training seeds; in brackets the 95 % patient bootstrap interval "
-        "of that mean.",
-        paper.SELECTION_NOTE,
-        *extra,
-    ]
-    if protocol.partial:
-        lines.insert(0, first["partial_message"])
-    if protocol.synthetic:
-        lines.insert(0, SYNTHETIC_NOTE)
-    return lines
+def _whole(run: Run) -> bool:
+    return run.blocks == run.depth and run.conditions_all
 
 
-def titled(text: str, protocol: Protocol) -> str:
-    """Title of a table with its split, where it is not the official one, and its marks."""
-    text += "" if protocol.split == "official" else f", split {protocol.split}"
-    return caption(text, protocol.selection, protocol.partial, protocol.synthetic)
-
-
-def labelled(groups: Sequence[RunGroup]) -> list[tuple[str, RunGroup]]:
-    """Titles, with the settings' hash where a variant was run with several settings."""
-    titles = [group.title for group in groups]
-    return [
-        (g.title if titles.count(g.title) == 1 else f"{g.title} · {g.setting}", g) for g in groups
-    ]
-
-
-def floor_rows(
-    groups: Sequence[tuple[str, RunGroup]], prefix: str = "", suffix: str = ""
-) -> list[list[str]]:
-    """What models score that hear nothing, on the same split by the same rule: rows of a result
-    table. Runs whose loss weighs positives otherwise have floors of their own."""
-    found: dict[tuple[str, ...], str] = {}
-    for _, group in groups:
-        for name, floor in group.runs[0].report["test"].get("floors", {}).items():
-            figures = [floor["metrics"]["chosen"][f"{prefix}{f}"] for f in FIGURES]
-            values = [number(figure["value"]) for figure in figures]
-            low, high = (number(figures[-1][end], 1) for end in ("low", "high"))
-            values[-1] += f" [{low}, {high}]"
-            found.setdefault((f"Floor: {name}{suffix}", *values), group.setting)
-    names = [key[0] for key in found]
-    return [
-        [name if names.count(name) == 1 else f"{name} · {setting}", *values]
-        + [NOTHING] * len(FIGURES)
-        for (name, *values), setting in found.items()
-    ]
-
-
-def result_table(n_cls: int) -> Callable[[Protocol, list[RunGroup]], Table | None]:
-    """Maker of the 4-class or 2-class table: all blocks trained, all layers conditioned."""
-
-    def make(protocol: Protocol, groups: list[RunGroup]) -> Table | None:
-        whole = [g for g in groups if g.trains_all and g.conditions_all]
-        own = labelled([g for g in whole if g.n_cls == n_cls])
-        collapsed = labelled([g for g in whole if g.n_cls == 4]) if n_cls == 2 else []
-        if not own and not collapsed:
-            return None
-        printed = paper.RESULTS[n_cls]
-        names = sorted({*printed, *(g.variant for _, g in own)}, key=_place)
-        rows = []
-        for variant in names:
-            theirs = [str(printed.get(variant, {}).get(f, NOTHING)) for f in FIGURES]
-            mine = [(label, g) for label, g in own if g.variant == variant]
-            for label, group in mine:
-                rows.append([label, *(cell(group, f, interval=f == "score") for f in FIGURES)])
-                rows[-1] += theirs
-            if not mine:
-                rows.append([paper.TITLES[variant], *[NOTHING] * len(FIGURES), *theirs])
-        rows += floor_rows(own)
-        for label, group in collapsed:
-            ours = [cell(group, f"collapsed_{f}", interval=f == "score") for f in FIGURES]
-            rows.append([f"{label}{COLLAPSED}", *ours, *[NOTHING] * len(FIGURES)])
-        rows += floor_rows(collapsed, "collapsed_", COLLAPSED)
-        head = ["Method", *(f"{h}, ours" for h in FIGURES.values())]
-        head += [f"{h}, paper" for h in FIGURES.values()]
-        shown = [group for _, group in (*own, *collapsed)]
-        extra = [paper.TAFILM_NOTE] if n_cls == 2 else []
-        title = titled(f"{n_cls}-class evaluation", protocol)
-        return Table(title, head, rows, notes(protocol, shown, extra), protocol)
-
-    return make
-
-
-def freezing_table(protocol: Protocol, groups: list[RunGroup]) -> Table | None:
-    """4-class Score by trainable blocks and variant."""
-    groups = [g for g in groups if g.n_cls == 4 and g.conditions_all]
-    if len({g.blocks for g in groups}) < 2:
-        return None
-    variants = sorted({*paper.FREEZING[0], *(g.variant for g in groups)}, key=_place)
-    titles = paper.TITLES | {g.variant: g.title for g in groups}
-    head = ["Trainable blocks"]
-    for variant in variants:
-        head += [f"{titles[variant]}, ours", f"{titles[variant]}, paper"]
-    rows = []
-    for blocks in sorted({*paper.FREEZING, *(g.blocks for g in groups)}):
-        row = [f"n = {blocks}"]
-        for variant in variants:
-            here = [g for g in groups if (g.variant, g.blocks) == (variant, blocks)]
-            theirs = paper.FREEZING.get(blocks, {}).get(variant)
-            row += [_joined(here), NOTHING if theirs is None else f"{theirs:.2f}"]
-        rows.append(row)
-    title = titled("Backbone freezing, 4-class Score (%)", protocol)
-    return Table(title, head, rows, notes(protocol, groups, []), protocol)
-
-
-def layers_table(protocol: Protocol, groups: list[RunGroup]) -> Table | None:
-    """4-class Score by conditioned layers, whole backbone trained."""
-    groups = [g for g in groups if g.n_cls == 4 and g.trains_all and g.layers]
-    if len({g.layers for g in groups}) < 2:
-        return None
-    variants = sorted({g.variant for g in groups}, key=_place)
-    titles = {g.variant: g.title for g in groups}
-    depth = max(g.depth for g in groups)
-    sets = {tuple(range(depth - n, depth)): n for n in paper.LAYERS if n <= depth}
-    order = sorted({*sets, *(g.layers for g in groups)}, key=lambda layers: (len(layers), layers))
-    head = ["Conditioned layers", *(f"{titles[v]}, ours" for v in variants), "SoftFiLM-AST, paper"]
-    rows = []
-    for layers in order:
-        here = [[g for g in groups if (g.variant, g.layers) == (v, layers)] for v in variants]
-        theirs = paper.LAYERS.get(sets.get(layers)) if depth == max(paper.LAYERS) else None
-        rows.append([_layers_name(layers, depth), *map(_joined, here)])
-        rows[-1].append(NOTHING if theirs is None else f"{theirs:.2f}")
-    title = titled("Conditioned layers, 4-class Score (%)", protocol)
-    return Table(title, head, rows, notes(protocol, groups, []), protocol)
-
-
-def _joined(groups: Sequence[RunGroup]) -> str:
-    """One cell; several settings stand side by side with their hashes, never averaged."""
-    if len(groups) == 1:
-        return cell(groups[0], "score")
-    return "; ".join(f"{cell(g, 'score')} ({g.setting})" for g in groups) or NOTHING
-
-
-def _layers_name(layers: tuple[int, ...], depth: int) -> str:
-    if layers == tuple(range(depth)):
-        return f"All {depth} {{0–{depth - 1}}}"
-    listed = ", ".join(map(str, layers))
-    if layers == tuple(range(layers[0], depth)):
-        listed = f"{layers[0]}–{layers[-1]}" if len(layers) > 2 else listed
-        return f"Last {len(layers)} {{{listed}}}"
-    return f"{{{listed}}}"
-
-
-TABLES: dict[str, Callable[[Protocol, list[RunGroup]], Table | None]] = {
-    "4-class": result_table(4),
-    "2-class": result_table(2),
-    "freezing": freezing_table,
-    "layers": layers_table,
-}
+TABLES: dict[str, Kind] = {
+    "4-class": Kind("4-class evaluation", 4, RATES, None, _whole),
+    "2-class": Kind("2-class evaluation", 2, RATES, None, _whole),
+    "freezing": Kind(
+        "Backbone freezing, 4-class", 4, ("score",), TRAINABLE, lambda run: run.conditions_all
+    ),
+    "layers": Kind(
+        "Conditioned layers, 4-class", 4, ("score",), LAYERS,
+        lambda run: run.blocks == run.depth and run.layers is not None,
+    ),
+}  # fmt: skip
 
 
 def build_tables(runs: Sequence[Run], names: Sequence[str] = tuple(TABLES)) -> list[Table]:
@@ -222,12 +98,220 @@ def build_tables(runs: Sequence[Run], names: Sequence[str] = tuple(TABLES)) -> l
     Raises:
         UserError: two of the runs are the same configuration with the same seed.
     """
-    grouped = [
-        (protocol, sorted(groups, key=lambda group: _place(group.variant)))
-        for protocol, groups in group_runs(runs)
-    ]
-    made = (TABLES[name](protocol, groups) for name in names for protocol, groups in grouped)
+    grouped = group_runs(runs)
+    made = (
+        _table(TABLES[name], protocol, groups) for name in names for protocol, groups in grouped
+    )
     return [table for table in made if table is not None]
+
+
+def _table(kind: Kind, protocol: Protocol, groups: Sequence[RunGroup]) -> Table | None:
+    inside = [g for g in groups if kind.belongs(g.first)]
+    own = [g for g in inside if g.n_cls == kind.n_cls]
+    collapsed = [g for g in inside if g.n_cls == 4] if kind.n_cls == 2 else []
+    if not own and not collapsed:
+        return None
+    if kind.key and len({g.first.setting.get(kind.key) for g in own}) < 2:
+        return None
+    keys = _differing([*own, *collapsed])
+    if kind.key:
+        keys = [kind.key, *(key for key in keys if key != kind.key)]
+    rows = [_own_row(g, kind, keys) for g in own] + _paper_rows(kind, keys, own)
+    rows.sort(key=_place(kind))
+    rows += _baseline_rows(own, kind, keys)
+    rows += [_own_row(g, kind, keys, "collapsed_", COLLAPSED) for g in collapsed]
+    rows += _baseline_rows(collapsed, kind, keys, "collapsed_", COLLAPSED)
+    names = [HEADS[metric] for metric in kind.metrics]
+    head = ["Method", *keys, *(f"{n}, ours" for n in names), *(f"{n}, paper" for n in names)]
+    frame = pd.DataFrame(rows).reindex(columns=head).fillna(NOTHING)
+    title = kind.title + ("" if protocol.split == "official" else f", split {protocol.split}")
+    title = caption(title, protocol.selection, protocol.partial, protocol.synthetic)
+    shown = [*own, *collapsed]
+    left_out = [g for g in groups if g.n_cls == kind.n_cls and g not in shown]
+    return Table(title, frame, _notes(kind, protocol, shown, left_out), protocol)
+
+
+def _differing(groups: Sequence[RunGroup]) -> list[str]:
+    """Keys whose values differ among the groups that have them, in the configuration's order."""
+    values: dict[str, set[str]] = {}
+    for group in groups:
+        for key, value in group.first.setting.items():
+            values.setdefault(key, set()).add(value)
+    return [key for key, found in values.items() if len(found) > 1]
+
+
+def _own_row(
+    group: RunGroup, kind: Kind, keys: Sequence[str], prefix: str = "", suffix: str = ""
+) -> dict[str, str]:
+    run = group.first
+    row = {"Method": group.title + suffix} | {k: run.setting.get(k, NOTHING) for k in keys}
+    for metric in kind.metrics:
+        interval = metric == "score"
+        row[f"{HEADS[metric]}, ours"] = cell(group, prefix + metric, interval=interval)
+    layers = run.layers or ()
+    last = not layers or layers == tuple(range(layers[0], run.depth))
+    if not prefix and last and run.depth == BLOCKS:
+        theirs = printed(kind.n_cls, group.title, blocks=run.blocks, layers=len(layers) or BLOCKS)
+        row |= _paper_cells(theirs, kind)
+    return row
+
+
+def cell(group: RunGroup, metric: str, *, interval: bool = True) -> str:
+    """`mean ± sd [low, high], n = 5`, in percent; sd from two runs on."""
+    seeds, bounds = group.over_seeds(metric), group.interval(metric)
+    if math.isnan(seeds.mean):
+        return NOTHING
+    text = f"{seeds.mean:.2f}" + (f" ± {seeds.sd:.2f}" if seeds.n > 1 else "")
+    if interval:
+        text += f" [{bounds.low:.1f}, {bounds.high:.1f}], n = {seeds.n}"
+    return text
+
+
+def _paper_rows(kind: Kind, keys: Sequence[str], own: Sequence[RunGroup]) -> list[dict[str, str]]:
+    """The paper's rows of this table that none of our rows quotes."""
+    table = read_published()
+    table = table[(table.authors == AUTHORS) & (table.task == f"{kind.n_cls}-class")]
+    blocks, layers = table.blocks.fillna(BLOCKS), table.layers.fillna(BLOCKS)
+    if kind.key != TRAINABLE:
+        table = table[blocks == BLOCKS]
+    if kind.key != LAYERS:
+        table = table[layers == BLOCKS]
+    else:
+        table = table[table.method.isin(table.method[layers < BLOCKS])]
+    column = {TRAINABLE: "blocks", LAYERS: "layers"}.get(kind.key)
+    rows, ours = [], {(g.title, g.first.setting.get(kind.key or "")) for g in own}
+    for _, theirs in table.iterrows():
+        value = None
+        if column:
+            n = BLOCKS if pd.isna(theirs[column]) else int(theirs[column])
+            value = str(n) if column == "blocks" else "all" if n == BLOCKS else f"last {n}"
+        if (theirs.method, value) not in ours and not (
+            not column and any(g.title == theirs.method for g in own)
+        ):
+            own_key = {kind.key: value} if column else {}
+            rows.append({"Method": theirs.method} | own_key | _paper_cells(theirs, kind))
+    return rows
+
+
+def _paper_cells(theirs: pd.Series | None, kind: Kind) -> dict[str, str]:
+    """A printed value and its printed standard deviation, where there is one."""
+    out = {}
+    for metric in kind.metrics if theirs is not None else ():
+        value, sd = theirs[metric], theirs[f"{metric}_sd"]
+        if not pd.isna(value):
+            text = f"{value:.2f}" + ("" if pd.isna(sd) else f" ± {sd:.2f}")
+            out[f"{HEADS[metric]}, paper"] = text
+    return out
+
+
+def _place(kind: Kind) -> Callable[[dict[str, str]], tuple]:
+    """Sorts by the table's key (numbers in their order), then by `Variant.order`; a variant that is
+    no longer in `models/` comes last."""
+    titles = [variant.title for variant in VARIANTS.values()]
+
+    def key(row: dict[str, str]) -> tuple:
+        value = row.get(kind.key or "", "")
+        n = value.removeprefix("last ")
+        size = int(n) if n.isdigit() else BLOCKS + 1 if value == "all" else -1
+        title = row["Method"]
+        return size, value, titles.index(title) if title in titles else len(titles), title
+
+    return key
+
+
+def _baseline_rows(
+    groups: Sequence[RunGroup], kind: Kind, keys: Sequence[str], prefix: str = "", suffix: str = ""
+) -> list[dict[str, str]]:
+    """Metadata-only baselines on the same split by the same rule. Runs whose loss weighs positives
+    differently have baselines of their own, with the keys of the first such run."""
+    found: dict[tuple[str, ...], RunGroup] = {}
+    for group in groups if not kind.key else ():
+        for name, baseline in (group.first.report.test.baselines or {}).items():
+            metrics = [baseline.metrics["chosen"][prefix + metric] for metric in kind.metrics]
+            values = [number(metric.value) for metric in metrics]
+            values[-1] += f" [{number(metrics[-1].low, 1)}, {number(metrics[-1].high, 1)}]"
+            found.setdefault((f"Baseline: {name}{suffix}", *values), group)
+    names = [name for name, *_ in found]
+    rows = []
+    for (name, *values), group in found.items():
+        row = {"Method": name}
+        if names.count(name) > 1:
+            row |= {key: group.first.setting.get(key, NOTHING) for key in keys}
+        heads = (f"{HEADS[metric]}, ours" for metric in kind.metrics)
+        rows.append(row | dict(zip(heads, values, strict=True)))
+    return rows
+
+
+def _notes(
+    kind: Kind, protocol: Protocol, groups: Sequence[RunGroup], left_out: Sequence[RunGroup]
+) -> list[str]:
+    """What is printed under a table: rule, data, meaning of the numbers, the paper's own rule."""
+    first = groups[0].first.report
+    trained = "one model per fold, on the other folds"
+    if protocol.split != POOLED:
+        trained = counts_line(first.counts["train"])
+    lines = [SYNTHETIC_NOTE] * protocol.synthetic + [first.partial_message] * protocol.partial
+    lines += [
+        f"Ours: {Selection(protocol.selection).statement}",
+        f"Split `{protocol.split}`. Training: {trained}. Test: {counts_line(first.test.counts)}.",
+        "Percent; mean ± sd over n training seeds; in brackets the 95 % patient bootstrap interval "
+        "of that mean.",
+        SELECTION_NOTE,
+    ]
+    if kind.n_cls == 2:
+        lines.append(TAFILM_NOTE)
+    if left_out:
+        names = ", ".join(run.path.name for group in left_out for run in group.runs)
+        lines.append(
+            f"Left out (blocks frozen, or some layers conditioned only; see the other tables): "
+            f"{names}."
+        )
+    return lines
+
+
+# -------------------------------------------------------------------- formats
+
+
+def to_markdown(table: Table) -> str:
+    """Heading, table, notes."""
+    rows = table.frame.to_numpy().tolist()
+    lines = [f"### {table.title}", "", *markdown_table(list(table.frame), rows)]
+    return "\n".join([*lines, *(f"> {note}  " for note in table.notes)]) + "\n"
+
+
+_LATEX = str.maketrans({
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_", "{": r"\{",
+    "}": r"\}", "$": r"\$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
+    "–": "--", "≥": r"$\geq$", "`": "",
+})  # fmt: skip
+
+
+def to_latex(table: Table) -> str:
+    """`table` environment in the style of booktabs; the notes are in the caption."""
+    frame = table.frame.rename(columns=lambda name: name.translate(_LATEX))
+    frame = frame.map(lambda text: text.translate(_LATEX))
+    text = " ".join(f"{note.rstrip('.')}." for note in (table.title, *table.notes))
+    caption_ = text.translate(_LATEX)
+    return frame.style.hide(axis="index").to_latex(hrules=True, caption=caption_)
+
+
+def to_csv(table: Table) -> str:
+    """The rows, each with its protocol and data; notes as `#` lines above."""
+    notes = "".join(f"# {line}\n" for line in (table.title, *table.notes))
+    frame = table.frame.assign(**table.protocol._asdict())
+    return notes + frame.to_csv(index=False, lineterminator="\n")
+
+
+FORMATS: dict[str, Callable[[Table], str]] = {
+    "markdown": to_markdown,
+    "latex": to_latex,
+    "csv": to_csv,
+}
+
+
+def render(tables: Sequence[Table], form: str) -> str:
+    """All tables in one of `FORMATS`, an empty line between them."""
+    return "\n".join(FORMATS[form](table) for table in tables)
 
 
 @command

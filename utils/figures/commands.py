@@ -1,9 +1,9 @@
-"""One function per figure that `visualize.py` makes: read, measure, draw, write, return paths."""
+"""One function per figure of `visualize.py`: read, measure, draw, write, return the paths."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,108 +11,195 @@ import pandas as pd
 
 from data.corpora.icbhi import completeness
 from data.synthetic.corpus import is_synthetic
+from models.registry import VARIANTS
 from utils.common.errors import UserError
 from utils.config.schema import RunConfig
-from utils.figures import runs, sources, style
-from utils.figures.options import BASELINE, SOFTFILM, Options
-from utils.figures.published import OwnResult, read_published, sota_caption, sota_figure
-from utils.figures.sources import Evaluation, Trained
+from utils.evaluation.trained_model import TrainedModel
+from utils.figures import runs
+from utils.figures.runs import Evaluation, model_notice, read_evaluation
+from utils.figures.sota import OwnResult, sota_caption, sota_figure
+from utils.figures.style import Notice, Output
+from utils.metrics.bootstrap import over_seeds
 from utils.metrics.subgroups import age_group
+from utils.training.assemble import build_frontend, build_split
 
-logger = logging.getLogger(__name__)
+BASELINE, SOFTFILM = "checkpoints/ast_best.pt", "checkpoints/softfilm_best.pt"
+#: Training script and configuration of each variant that the repository ships.
+SCRIPTS: dict[str, tuple[str, str]] = {
+    "ast": ("ast_train.py", "ast_config"),
+    "ast_grf": ("ast_meta_fus_train.py", "ast_fus_config"),
+    "ast_film": ("ast_film_train.py", "ast_film_config"),
+    "ast_tafilm": ("ast_tafilm_train.py", "ast_tafilm_config"),
+    "ast_softfilm": ("ast_film_soft.py", "ast_film_soft_config"),
+}
+
+
+@dataclass
+class Options:
+    """What the command line says; a checkpoint is None where it was not given."""
+
+    output: Output = field(default_factory=Output)
+    checkpoint: str | None = None
+    baseline: str | None = None
+    softfilm: str | None = None
+    runs: Sequence[str] = ()
+    part: str = "test"
+    data_folder: str | None = None
+    cycles: int = 0  # at most so many test cycles in the t-SNE; 0: all
+
+
+def training_command(variant: str) -> str:
+    """The command that makes a checkpoint of a variant."""
+    script, config = SCRIPTS[variant]
+    return f"python {script} --config configs/{config}.yaml --mlflow-config configs/mlflow.yaml"
+
+
+def open_model(
+    path: str | Path, flag: str, variant: str, data_folder: str | None = None
+) -> TrainedModel:
+    """Open a checkpoint and name it on the console.
+
+    Args:
+        flag: command line that needs it, for the message.
+        variant: whose training command is named when the file is missing (that of
+            <variant>_best.pt when the file has such a name).
+
+    Raises:
+        UserError: the file is missing or is no checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        named = [v.name for v in VARIANTS.values() if path.name == f"{v.short}_best.pt"]
+        variant = next((name for name in named if name in SCRIPTS), variant)
+        raise UserError(
+            f"{flag}: there is no checkpoint {path}; train one first: {training_command(variant)}"
+        )
+    model = TrainedModel.open(path, data_folder=data_folder)
+    print(model.headline(), flush=True)
+    return model
+
+
+def require_variant(model: TrainedModel, variant: str, flag: str, why: str) -> None:
+    """Refuse a checkpoint of another variant, with the command that works.
+
+    Raises:
+        UserError: names what the file holds, why it does not do, and the right commands.
+    """
+    if model.config.variant != variant:
+        right = VARIANTS[variant]
+        raise UserError(
+            f"{model.path} holds {model.title}; {why}. Give a checkpoint of {right.title}: "
+            f"python visualize.py {flag} checkpoints/{right.short}_best.pt (trained by "
+            f"{training_command(variant)})"
+        )
+
+
+def each_run(draw: runs.Draw) -> Callable[[Options], list[Path]]:
+    """`draw` of every run that is named; several runs have a folder each."""
+    flag = f"--{draw.__name__.replace('_', '-')}"
+
+    def command(options: Options) -> list[Path]:
+        return [path for one, out in _evaluations(options, flag) for path in draw(one, out)]
+
+    command.__doc__ = draw.__doc__
+    return command
+
+
+def _evaluations(options: Options, flag: str) -> Iterator[tuple[Evaluation, Output]]:
+    folders = list(options.runs)
+    if not folders and options.checkpoint:
+        model = open_model(options.checkpoint, flag, "ast_softfilm")
+        folders = [str(Path(model.config.training.output_dir) / model.checkpoint.run)]
+    if not folders:
+        raise UserError(
+            f"{flag} draws a finished run: name its folder with --run DIR (runs/...), or give its "
+            "checkpoint with --checkpoint FILE"
+        )
+    for folder in folders:
+        output = options.output
+        if len(folders) > 1:
+            output = replace(output, folder=output.folder / Path(folder).name)
+        one = read_evaluation(folder, options.part)
+        print(one.headline(), flush=True)
+        yield one, output
 
 
 def sota(options: Options) -> list[Path]:
-    """Published systems, and complete official runs of this repository beside them."""
-    table = read_published()
-    own = own_results([sources.read_evaluation(folder) for folder in options.runs])
-    return options.write(sota_figure(table, own), "icbhi_sota_comparison", sota_caption(table, own))
+    """Published systems, and complete official runs of this repository."""
+    own = own_results([read_evaluation(folder) for folder in options.runs])
+    return options.output.write(sota_figure(own), "icbhi_sota_comparison", sota_caption(own))
 
 
 def own_results(evaluations: Sequence[Evaluation]) -> list[OwnResult]:
     """Runs that differ in the seed alone, as mean and sd; a 4-class run also counts collapsed.
 
     Raises:
-        UserError: a run that can not be compared with published ones.
+        UserError: a run that cannot be compared with published ones.
     """
     rows = []
     for one in evaluations:
-        if one.synthetic or one.report["partial"] or one.run.get("split_strategy") != "official":
+        origin, metrics = one.origin, one.report.metrics["chosen"]
+        if one.report.synthetic or one.report.partial or origin.split_strategy != "official":
             raise UserError(
-                f"{one.folder} can not stand beside published results: they are on the complete "
+                f"{one.folder} cannot be shown with published results: they are on the complete "
                 "official split of ICBHI 2017, this run is not; leave it out of --run"
             )
-        figures = one.report["metrics"]["chosen"]
-        key = (one.run["title"], one.run["selection"])
-        task = f"{one.run['n_cls']}-class"
-        rows.append([task, *key, "", *(figures[f]["value"] for f in ("sp", "se", "score"))])
-        if "collapsed_score" in figures:
-            values = (figures[f"collapsed_{f}"]["value"] for f in ("sp", "se", "score"))
-            rows.append(["2-class", *key, " *", *values])
-    frame = pd.DataFrame(rows, columns=["task", "title", "protocol", "mark", "sp", "se", "score"])
+        for task, mark, prefix in (
+            (f"{origin.n_cls}-class", "", ""),
+            ("2-class", " *", "collapsed_"),
+        ):
+            if f"{prefix}score" in metrics:
+                values = [metrics[f"{prefix}{name}"].value for name in ("sp", "se", "score")]
+                rows.append([task, origin.title, origin.selection, mark, *values])
+    keys = ["task", "title", "protocol", "mark"]
+    frame = pd.DataFrame(rows, columns=[*keys, "sp", "se", "score"])
     out = []
-    for (task, title, protocol, mark), group in frame.groupby(
-        ["task", "title", "protocol", "mark"], sort=False
-    ):
-        sd = float(group.score.std(ddof=1)) if len(group) > 1 else None
-        seeds = f", {len(group)} seeds" if len(group) > 1 else ""
+    for (task, title, protocol, mark), group in frame.groupby(keys, sort=False):
+        seeds = over_seeds(group.score)
+        several = f", {seeds.n} seeds" if seeds.n > 1 else ""
+        sd = seeds.sd if seeds.n > 1 else None
         means = group[["sp", "se", "score"]].mean()
-        out.append(OwnResult(task, f"{title}{mark}{seeds}", *means, sd, protocol))
+        out.append(OwnResult(task, f"{title}{mark}{several}", *means, sd, protocol))
     return out
 
 
 def mask_analysis(options: Options) -> list[Path]:
     """SoftFiLM's masks, their controls and effects."""
     flag = "--mask-analysis --checkpoint"
-    trained = sources.open_trained(
-        options.checkpoint or SOFTFILM, flag, "ast_softfilm", options.data_folder
-    )
-    sources.require_variant(
-        trained, "ast_softfilm", flag, "only SoftFiLM has masks that could be analysed"
-    )
-    table, split = sources.read_corpus(trained.config)
-    return runs.write_masks(options, trained, table.iloc[split.test])
+    model = open_model(options.checkpoint or SOFTFILM, flag, "ast_softfilm", options.data_folder)
+    require_variant(model, "ast_softfilm", flag, "only SoftFiLM has masks that could be analysed")
+    table, split = model.corpus
+    return runs.masks(model, table.iloc[split.test], options.output)
 
 
 def film_params(options: Options) -> list[Path]:
     """gamma and beta of FiLM, TAFiLM or SoftFiLM."""
-    from utils.figures.film import (
-        film_statistics,
-        heatmap_caption,
-        heatmap_figure,
-        parameters_caption,
-        parameters_figure,
-    )
+    from utils.figures import film
 
     flag = "--film-params --checkpoint"
-    trained = sources.open_trained(
-        options.checkpoint or SOFTFILM, flag, "ast_softfilm", options.data_folder
-    )
-    conditioner = trained.checkpoint.build_model().conditioner
+    model = open_model(options.checkpoint or SOFTFILM, flag, "ast_softfilm", options.data_folder)
+    conditioner = model.checkpoint.build_model().conditioner
     if not conditioner.conditioned_layers:
         raise UserError(
-            f"{trained.path} holds {trained.title}, which has no gamma and beta; give a "
+            f"{model.path} holds {model.title}, which has no gamma and beta; give a "
             f"FiLM, TAFiLM or SoftFiLM checkpoint: python visualize.py {flag} {SOFTFILM} "
-            f"(trained by {sources.training_command('ast_softfilm')})"
+            f"(trained by {training_command('ast_softfilm')})"
         )
-    table, _ = sources.read_corpus(trained.config)
+    table, _ = model.corpus
     groupings = {
         "device": table["Device"].fillna("unknown"),
         "site": table["AuscLoc"].fillna("unknown"),
         "age": age_group(table["Age"]),
     }
-    metadata = trained.checkpoint.metadata_statistics().transform(table)
     paths = []
-    for statistics in film_statistics(conditioner, metadata, groupings):
-        suffix = "" if statistics.tokens == "all tokens" else f"_{statistics.tokens.split()[0]}"
+    for one in film.film_statistics(conditioner, model.statistics.transform(table), groupings):
+        tokens = "" if one.tokens == "all tokens" else f"_{one.tokens.split()[0].lower()}"
         for name, draw, caption in (
-            ("", parameters_figure, parameters_caption),
-            ("_map", heatmap_figure, heatmap_caption),
+            ("", film.parameters_figure, film.parameters_caption),
+            ("_map", film.heatmap_figure, film.heatmap_caption),
         ):
-            paths += options.write(
-                draw(statistics), f"film_params{name}{suffix.lower()}", caption(statistics),
-                trained.notice(),
-            )  # fmt: skip
+            name, notice = f"film_params{name}{tokens}", model_notice(model)
+            paths += options.output.write(draw(one), name, caption(one), notice)
     return paths
 
 
@@ -120,99 +207,69 @@ def tsne(options: Options) -> list[Path]:
     """Representations of the test cycles by the baseline and by SoftFiLM."""
     from utils.figures import embeddings
 
-    models = [
-        sources.open_trained(path or default, f"--tsne {flag}", variant, options.data_folder)
-        for path, default, flag, variant in (
-            (options.baseline, BASELINE, "--baseline-ckpt", "ast"),
-            (options.softfilm, SOFTFILM, "--softfilm-ckpt", "ast_softfilm"),
-        )
-    ]
-    for trained, flag, variant, why in (
-        (models[0], "--tsne --baseline-ckpt", "ast", "the baseline is the AST without metadata"),
-        (models[1], "--tsne --softfilm-ckpt", "ast_softfilm", "it is compared with the baseline"),
-    ):
-        sources.require_variant(trained, variant, flag, why)
-    tables = [sources.read_corpus(trained.config) for trained in models]
-    table, rows = tables[0][0], tables[0][1].test
-    if not np.array_equal(rows, tables[1][1].test) or len(table) != len(tables[1][0]):
+    models = []
+    for path, flag, variant, why in (
+        (options.baseline or BASELINE, "--baseline-ckpt", "ast",
+         "the baseline is the AST without metadata"),
+        (options.softfilm or SOFTFILM, "--softfilm-ckpt", "ast_softfilm",
+         "it is compared with the baseline"),
+    ):  # fmt: skip
+        models.append(open_model(path, f"--tsne {flag}", variant, options.data_folder))
+        require_variant(models[-1], variant, f"--tsne {flag}", why)
+    (table, split), (other, other_split) = (model.corpus for model in models)
+    rows = split.test
+    if not np.array_equal(rows, other_split.test) or len(table) != len(other):
         raise UserError(
-            "the two checkpoints were tested on different cycles, so they can not be compared; "
+            "the two checkpoints were tested on different cycles, so they cannot be compared; "
             "train both on the same data folder with the same dataset.split_strategy"
         )
     if 0 < options.cycles < len(rows):
         rows = np.sort(np.random.default_rng(0).choice(rows, options.cycles, replace=False))
-    part = table.iloc[rows]
+    part, task = table.iloc[rows], models[0].task
+    classes = task.true_classes(
+        task.labels(part["Crackles"].to_numpy(), part["Wheezes"].to_numpy())
+    )
     labels = {
-        "class": np.array(models[0].config.task.classes)[_classes(part, models[0].config)],
+        "class": np.array(task.classes)[classes],
         "device": part["Device"].fillna("unknown").to_numpy(),
         "site": part["AuscLoc"].fillna("unknown").to_numpy(),
         "patient": part["PID"].to_numpy(),
     }
-    found = {trained.title: _embed(trained, rows) for trained in models}
+    found = {model.title: model.embeddings(rows) for model in models}
     maps = {title: embeddings.tsne(vectors) for title, vectors in found.items()}
     measured = {title: embeddings.measure(vectors, labels) for title, vectors in found.items()}
-    rules = {trained.checkpoint.selection for trained in models}
-    notice = style.Notice(
-        protocol="test" if "test" in rules else models[1].checkpoint.selection,
-        partial=models[0].checkpoint.partial or models[1].checkpoint.partial,
-        synthetic=any(trained.notice().synthetic for trained in models),
-        source=" and ".join(trained.notice().source for trained in models),
+    notices = [model_notice(model) for model in models]
+    notice = Notice(
+        protocol=max((model.selection for model in models), key=lambda rule: rule.rank),
+        partial=next((one.partial for one in notices if one.partial), ""),
+        synthetic=any(one.synthetic for one in notices),
+        source=" and ".join(one.source for one in notices),
     )
     text = embeddings.tsne_caption(measured, len(rows))
-    return options.write(embeddings.tsne_figure(maps, labels), "tsne", text, notice)
-
-
-def _classes(part: pd.DataFrame, config: RunConfig) -> np.ndarray:
-    task = config.task
-    return task.true_classes(task.labels(part["Crackles"].to_numpy(), part["Wheezes"].to_numpy()))
-
-
-def _embed(trained: Trained, rows: np.ndarray) -> np.ndarray:
-    """[N, D]: the head's input for the given rows of the trained model's own corpus."""
-    from utils.figures.embeddings import embed_cycles
-    from utils.training.assemble import build_data, build_frontend
-    from utils.training.device import Runtime
-
-    config = trained.config
-    runtime = Runtime(config.training.device, config.training.precision, "false")
-    data = build_data(config, trained.checkpoint.metadata_statistics())
-    model = trained.checkpoint.build_model().to(runtime.device)
-    logger.info("%s: %d cycles on %s", trained.title, len(rows), runtime.device)
-    frontend = build_frontend(config).to(runtime.device)
-    return embed_cycles(model, data, frontend, runtime, rows, config.dataset.batch_size)
+    return options.output.write(embeddings.tsne_figure(maps, labels), "tsne", text, notice)
 
 
 def log_mel(options: Options) -> list[Path]:
     """One cycle of each class; the front end of the checkpoint, or the defaults without one."""
     from utils.figures import spectrograms
-    from utils.training.assemble import build_frontend
 
     config = RunConfig()
     if options.checkpoint:
-        trained = sources.open_trained(
-            options.checkpoint, "--log-mel --checkpoint", "ast", options.data_folder
-        )
-        config = trained.config
+        flag = "--log-mel --checkpoint"
+        config = open_model(options.checkpoint, flag, "ast", options.data_folder).config
     elif options.data_folder:
         config.dataset.data_folder = options.data_folder
     else:
         raise UserError("--log-mel reads recordings: name them with --data-folder DIR")
-    synthetic = is_synthetic(config.dataset.data_folder)
-    table, _ = sources.read_corpus(config)
-    audio = config.audio
-    mels = spectrograms.log_mels(
-        table,
-        spectrograms.typical_cycles(table),
-        build_frontend(config),
-        sample_rate=audio.sample_rate,
-        resampler=audio.resampler,
-        clip_seconds=audio.clip_seconds,
-        mean=audio.mean,
-        std=audio.std,
+    table, _ = build_split(config)
+    rows = spectrograms.typical_cycles(table)
+    mels = spectrograms.log_mels(table, rows, build_frontend(config), config.audio)
+    figure = spectrograms.log_mel_figure(
+        mels, low_freq=config.audio.low_freq, high_freq=config.audio.high_freq
     )
-    figure = spectrograms.log_mel_figure(mels, low_freq=audio.low_freq, high_freq=audio.high_freq)
-    notice = style.Notice(partial=completeness(table).message, synthetic=synthetic)
-    return options.write(figure, "log_mel", spectrograms.LOG_MEL_CAPTION, notice)
+    synthetic = is_synthetic(config.dataset.data_folder)
+    notice = Notice(partial=completeness(table).message, synthetic=synthetic)
+    return options.output.write(figure, "log_mel", spectrograms.LOG_MEL_CAPTION, notice)
 
 
 FIGURES: dict[str, Callable[[Options], list[Path]]] = {
@@ -220,10 +277,6 @@ FIGURES: dict[str, Callable[[Options], list[Path]]] = {
     "tsne": tsne,
     "film_params": film_params,
     "sota": sota,
-    "confusion": runs.confusion,
-    "operating_curve": runs.operating_curve,
-    "reliability": runs.reliability,
-    "subgroups": runs.subgroups,
-    "learning_curves": runs.learning_curves,
+    **{draw.__name__: each_run(draw) for draw in (*runs.EVALUATION_FIGURES, runs.learning_curves)},
     "log_mel": log_mel,
 }

@@ -10,19 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from sklearn.metrics import pairwise_distances, silhouette_score
 
-from data.frontend import AudioFrontend
-from data.loader import Cycles
-from models.build import ConditionedAST
 from utils.common.errors import UserError
 from utils.figures import style
-from utils.training.device import Runtime
-from utils.training.inputs import Inputs
 
 NEIGHBOURS = 10
 SEED = 0
@@ -43,30 +37,6 @@ class Measured:
     silhouette: float
     knn: float
     chance: float
-
-
-@torch.no_grad()
-def embed_cycles(
-    model: ConditionedAST,
-    data: Cycles,
-    frontend: AudioFrontend,
-    runtime: Runtime,
-    rows: np.ndarray,
-    batch_size: int,
-) -> np.ndarray:
-    """[N, D] float32: what the head sees of each cycle, in the order of `rows`.
-
-    Model and front end are on `runtime.device`.
-    """
-    model.eval()
-    parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    out = []
-    inputs = Inputs(frontend, runtime, data)
-    for batch in inputs.batches(parts):
-        with runtime.autocast():
-            _, fused = model.embed(inputs(batch, None), batch.metadata)
-        out.append(fused.float().cpu().numpy())
-    return np.concatenate(out)
 
 
 def knn_accuracy(
@@ -169,7 +139,7 @@ def _scatter(axis: Axes, points: np.ndarray, name: str, values: np.ndarray) -> d
 
 
 def tsne_caption(measured: Mapping[str, Mapping[str, Measured]], cycles: int) -> str:
-    """The figures of every model and label in words; conclusions are the reader's."""
+    """The measured values of every model and label in words."""
     models = "".join(
         f"\n{title}: "
         + ", ".join(

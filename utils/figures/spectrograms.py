@@ -16,6 +16,7 @@ from data.frontend import AudioFrontend
 from data.store_build import open_store
 from data.task import CLASSES
 from utils.common.errors import UserError
+from utils.config.schema import AudioConfig
 from utils.figures import style
 
 
@@ -58,32 +59,30 @@ def log_mels(
     table: pd.DataFrame,
     rows: Mapping[str, int],
     frontend: AudioFrontend,
-    *,
-    sample_rate: int,
-    resampler: str,
-    clip_seconds: float,
-    mean: float,
-    std: float,
+    audio: AudioConfig,
 ) -> dict[str, LogMel]:
     """Spectrograms of the named rows; only their recordings are read.
 
     Args:
-        mean, std: the normalisation of the front end, which is undone.
+        audio: the front end's section, whose normalisation is undone.
     """
+    sample_rate = audio.sample_rate
     chosen = table.iloc[list(rows.values())].reset_index(drop=True)
     out = {}
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(
-            chosen, cache_dir=folder, sample_rate=sample_rate, resampler=resampler, workers=1
+            chosen, cache_dir=folder, sample_rate=sample_rate, resampler=audio.resampler, workers=1
         )
         for i, name in enumerate(rows):
-            samples = torch.from_numpy(np.array(store[i][: round(clip_seconds * sample_rate)]))
+            samples = torch.from_numpy(
+                np.array(store[i][: round(audio.clip_seconds * sample_rate)])
+            )
             image = frontend(samples[None], torch.tensor([len(samples)]), None)[0, 0]
             row = chosen.iloc[i]
             out[name] = LogMel(
-                energy=(image * 2 * std + mean).numpy(),
+                energy=(image * 2 * audio.std + audio.mean).numpy(),
                 duration=len(samples) / sample_rate,
-                clip_seconds=clip_seconds,
+                clip_seconds=audio.clip_seconds,
                 name=f"{row.Filename}, cycle {row.CycleIndex}",
             )
     return out
@@ -117,7 +116,7 @@ def log_mel_figure(mels: Mapping[str, LogMel], *, low_freq: float, high_freq: fl
 
 LOG_MEL_CAPTION = (
     "Log-mel spectrogram of one training cycle of each class, of about its class's median length, "
-    "as the model receives it; behind the dashed line the cycle is repeated to fill the clip."
+    "as the model receives it; after the dashed line the cycle is repeated to fill the clip."
 )
 
 

@@ -113,7 +113,7 @@ class Notice:
     source: str = ""
 
     def lines(self) -> list[str]:
-        """One line per thing to know, the gravest first."""
+        """One line per thing to know, most severe first."""
         lines = []
         if self.synthetic:
             lines.append("SYNTHETIC recordings: says nothing about patients.")
@@ -176,6 +176,21 @@ def save(
             )
         paths.append(path)
     return paths
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where and in which formats figures are written."""
+
+    folder: Path = Path("figs")
+    formats: Sequence[str] = FORMATS
+
+    def write(
+        self, figure: Figure, name: str, text: str = "", notice: Notice | None = None
+    ) -> list[Path]:
+        """Caption the figure and write it."""
+        caption(figure, text, notice)
+        return save(figure, self.folder, name, self.formats)
 
 
 def whole_numbers(axis: Axes, values: Sequence[int]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -13,9 +14,10 @@ from data.loader import Cycles
 from models.registry import VARIANTS
 from utils.common.files import write_text
 from utils.config.schema import RunConfig
-from utils.evaluation.baselines import floor_reports
+from utils.evaluation.baselines import baseline_reports
 from utils.evaluation.render import model_card, number, to_markdown
-from utils.evaluation.report import evaluate_predictions
+from utils.evaluation.report import RunReport, evaluate_predictions, read_report
+from utils.metrics.bootstrap import Interval
 from utils.metrics.protocol import SYNTHETIC_NOTE, Selection, metric_group
 from utils.tracking import Tracker
 from utils.training.checkpoint import Checkpoint
@@ -25,7 +27,7 @@ WIDTH = 100
 
 
 def banner(message: str) -> str:
-    """A message that can not be overlooked."""
+    """A prominent message."""
     bar = "!" * WIDTH
     return f"\n{bar}\n{message.center(WIDTH).rstrip()}\n{bar}"
 
@@ -37,7 +39,7 @@ def write_run_report(
     frames: dict[str, pd.DataFrame],
     tracker: Tracker,
     controls: dict[str, float],
-) -> dict[str, Any]:
+) -> RunReport:
     """Evaluate the predictions of the test (and validation) part; write and track the result.
 
     report.json comes last: where it is, everything else is. controls: `Conditioner.controls`.
@@ -57,7 +59,8 @@ def write_run_report(
         )
         for part, frame in frames.items()
     }
-    parts["test"]["floors"] = floor_reports(
+    test = parts["test"]
+    test.baselines = baseline_reports(
         data.task,
         data.table,
         data.split,
@@ -65,52 +68,49 @@ def write_run_report(
         pos_weight=checkpoint.pos_weight or None,
         min_sensitivity=config.training.min_sensitivity,
     )
-    report = {
-        "variant": config.variant,
-        "title": variant.title,
-        "n_cls": config.dataset.n_cls,
-        "split_strategy": config.dataset.split_strategy,
-        "selection": checkpoint.selection,
-        "seed": config.training.seed,
-        "epoch": checkpoint.epoch,
-        "thresholds": checkpoint.thresholds,
-        "partial": bool(checkpoint.partial),
-        "partial_message": checkpoint.partial,
-        "synthetic": checkpoint.synthetic,
-        "counts": checkpoint.counts,
-        "revision": checkpoint.revision,
-        "controls": controls,
+    report = RunReport(
+        variant=config.variant,
+        title=variant.title,
+        n_cls=config.dataset.n_cls,
+        split_strategy=config.dataset.split_strategy,
+        selection=checkpoint.selection,
+        seed=config.training.seed,
+        epoch=checkpoint.epoch,
+        thresholds=checkpoint.thresholds,
+        partial=bool(checkpoint.partial),
+        partial_message=checkpoint.partial,
+        synthetic=checkpoint.synthetic,
+        counts=checkpoint.counts,
+        revision=checkpoint.revision,
+        controls=controls,
         **parts,
-    }
-    test = {"run": checkpoint.run} | {k: v for k, v in report.items() if k not in parts}
-    test |= parts["test"]
-    write_text(folder.path / "report.md", to_markdown(test, f"{variant.title}: test part"))
+    )
+    named = replace(test, origin=report.origin(checkpoint.run), controls=controls)
+    write_text(folder.path / "report.md", to_markdown(named, f"{variant.title}: test part"))
     card = model_card(
-        test, training_counts=checkpoint.counts, initial_weights=config.backbone.weights
+        named, training_counts=checkpoint.counts, initial_weights=config.backbone.weights
     )
     write_text(folder.path / "model_card.md", card)
     draw_figures(folder, report, data)
-    figures = parts["test"]["metrics"]
     for name, rule in (("test", "chosen"), ("test_default", "default")):
-        tracker.metrics(defined(figures[rule], metric_group(name, checkpoint.selection)))
+        group = metric_group(name, checkpoint.selection)
+        tracker.metrics(defined(test.metrics[rule], group))
     tracker.metrics(controls)
-    folder.write_report(report)
+    folder.write_report(report.to_dict())
     return report
 
 
-def defined(figures: dict[str, Any], prefix: str) -> dict[str, float]:
-    """prefix/figure -> value of those that the data can support, for a tracker."""
-    values = {f"{prefix}/{name}": figure["value"] for name, figure in figures.items()}
-    return {name: value for name, value in values.items() if value is not None}
+def defined(metrics: dict[str, Interval], prefix: str) -> dict[str, float]:
+    """prefix/metric -> value of those that the data can support, for a tracker."""
+    values = {f"{prefix}/{name}": metric.value for name, metric in metrics.items()}
+    return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
-def draw_figures(folder: RunFolder, report: dict[str, Any], data: Cycles) -> None:
+def draw_figures(folder: RunFolder, report: RunReport, data: Cycles) -> None:
     """The run's figures, as PNG in its `figures` folder."""
-    from utils.figures.runs import run_figures  # matplotlib: only where something is drawn
-    from utils.figures.sources import Evaluation
+    from utils.figures.runs import Evaluation, run_figures  # matplotlib: only where one is drawn
 
-    run = {key: value for key, value in report.items() if key not in ("test", "val")}
-    one = Evaluation(folder.path, "test", run, report["test"], report["synthetic"])
+    one = Evaluation.of_run(folder.path, report, "test")
     run_figures(one, data.table.iloc[data.split.test])
 
 
@@ -119,26 +119,23 @@ def print_end(folder: RunFolder, config: RunConfig, *, published: bool = True) -
 
     published: its best checkpoint was copied to the checkpoint folder.
     """
-    report = folder.read_report()
-    if report["partial"]:
-        print(banner(report["partial_message"]))
-    if report["synthetic"]:
+    report = read_report(folder.report)
+    if report.partial:
+        print(banner(report.partial_message))
+    if report.synthetic:
         print(banner(SYNTHETIC_NOTE))
     print(
-        f"\n{report['title']}, {report['n_cls']}-class, seed {report['seed']}, "
-        f"epoch {report['epoch'] + 1}: {Selection(report['selection']).label}"
+        f"\n{report.title}, {report.n_cls}-class, seed {report.seed}, "
+        f"epoch {report.epoch + 1}: {Selection(report.selection).label}"
     )
     print(f"{'percent, [95 % over patients]':32}{'Sp':>9}{'Se':>9}{'Score':>9}")
-    for part, rule, label in (
-        ("val", "chosen", "validation"),
-        ("test", "chosen", "test"),
-        ("test", "default", "test, thresholds at .5"),
-    ):
-        if part in report:
-            metrics = report[part]["metrics"][rule]
-            print(figure_row(label, metrics))
-            if part == "test" and rule == "chosen" and "collapsed_score" in metrics:
-                print(figure_row("test, collapsed to 2 classes", metrics, "collapsed_"))
+    if report.val is not None:
+        print(figure_row("validation", report.val.metrics["chosen"]))
+    metrics = report.test.metrics
+    print(figure_row("test", metrics["chosen"]))
+    if "collapsed_score" in metrics["chosen"]:
+        print(figure_row("test, collapsed to 2 classes", metrics["chosen"], "collapsed_"))
+    print(figure_row("test, thresholds at 0.5", metrics["default"]))
     print(f"\nrun folder   {folder.path}")
     print(f"checkpoint   {published_best(config) if published else folder.best}")
     if config.mlflow.enabled:
@@ -161,9 +158,8 @@ def ui_command(uri: str) -> str:
     )
 
 
-def figure_row(label: str, metrics: dict[str, Any], prefix: str = "") -> str:
+def figure_row(label: str, metrics: dict[str, Interval], prefix: str = "") -> str:
     """Sp, Se and Score with its interval, in columns of 32 and 9 characters."""
     values = [metrics[f"{prefix}{name}"] for name in ("sp", "se", "score")]
-    shown = "".join(f"{number(value['value']):>9}" for value in values)
-    low, high = (number(values[-1][end], 1) for end in ("low", "high"))
-    return f"{label:32}{shown}  [{low}, {high}]"
+    shown = "".join(f"{number(one.value):>9}" for one in values)
+    return f"{label:32}{shown}  [{number(values[-1].low, 1)}, {number(values[-1].high, 1)}]"

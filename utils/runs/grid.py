@@ -46,8 +46,7 @@ from utils.config.merge import merge, read_yaml
 from utils.config.schema import RunConfig, load_config
 from utils.evaluation.finished_runs import read_runs
 from utils.evaluation.render import number
-from utils.evaluation.result_tables import TABLES, build_tables
-from utils.evaluation.tables import FORMATS, render
+from utils.evaluation.result_tables import FORMATS, TABLES, build_tables, render
 from utils.metrics.protocol import caption
 from utils.tracking import Tracker, start_tracking
 from utils.training.checkpoint import git_revision

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,13 @@ from utils.common.files import plain, write_json, write_text
 from utils.config.schema import RunConfig, config_hash
 from utils.evaluation.finished_runs import Run, RunGroup
 from utils.evaluation.render import number, to_markdown
-from utils.evaluation.report import evaluate_predictions
+from utils.evaluation.report import (
+    Baseline,
+    Report,
+    RunReport,
+    evaluate_predictions,
+    read_report,
+)
 from utils.metrics.bootstrap import patient_bootstrap
 from utils.metrics.predictions import read_predictions, write_predictions
 from utils.metrics.protocol import caption, metric_group
@@ -112,28 +118,29 @@ class Group:
 
     def finish(self) -> dict[str, Any]:
         """Put the finished members together; write group.json, track and print it."""
-        reports = [folder.read_report() for folder in self.folders]
+        reports = [read_report(folder.report) for folder in self.folders]
         first, n = reports[0], len(self.folds)
         by_seed = {seed: slice(n * i, n * (i + 1)) for i, seed in enumerate(self.seeds)}
         tests = {
             seed: self._pool(seed, self.folders[own], reports[own])
             if n > 1
-            else reports[own][0]["test"]
+            else reports[own][0].test
             for seed, own in by_seed.items()
         }
-        runs = RunGroup(tuple(Run(self.path, {"test": test}, {}) for test in tests.values()))
+        members = (Run(self.path, replace(first, test=test), {}) for test in tests.values())
+        runs = RunGroup(tuple(members))
         summary = {}
         for name in METRICS:
-            if name not in first["test"]["metrics"]["chosen"]:
+            if name not in first.test.metrics["chosen"]:
                 continue
             bounds = runs.interval(name)
             summary[name] = asdict(runs.over_seeds(name)) | {"low": bounds.low, "high": bounds.high}
-        result = {key: first[key] for key in OF_ALL} | {
+        result = {key: getattr(first, key) for key in OF_ALL} | {
             "runs": [folder.path.name for folder in self.folders],
             "seeds": self.seeds,
             "folds": self.folds if n > 1 else [],
             "summary": plain(summary),
-            "test": {str(seed): test for seed, test in tests.items()},
+            "test": {str(seed): test.to_dict() for seed, test in tests.items()},
         }
         write_json(self.path / "group.json", result)
         self._track(result)
@@ -162,9 +169,7 @@ class Group:
             print(f"{name:32}{mean:>9}{sd:>9}{value['n']:>5}  [{low}, {high}]")
         print(f"\ngroup folder {self.path}")
 
-    def _pool(
-        self, seed: int, folders: list[RunFolder], reports: list[dict[str, Any]]
-    ) -> dict[str, Any]:
+    def _pool(self, seed: int, folders: list[RunFolder], reports: list[RunReport]) -> Report:
         """Report over the out-of-fold predictions of one seed: every patient tested once.
 
         The classes are those that each fold's own thresholds decided; the thresholds of the
@@ -174,29 +179,28 @@ class Group:
         frames = [read_predictions(folder.predictions / "test.csv", task) for folder in folders]
         pooled = pd.concat(frames).sort_values("cycle", ignore_index=True)
         write_predictions(pooled, self.path / "predictions" / f"out_of_fold-s{seed}.csv")
-        marks = {"partial_message": first["partial_message"], "synthetic": first["synthetic"]}
-        report = evaluate_predictions(pooled, task, None, selection=first["selection"], **marks)
-        report["floors"] = _pooled_floors([member["test"] for member in reports])
-        report["notes"] = [
+        marks = {"partial_message": first.partial_message, "synthetic": first.synthetic}
+        report = evaluate_predictions(pooled, task, None, selection=first.selection, **marks)
+        report.baselines = _pooled_baselines([member.test for member in reports])
+        report.notes = [
             f"{len(folders)} models, one per fold, are pooled: Sp, Se and Score rest on each "
             "fold's own decisions, but AUROC, average precision, the curve and the calibration put "
             "the outputs of all models on one scale."
         ]
         if len(folders) < N_FOLDS:
             few = f"{len(folders)} OF {N_FOLDS} FOLDS: the other patients were not tested."
-            report["notes"].insert(0, few)
+            report.notes.insert(0, few)
         folds = f"pooled out-of-fold predictions of folds {', '.join(map(str, self.folds))}"
         text = to_markdown(report, f"{self.title}, seed {seed}: {folds}")
         write_text(self.path / f"report-s{seed}.md", text)
         return report
 
 
-def _pooled_floors(tests: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _pooled_baselines(tests: Sequence[Report]) -> dict[str, Baseline]:
     """Each metadata-only baseline over the patients of all folds; tests: report of each fold."""
-    classes, floors = len(tests[0]["task"]["classes"]), {}
-    for name in tests[0]["floors"]:
-        tables = [np.array(test["floors"][name]["patient_tables"]) for test in tests]
+    classes, pooled = len(tests[0].task["classes"]), {}
+    for name in tests[0].baselines or {}:
+        tables = [np.array(test.baselines[name].patient_tables) for test in tests]
         tables = [table.reshape(-1, classes, classes) for table in tables]  # [P, C, C]
-        found = patient_bootstrap(np.concatenate(tables))
-        floors[name] = {"metrics": {"chosen": {key: asdict(v) for key, v in found.items()}}}
-    return plain(floors)
+        pooled[name] = Baseline({"chosen": patient_bootstrap(np.concatenate(tables))})
+    return pooled

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,6 +24,7 @@ from utils.common.cli import EXIT_PREEMPTED, log_file, set_up_logging
 from utils.common.errors import Preempted, UserError
 from utils.common.files import atomic_write, write_text
 from utils.config.schema import RunConfig, config_to_dict, config_to_yaml, flatten, load_config
+from utils.evaluation.report import RunReport
 from utils.metrics.predictions import make_predictions, write_predictions
 from utils.metrics.protocol import SYNTHETIC_NOTE
 from utils.runs import group
@@ -248,7 +248,7 @@ class Run:
         trainer.fit()
         return trainer
 
-    def test(self, trainer: Trainer) -> dict[str, Any]:
+    def test(self, trainer: Trainer) -> RunReport | None:
         """Open the test half, once; write predictions, report and checkpoint."""
         data, task = trainer.data, trainer.data.task
         checkpoint = trainer.checkpoint(self.description)
@@ -261,7 +261,7 @@ class Run:
                 frames[part] = make_predictions(
                     task, data.table, rows, logits, checkpoint.thresholds
                 )
-        report: dict[str, Any] = {}
+        report = None
         if self.runtime.is_main:
             for part, frame in frames.items():
                 path = self.folder.predictions / f"{part}.csv"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from data.corpora import CORPORA, read_corpus
@@ -32,12 +33,8 @@ from utils.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def build_data(config: RunConfig, statistics: MetadataStatistics | None = None) -> Cycles:
-    """Cycle table, split, metadata and waveforms of a run.
-
-    Args:
-        statistics: those of a checkpoint; None fits them on the training part.
-    """
+def build_split(config: RunConfig) -> tuple[pd.DataFrame, Split]:
+    """Cycle table and split of a run, without opening any sound."""
     dataset = config.dataset
     table = read_corpus(dataset)
     split = split_cycles(
@@ -50,6 +47,17 @@ def build_data(config: RunConfig, statistics: MetadataStatistics | None = None) 
         val_seed=dataset.val_seed,
         selection=config.training.selection,
     )
+    return table, split
+
+
+def build_data(config: RunConfig, statistics: MetadataStatistics | None = None) -> Cycles:
+    """Cycle table, split, metadata and waveforms of a run.
+
+    Args:
+        statistics: those of a checkpoint; None fits them on the training part.
+    """
+    dataset = config.dataset
+    table, split = build_split(config)
     store = open_store(
         table,
         cache_dir=dataset.cache_dir,

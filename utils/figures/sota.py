@@ -1,36 +1,23 @@
-"""Published systems on the official split of ICBHI 2017, beside results of this repository.
-
-The table `published.csv` holds one row per system and task with its source. `selection` says how
-the epoch and the thresholds were chosen as far as the paper or its public code shows it, and
-`evidence` where that was seen. Figures chosen on the test half are drawn apart from honest ones.
-"""
+"""Published systems on the official split of ICBHI 2017, and results of this repository."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from utils.common.errors import UserError
+from utils.evaluation.published import NOT_STATED, TASKS, systems
 from utils.figures import style
 from utils.metrics.protocol import Selection
 
-TABLE = Path(__file__).with_name("published.csv")
-COLUMNS = (
-    "task", "method", "authors", "year", "venue", "backbone", "metadata", "sp", "se", "score",
-    "score_sd", "selection", "evidence", "source", "values_from", "note",
-)  # fmt: skip
-TASKS = ("4-class", "2-class")
-HONEST, NOT_STATED = "honest", "not stated"
-
+HONEST, ON_TEST = "honest", "test"
 _BLOCKS = {  # in the order they are drawn: heading, colour, marker, filled
     HONEST: ("Honest: test half opened once", style.BLUE, "o", True),
-    NOT_STATED: ("Way of choosing not known", style.GREY, "D", False),
-    Selection.TEST.value: ("Chosen on the test half", style.VERMILLION, "s", False),
+    NOT_STATED: ("Selection not stated", style.GREY, "D", False),
+    ON_TEST: ("Selected on the test half", style.VERMILLION, "s", False),
 }
 
 
@@ -41,8 +28,8 @@ class OwnResult:
     Attributes:
         task: one of `TASKS`.
         name: variant and seeds.
-        sp, se, score: per cent.
-        score_sd: per cent, over seeds; None for one run.
+        sp, se, score: percent.
+        score_sd: percent, over seeds; None for one run.
         protocol: training.selection.
     """
 
@@ -55,31 +42,9 @@ class OwnResult:
     protocol: str
 
 
-def read_published(path: Path = TABLE) -> pd.DataFrame:
-    """The table, checked: columns, tasks, a source for each row, Score in 0..100.
-
-    Raises:
-        UserError: names the file, the row and what is wrong with it.
-    """
-    table = pd.read_csv(path, dtype={"year": "Int64"})
-    if tuple(table.columns) != COLUMNS:
-        raise UserError(f"{path}: the columns must be {', '.join(COLUMNS)}")
-    for number, row in enumerate(table.itertuples(index=False), start=2):
-        where = f"{path}, line {number} ({row.method})"
-        if row.task not in TASKS:
-            raise UserError(f"{where}: task must be one of {', '.join(TASKS)}, not {row.task!r}")
-        if row.selection not in (*Selection, NOT_STATED):
-            raise UserError(f"{where}: selection must be validation, fixed, test or not stated")
-        if row.selection != NOT_STATED and pd.isna(row.evidence):
-            raise UserError(f"{where}: selection {row.selection!r} needs its evidence")
-        if pd.isna(row.source) or pd.isna(row.values_from) or not 0 < row.score < 100:
-            raise UserError(f"{where}: give score (per cent), source and values_from")
-    return table
-
-
-def sota_figure(table: pd.DataFrame, own: Sequence[OwnResult] = ()) -> Figure:
+def sota_figure(own: Sequence[OwnResult] = ()) -> Figure:
     """Two panels (4-class, 2-class): Score of every system, in blocks by how it was selected."""
-    rows = pd.concat([_published_rows(table), _own_rows(own)], ignore_index=True)
+    rows = pd.concat([_published_rows(systems()), _own_rows(own)], ignore_index=True)
     panels = [_lines(rows[rows.task == task]) for task in TASKS]
     heights = [len(lines) for lines in panels]
     figure = style.new_figure(style.PAGE, 0.165 * max(heights) + 0.75)
@@ -91,20 +56,21 @@ def sota_figure(table: pd.DataFrame, own: Sequence[OwnResult] = ()) -> Figure:
     return figure
 
 
-def sota_caption(table: pd.DataFrame, own: Sequence[OwnResult] = ()) -> str:
+def sota_caption(own: Sequence[OwnResult] = ()) -> str:
     """What the reader must know to read the figure, from the table itself."""
+    notes = systems().set_index("method").note.fillna("")
     text = (
         "Published systems on the official 60/40 split of ICBHI 2017, by how epoch and thresholds "
-        "were chosen; ICBHI Score = (Sp + Se)/2, per cent, with Sp and Se where the source gives "
+        "were chosen; ICBHI Score = (Sp + Se)/2, percent, with Sp and Se where the source gives "
         "them; bars: sd over seeds. “+”: metadata is an input; “(+)”: it steers the training loss "
         "only; “*”: collapsed from a 4-class model. Sources, evidence and notes: "
         "utils/figures/published.csv."
     )
-    if table.note.fillna("").str.contains("does not add up").any():
+    if notes.str.contains("does not add up").any():
         text += (
             " The TAFiLM 2-class row is drawn as printed (71.10), though (77.80 + 66.40)/2 = 72.10."
         )
-    unseen = table.method[table.note.fillna("").str.contains("seen nowhere else")]
+    unseen = notes.index[notes.str.contains("seen nowhere else")]
     if len(unseen):
         text += f" Known from the README of the paper behind SoftFiLM only: {', '.join(unseen)}."
     if not own:
@@ -130,7 +96,7 @@ def _own_rows(own: Sequence[OwnResult]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "task": r.task, "method": r.name, "sp": r.sp, "se": r.se, "score": r.score,
-            "score_sd": r.score_sd, "block": HONEST if Selection(r.protocol).honest else "test",
+            "score_sd": r.score_sd, "block": HONEST if Selection(r.protocol).honest else ON_TEST,
             "label": f"{r.name} (ours)", "own": True,
         }
         for r in own

@@ -1,0 +1,70 @@
+"""Published systems on the official split of ICBHI 2017: `utils/figures/published.csv`, checked.
+
+One row per system and task, with its source. `selection` says how the epoch and the thresholds were
+chosen as far as the paper or its public code shows it, `evidence` where that was seen. `blocks` and
+`layers` are set in the rows of the ablations of the paper behind SoftFiLM: trainable blocks, number
+of conditioned layers (the last ones); empty in a row means all 12.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+
+from utils.common.errors import UserError
+from utils.metrics.protocol import Selection
+
+TABLE = Path(__file__).parents[1] / "figures" / "published.csv"
+COLUMNS = (
+    "task", "method", "authors", "year", "venue", "backbone", "metadata", "sp", "se", "score",
+    "score_sd", "selection", "evidence", "source", "values_from", "note", "sp_sd", "se_sd",
+    "blocks", "layers",
+)  # fmt: skip
+TASKS = ("4-class", "2-class")
+NOT_STATED = "not stated"
+AUTHORS = "Kontogiannis et al."  # of the paper that this repository implements
+BLOCKS = 12  # of the AST
+
+
+@cache
+def read_published(path: Path = TABLE) -> pd.DataFrame:
+    """The table; every row has a source and a Score.
+
+    Raises:
+        UserError: names the file, the row and what is wrong with it.
+    """
+    table = pd.read_csv(path, dtype={"year": "Int64", "blocks": "Int64", "layers": "Int64"})
+    if tuple(table.columns) != COLUMNS:
+        raise UserError(f"{path}: the columns must be {', '.join(COLUMNS)}")
+    for number, row in enumerate(table.itertuples(index=False), start=2):
+        where = f"{path}, line {number} ({row.method})"
+        if row.task not in TASKS:
+            raise UserError(f"{where}: task must be one of {', '.join(TASKS)}, not {row.task!r}")
+        if row.selection not in (*Selection, NOT_STATED):
+            raise UserError(f"{where}: selection must be validation, fixed, test or {NOT_STATED}")
+        if row.selection != NOT_STATED and pd.isna(row.evidence):
+            raise UserError(f"{where}: selection {row.selection!r} needs its evidence")
+        if pd.isna(row.source) or pd.isna(row.values_from) or not 0 < row.score < 100:
+            raise UserError(f"{where}: give score (percent), source and values_from")
+    return table
+
+
+def systems() -> pd.DataFrame:
+    """The rows of whole systems: no ablations, and one row per system."""
+    table = read_published()
+    return table[table.blocks.isna() & table.layers.isna()]
+
+
+def printed(n_cls: int, method: str, *, blocks: int = BLOCKS, layers: int = BLOCKS):
+    """The paper's row of a variant (its title), as a Series; None where the paper has none."""
+    table = read_published()
+    rows = table[
+        (table.authors == AUTHORS)
+        & (table.task == f"{n_cls}-class")
+        & (table.method == method)
+        & (table.blocks.fillna(BLOCKS) == blocks)
+        & (table.layers.fillna(BLOCKS) == layers)
+    ]
+    return rows.iloc[0] if len(rows) else None
