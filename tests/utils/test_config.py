@@ -316,3 +316,16 @@ def test_every_key_has_a_meaning_and_is_in_the_table():
                 assert f"`{shown}`" in table
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert config_table.insert(page, table) == page, "run: python -m utils.config.table --write"
+
+
+def test_table_goes_into_the_named_file(tmp_path, monkeypatch):
+    page = tmp_path / "keys.md"
+    monkeypatch.setattr("sys.argv", ["table", "--write", str(page)])
+    page.write_text(f"before\n{config_table.BEGIN}\nold\n{config_table.END}\nafter\n")
+    config_table.main()
+    lines = page.read_text().splitlines()
+    assert (lines[0], lines[-1]) == ("before", "after") and "old" not in lines
+    assert "| `training.epochs` | `100` | passes over the training cycles |" in lines
+    page.write_text("no marks\n")
+    with pytest.raises(UserError, match=r"keys\.md has no lines"):
+        config_table.main()

@@ -1,7 +1,7 @@
 """Every configuration key in one table, read from the dataclasses and their comments.
 
-python -m utils.config.table             print the table as Markdown
-python -m utils.config.table --write     put it between the marks in docs/configuration.md
+python -m utils.config.table                   print the table as Markdown
+python -m utils.config.table --write [FILE]    put it between the marks in docs/configuration.md
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import inspect
 import re
 from pathlib import Path
 
+from omegaconf import MISSING
+
 from models.config import ModelConfig
 from models.registry import VARIANTS
 from utils.common.errors import UserError
 from utils.common.files import write_text
-from utils.config import schema as schema
+from utils.config import schema
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 BEGIN, END = "<!-- keys: begin (python -m utils.config.table --write) -->", "<!-- keys: end -->"
@@ -49,15 +51,11 @@ def rows(section: type, prefix: str, skip: frozenset[str] = frozenset()) -> list
     for field in dataclasses.fields(section):
         if field.name in skip:
             continue
-        if field.default is not dataclasses.MISSING:
-            default = field.default
-        elif field.default_factory is not dataclasses.MISSING:
+        default = field.default
+        if default is dataclasses.MISSING:
             default = field.default_factory()
-        else:
-            default = "???"
-        shown = {None: "null", True: "true", False: "false", "???": "(must be set)"}.get(
-            default if isinstance(default, str | bool | type(None)) else "", default
-        )
+        words = {None: "null", True: "true", False: "false", MISSING: "(must be set)"}
+        shown = words.get(default, default) if isinstance(default, str | bool | None) else default
         meaning = comments.get(field.name, "").replace("|", "\\|")
         lines.append(f"| `{prefix}.{field.name}` | `{shown}` | {meaning} |")
     return lines
@@ -89,8 +87,8 @@ def _class_name(field: dataclasses.Field) -> str:
     return field.type if isinstance(field.type, str) else field.type.__name__
 
 
-def insert(text: str, content: str) -> str:
-    """`text` with `content` between the marks.
+def insert(text: str, content: str, file: str | Path = PAGE) -> str:
+    """`text` of a file with `content` between the marks.
 
     Raises:
         UserError: the marks are not there.
@@ -98,17 +96,25 @@ def insert(text: str, content: str) -> str:
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise UserError(f"docs/configuration.md lacks the marks {BEGIN} and {END}")
+        raise UserError(f"{file} has no lines {BEGIN} and {END} for the table to stand between")
     return f"{head}{BEGIN}\n{content}\n{END}{tail}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="update docs/configuration.md")
-    if parser.parse_args().write:
-        write_text(PAGE, insert(PAGE.read_text(encoding="utf-8"), table()))
-    else:
+    parser.add_argument(
+        "--write",
+        nargs="?",
+        type=Path,
+        const=PAGE,
+        metavar="FILE",
+        help="update the table in FILE; without a name docs/configuration.md",
+    )
+    file = parser.parse_args().write
+    if file is None:
         print(table())
+    else:
+        write_text(file, insert(file.read_text(encoding="utf-8"), table(), file))
 
 
 if __name__ == "__main__":

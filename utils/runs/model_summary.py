@@ -3,40 +3,30 @@
     python -m utils.runs.model_summary --config FILE [FILE ...] [key=value ...]
 
 FLOPs count two per multiply-add of matrix products and convolutions; norms, activations and
-additions are left out, as is usual. N tokens, D width, M MLP width.
+additions are left out, as is usual.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.batch import Metadata
 from data.task import FIELDS, SCALARS
-from models.ast import AST, N_SPECIAL, Cut
+from models.ast import N_SPECIAL
 from models.build import build_model
 from models.conditioned_ast import ConditionedAST
+from models.conditioner import Modulation
 from models.registry import VARIANTS
 from utils.common.cli import command
 from utils.config.schema import RunConfig, load_config
-
-
-class Flops(NamedTuple):
-    """Floating-point operations per clip."""
-
-    forward: float
-    training: float  # forward and backward
-
-    def __add__(self, other: Flops) -> Flops:
-        return Flops(self.forward + other.forward, self.training + other.training)
-
 
 # ---------------------------------------------------------------------- parameters
 
@@ -87,91 +77,66 @@ def parameter_table(model: ConditionedAST) -> str:
 # ---------------------------------------------------------------------- operations
 
 
-def block_flops(n: int, dim: int, mlp: int, n_queries: int) -> tuple[int, int]:
-    """Forward FLOPs (attention half, MLP half) of a block on N tokens that gives `n_queries`.
+class Flops(NamedTuple):
+    """Floating-point operations per clip."""
 
-    Keys and values of all tokens: 4 N D^2. For each of the Q tokens that are given: query and
-    projection 4 D^2, scores and weighted sum 4 N D, MLP 4 D M.
-    """
-    attention = 4 * n * dim * dim + n_queries * (4 * dim * dim + 4 * n * dim)
-    return attention, 4 * n_queries * dim * mlp
+    forward: float
+    training: float  # forward and backward
 
-
-def backbone_flops(
-    backbone: AST,
-    cut: Cut | None = None,
-    *,
-    all_tokens: bool = False,
-    cached: bool = False,
-) -> Flops:
-    """FLOPs per clip of the backbone, without gradient checkpointing.
-
-    A backward pass costs as much as the forward pass for the gradient of the inputs and as much
-    again for that of the weights (attention: twice its forward cost). The patch convolution needs
-    no gradient of its input, a frozen block none of its weights, what lies before the cut neither.
-
-    Args:
-        cut: of `ConditionedAST`, or None when nothing is frozen.
-        all_tokens: as if the last block were computed for all tokens, as usual implementations do.
-        cached: what lies before the cut is read from a cache.
-    """
-    n, dim = N_SPECIAL + backbone.grid[0] * backbone.grid[1], backbone.embed_dim
-    patch = backbone.patch_embed.proj
-    embedding = 2 * backbone.grid[0] * backbone.grid[1] * patch.weight.numel()
-    frozen = backbone.frozen_blocks
-    total = Flops(embedding, 2 * embedding if frozen is None else embedding)
-    if cached and cut is not None:
-        total = Flops(0, 0)
-    for index, block in enumerate(backbone.blocks):
-        given = n if all_tokens or index < backbone.depth - 1 else N_SPECIAL
-        halves = block_flops(n, dim, block.mlp.fc1.out_features, given)
-        products = 4 * given * n * dim  # of activations: no weights, both inputs differentiated
-        for half, cost in enumerate(halves):
-            if cut is not None and (
-                index < cut.block or (index == cut.block and half < cut.attended)
-            ):
-                total += Flops(0, 0) if cached else Flops(cost, cost)
-            elif frozen is None or index >= frozen:
-                total += Flops(cost, 3 * cost)
-            else:
-                total += Flops(cost, 2 * cost + (products if half == 0 else 0))
-    return total
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.forward + other.forward, self.training + other.training)
 
 
-def small_parts_flops(model: ConditionedAST) -> Flops:
-    """Conditioner and head, counted by torch's own counter on a batch of one."""
-    with torch.device("meta"):
-        metadata = Metadata(
-            device=torch.zeros(1, dtype=torch.long),
-            site=torch.zeros(1, dtype=torch.long),
-            rest=torch.zeros(1, len(SCALARS)),
-            known=torch.ones(1, len(FIELDS), dtype=torch.bool),
-        )
-        pooled = torch.zeros(1, model.backbone.embed_dim)
+def count_flops(function: Callable[[], Tensor]) -> Flops:
+    """What a function and the backward pass from its result cost, by torch's counter."""
     with FlopCounterMode(display=False) as counter:
-        state = model.conditioner.encode(metadata)
-        model.head(model.conditioner.fuse(pooled, state))
-    forward = counter.get_total_flops()
-    return Flops(forward, 3 * forward)
+        result = function()
+        forward = counter.get_total_flops()
+        if result.requires_grad:
+            result.sum().backward()
+    return Flops(forward, counter.get_total_flops())
+
+
+def flops_of_parts(model: ConditionedAST) -> dict[str, Flops]:
+    """Row of the table -> its cost, for a model on the meta device: the backbone as usual
+    implementations compute it and ours, the small parts, and with a cached frozen prefix."""
+    backbone, conditioner = model.backbone, model.conditioner
+    with torch.device("meta"):
+        known = torch.ones(1, len(FIELDS), dtype=torch.bool)
+        index = torch.zeros(1, dtype=torch.long)
+        metadata = Metadata(index, index, torch.zeros(1, len(SCALARS)), known)
+        spectrogram = torch.zeros(1, 1, *backbone.input_size)
+        pooled = torch.zeros(1, backbone.embed_dim, requires_grad=True)
+    small = count_flops(lambda: model.head(conditioner.fuse(pooled, conditioner.encode(metadata))))
+    # leaves in place of what the conditioner gives, so that its own cost is not counted again
+    modulation = tuple(
+        entry and Modulation(*(part.detach().requires_grad_() for part in entry))
+        for entry in conditioner.encode(metadata).modulation
+    )
+    usual = count_flops(lambda: backbone.tokens(spectrogram, modulation))
+    ours = count_flops(lambda: backbone(spectrogram, modulation))
+    rows = {
+        "backbone, all tokens in the last block": usual,
+        "backbone, as computed here": ours,
+        "conditioner and head": small,
+        "total, as computed here": ours + small,
+    }
+    if model.cacheable:
+        prefix = model.frozen_prefix(spectrogram)
+        cached = count_flops(lambda: backbone.resume(prefix, modulation, model.cut))
+        rows["total, frozen prefix cached"] = cached + small
+    return rows
 
 
 def flops_table(model: ConditionedAST) -> str:
-    """FLOPs per clip as text: the usual way, ours, and with a cached frozen prefix."""
-    backbone, cut, small = model.backbone, model.cut, small_parts_flops(model)
-    usual = backbone_flops(backbone, cut, all_tokens=True)
-    ours = backbone_flops(backbone, cut)
-    rows = [
-        ("backbone, all tokens in the last block", usual),
-        ("backbone, as computed here", ours),
-        ("conditioner and head", small),
-        ("total, as computed here", ours + small),
-    ]
-    if model.cacheable:
-        rows.append(
-            ("total, frozen prefix cached", backbone_flops(backbone, cut, cached=True) + small)
-        )
+    """`flops_of_parts` as text, in GFLOP."""
+    rows = flops_of_parts(model)
     lines = [f"{'GFLOP per clip':<40}{'forward':>11}{'training':>11}"]
-    lines += [f"{name:<40}{f.forward / 1e9:>11.2f}{f.training / 1e9:>11.1f}" for name, f in rows]
+    lines += [
+        f"{name:<40}{cost.forward / 1e9:>11.2f}{cost.training / 1e9:>11.1f}"
+        for name, cost in rows.items()
+    ]
+    usual, ours, *_ = rows.values()
     saved = [1 - a / b for a, b in zip(ours, usual, strict=True)]
     lines.append(
         f"The last block for CLS and DIST only saves {saved[0]:.1%} forward, "
@@ -185,7 +150,7 @@ def flops_table(model: ConditionedAST) -> str:
 
 def model_for_summary(config: RunConfig) -> ConditionedAST:
     """The configured model without its weights: it takes no memory and nothing is read."""
-    backbone = replace(config.backbone, weights="none")
+    backbone = replace(config.backbone, weights="none", gradient_checkpointing=False)
     with torch.device("meta"):
         return build_model(
             config.variant,
