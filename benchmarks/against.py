@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.harness import measurement, print_result, rounded, spread, table
+from benchmarks.harness import measurement, rounded, spread, table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,22 +31,16 @@ def times_of(tree: Path, args: argparse.Namespace) -> dict[str, tuple[float, flo
         out = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=True)
         return json.loads(out.stdout.splitlines()[-1])
 
-    front = run("frontend", "--rounds", "5")
-    theirs = front["torchaudio_clips_per_s"]
-    found = {
-        "log-mel": (1 / front["clips_per_s"], theirs / front["clips_per_s"]),
-        "front end": (1 / front["forward_clips_per_s"], theirs / front["forward_clips_per_s"]),
-    }
+    front, found = run("frontend", "--rounds", "5"), {}
+    for label, key in (("log-mel", "clips_per_s"), ("front end", "forward_clips_per_s")):
+        found[label] = (1 / front[key], front["torchaudio_clips_per_s"] / front[key])
     words = ["--precision", "fp32", "--rounds", "3", "--depth", str(args.depth)]
     step = run("model_step", *words, "--device", "cpu")
     for kind in ("forward", "step"):
         peers, variants = step[f"peers_{kind}_fp32"], step[f"variants_{kind}_fp32"]
         peer = peers["transformers"]["seconds_per_clip"]
-        for label in ("same work", "ours"):
-            row = peers[label]
-            found[f"{label}, {kind}"] = (row["seconds_per_clip"], row["time_over_base"])
-        for label in variants.keys() - {"matmul"}:
-            seconds = variants[label]["seconds_per_clip"]
+        for label in ("same work", "ours", *(variants.keys() - {"matmul"})):
+            seconds = {**variants, **peers}[label]["seconds_per_clip"]
             found[f"{label}, {kind}"] = (seconds, seconds / peer)
     return found
 
@@ -75,11 +69,10 @@ def main() -> None:
     rows = {}
     for what in sorted(runs[ROOT][0].keys() & runs[other][0].keys()):
         pairs = [(a[what], b[what]) for a, b in zip(runs[ROOT], runs[other], strict=True)]
-        ratio = measurement("ratio", [a[0] / b[0] for a, b in pairs])
-        over = measurement("over_peer", [a[1] / b[1] for a, b in pairs])
+        ratio, over = (measurement(a[k] / b[k] for a, b in pairs) for k in (0, 1))
         rows[what] = {"ratio": ratio.median, "over_peer": over.median, "spread": spread(ratio)}
     print(table(rows))
-    print_result({what: rounded(row) for what, row in rows.items()})
+    print(json.dumps(rounded(rows)))
 
 
 if __name__ == "__main__":

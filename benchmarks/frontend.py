@@ -25,16 +25,9 @@ from data.frontend import AudioFrontend
 
 def torchaudio_log_mel(clip: Tensor) -> Tensor:
     """[S] -> [T, F] in the clip's own dtype, at the paper's settings."""
-    return fbank(
-        clip.unsqueeze(0),
-        num_mel_bins=128,
-        frame_length=40.0,
-        frame_shift=10.0,
-        low_freq=100.0,
-        high_freq=8000.0,
-        sample_frequency=16000.0,
-        window_type="hanning",
-    )
+    frames = {"frame_length": 40.0, "frame_shift": 10.0, "window_type": "hanning"}
+    bands = {"num_mel_bins": 128, "low_freq": 100.0, "high_freq": 8000.0}
+    return fbank(clip.unsqueeze(0), sample_frequency=16000.0, **frames, **bands)
 
 
 def signals(clips: Tensor) -> Tensor:
@@ -67,9 +60,8 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=20)
+    for name, default in (("batch", 16), ("threads", 2), ("rounds", 20)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -89,9 +81,7 @@ def main() -> None:
     ratio = ours.faster(theirs)
     print_result(
         {
-            "device": args.device,
-            "threads": args.threads,
-            "batch": args.batch,
+            **{key: getattr(args, key) for key in ("device", "threads", "batch")},
             "clips": source,
             "clips_per_s": args.batch / ours.clock.median,
             "forward_clips_per_s": args.batch / times["forward"].clock.median,

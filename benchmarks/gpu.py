@@ -3,15 +3,13 @@
     python -m benchmarks.gpu [--output benchmarks/results] [--sections NAME ...] [--minutes 9]
     python -m benchmarks.gpu --device cpu --small --output FOLDER      (tiny sizes: does it run?)
 
-| section | what | against |
-|---|---|---|
-| correctness | logits and gradients of every variant, log-mel | float64 on the CPU |
-| step | forward pass, training step, share of the matrix rate; bf16 | transformers; plain AST |
-| memory | peak memory of a step by batch | transformers |
-| frontend | log-mel, whole front end, augmentation | torchaudio on the CPU, clip by clip |
-| loop | time per batch outside the model; places where a step waits for the device | a bare loop |
-| training | a short training of every variant, compiled, recording to weights | |
-| resume | killed and resumed | the run never killed |
+* correctness: logits and gradients of every variant, and log-mel, against float64 on the CPU;
+* step: forward pass and training step in bf16, time, memory and share of the matrix rate, against
+  transformers' AST and the plain AST;
+* training: a short compiled training of every variant, from recordings to weights;
+* frontend: log-mel, whole front end, augmentation, against torchaudio on the CPU, clip by clip;
+* resume: runs that were killed and resumed, against one never killed;
+* loop: time per batch outside the model; places where a step waits for the device.
 
 No network, weights or data set is needed. Contestants of a table take turns. Every section has its
 share of the time left and gives its most important part first; after each part
@@ -29,7 +27,7 @@ import json
 import logging
 import platform
 import re
-import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -160,7 +158,7 @@ def correctness(setting: Setting) -> Parts:
             yield f"{variant}, {n_frames} frames", model_errors(variant, setting, n_frames)
 
 
-# ---------------------------------------------------------------------- step and memory
+# ---------------------------------------------------------------------- step
 
 
 def step(setting: Setting) -> Parts:
@@ -181,50 +179,6 @@ def step(setting: Setting) -> Parts:
             matmul_size=256 if setting.small else None,
         )
         yield f"{group}, {kind}, batch {batch}", rows
-
-
-def memory(setting: Setting) -> Parts:
-    """Peak GiB of a bf16 training step by batch, until it does not fit; eager. (A CPU has no such
-    counter: there the steps are taken and no figure is given.)"""
-    size, cuda = setting.size, setting.device == "cuda"
-    ours, half = model_step.our_model, size.depth // 2
-    cases = {
-        "all blocks trained": lambda: ours("ast", size),
-        "with gradient checkpointing": lambda: ours("ast", size, gradient_checkpointing=True),
-        "no block trained": lambda: ours("ast", size, trainable_blocks=0),
-        "SoftFiLM, all blocks trained": lambda: ours("ast_softfilm", size),
-        f"last {half} blocks trained": lambda: ours("ast", size, trainable_blocks=half),
-        "transformers (sdpa)": lambda: model_step.Transformers(size, "sdpa"),
-    }
-    for name, make in cases.items():
-        model, figures = make(), {} if cuda else {"batch 2": "not measured"}
-        gc.collect()
-        before = torch.cuda.memory_allocated() if cuda else 0
-        for batch in (8, 16, 32, 64, 128, 256) if cuda else (2,):
-            module = model
-            if hasattr(model, "conditioner"):
-                metadata = model_step.some_metadata(batch, setting.device)
-                module = model_step.Conditioned(model, metadata)
-            try:
-                module.to(setting.device).train()
-                shape = (batch, 1, model_step.N_MELS, size.n_frames)
-                x = torch.randn(shape, device=setting.device)
-                call = model_step.action(module, x, "step", "bf16", setting.device)
-                if cuda:
-                    torch.cuda.reset_peak_memory_stats()
-                for _ in range(2):  # the optimiser's state comes with the first step
-                    call()
-                if cuda:
-                    peak = torch.cuda.max_memory_allocated() - before
-                    figures[f"batch {batch}"] = peak / 2**30
-            except torch.OutOfMemoryError:
-                figures[f"batch {batch}"] = "does not fit"
-                break
-            finally:
-                call = x = None
-                model.zero_grad(set_to_none=True)
-                torch.cuda.empty_cache()
-        yield name, figures
 
 
 # ---------------------------------------------------------------------- front end and loop
@@ -307,12 +261,8 @@ def training(setting: Setting) -> Parts:
     data = loop.corpus(loop.configure("ast", setting.folder))
     data = loop.some_rows(data, 32 if setting.small else 1024)
     for name in CONFIGURATIONS:
-        words = (
-            f"training.epochs={2 if setting.small else 4}",
-            "training.lr=1e-4",
-            "training.warmup_epochs=0.5",
-        )
-        config = loop.configure(name, setting.folder, *_words(setting, name, *words))
+        words = _words(setting, name, f"training.epochs={2 if setting.small else 4}")
+        config = loop.configure(name, setting.folder, "training.lr=1e-4", *words)
         torch._dynamo.reset()
         runtime = Runtime(setting.device, "auto", "auto")
         torch._dynamo.utils.counters.clear()
@@ -323,15 +273,12 @@ def training(setting: Setting) -> Parts:
         began = time.perf_counter()
         history = build_trainer(config, data, runtime).fit().history
         losses = [row["train_loss"] for row in history]
-        rates = sorted(row["train_clips_per_s"] for row in history[1:])
+        rates = [row["train_clips_per_s"] for row in history[1:]]
         frames = torch._dynamo.utils.counters["frames"]
         figures = {
-            "clips_per_s": rates[len(rates) // 2],
-            "slowest": rates[0],
-            "fastest": rates[-1],
+            "clips_per_s": statistics.median(rates),
             "first_loss": losses[0],
             "last_loss": losses[-1],
-            "loss_falls": losses[-1] < losses[0],
             "seconds_in_total": time.perf_counter() - began,
             "precision": runtime.precision,
             "frames_compiled": f"{frames['ok']} of {frames['total']}" if frames else "none",
@@ -343,9 +290,8 @@ def training(setting: Setting) -> Parts:
 
 def resume(setting: Setting) -> Parts:
     """Kill a SoftFiLM run on the device, resume it, and compare with one never killed."""
-    shutil.rmtree(setting.folder / "corpus", ignore_errors=True)
-    words = (*kill_resume.OVERRIDES, f"training.device={setting.device}", "training.compile=false")
-    commands = kill_resume.Commands(setting.folder, words)
+    words = (f"training.device={setting.device}", "training.compile=false")
+    commands = kill_resume.Commands(setting.folder, *words)
     for kills in (1,) if setting.small else (2, 6):
         found = kill_resume.kill_and_compare(kills, commands, seed=kills, kinds=("plain",))
         yield f"{kills} kills", found
@@ -360,25 +306,8 @@ SECTIONS: dict[str, tuple[Callable[[Setting], Parts], float]] = {
     "training": (training, 140),
     "frontend": (frontend, 30),
     "resume": (resume, 60),
-    "memory": (memory, 45),
     "loop": (loop_section, 35),
 }
-
-
-def describe(setting: Setting) -> dict[str, Any]:
-    """What was measured on, and with what."""
-    content: dict[str, Any] = {"program": "benchmarks.gpu", "device": "cpu"}
-    if setting.device == "cuda":
-        card = torch.cuda.get_device_properties(0)
-        content |= {"device": card.name, "memory_gib": card.total_memory / 2**30}
-    return content | {
-        "date": date.today().isoformat(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if setting.device == "cuda" else None,
-        "python": platform.python_version(),
-        "small": setting.small,
-        "sections": {},
-    }
 
 
 def measure(
@@ -448,10 +377,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             "no CUDA device was found, so there is nothing to measure; to see that the program "
             "runs: python -m benchmarks.gpu --device cpu --small --output FOLDER"
         )
-    if options.device == "cpu" and not options.small:
-        raise UserError("--device cpu is for a look at tiny sizes: add --small")
-    if options.small and options.output is None:
-        raise UserError("figures of --small mean nothing; name a folder for them with --output")
+    if (options.device == "cpu" or options.small) and not (options.small and options.output):
+        raise UserError(
+            "figures of a CPU or of --small mean nothing; add --small and --output FOLDER, to see "
+            "that the program runs"
+        )
     options.output = options.output or ROOT / "benchmarks" / "results"
     return options
 
@@ -461,30 +391,40 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     options, began = parse(arguments), time.monotonic()
     logging.getLogger("utils").setLevel(logging.WARNING)
-    with tempfile.TemporaryDirectory() as name:
-        setting = Setting(options.device, options.small, Path(name))
-        content = describe(setting)
-        slug = re.sub(r"[^a-z0-9]+", "-", content["device"].lower()).strip("-")
-        path = options.output / f"{content['date']}-{slug}.json"
-        if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if all(found[key] == content[key] for key in ("device", "torch", "small")):
-                content["sections"] = found["sections"]
+    cuda = options.device == "cuda"
+    card = torch.cuda.get_device_properties(0) if cuda else None
+    content: dict[str, Any] = {
+        "program": "benchmarks.gpu",
+        "device": card.name if cuda else "cpu",
+        "memory_gib": card.total_memory / 2**30 if cuda else None,
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "python": platform.python_version(),
+        "small": options.small,
+        "sections": {},
+    }
+    slug = re.sub(r"[^a-z0-9]+", "-", content["device"].lower()).strip("-")
+    path = options.output / f"{content['date']}-{slug}.json"
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if all(found[key] == content[key] for key in ("torch", "small")):
+            content["sections"] = found["sections"]
 
-        def save() -> None:
-            write_text(path, json.dumps(rounded(content), indent=1) + "\n")
-            write_text(path.with_suffix(".md"), to_markdown(content))
+    def save() -> None:
+        write_text(path, json.dumps(rounded(content), indent=1) + "\n")
+        write_text(path.with_suffix(".md"), to_markdown(content))
 
-        for number, section in enumerate(options.sections):
-            function, share = SECTIONS[section]
-            shares = sum(SECTIONS[later][1] for later in options.sections[number:])
-            left = 60 * options.minutes - (time.monotonic() - began)
-            record = {"command": " ".join(["python -m benchmarks.gpu", *given])}
-            content["sections"][section] = record
+    for number, section in enumerate(options.sections):
+        function, share = SECTIONS[section]
+        shares = sum(SECTIONS[later][1] for later in options.sections[number:])
+        left = 60 * options.minutes - (time.monotonic() - began)
+        record = {"command": " ".join(["python -m benchmarks.gpu", *given])}
+        content["sections"][section] = record
+        with tempfile.TemporaryDirectory() as folder:
+            setting = Setting(options.device, options.small, Path(folder))
             measure(function, setting, left * share / shares, record, save)
-    print(to_markdown(content))
-    print(f"Written: {path} and .md")
-    print(json.dumps(rounded(content)))
+    print(f"{to_markdown(content)}\nWritten: {path} and .md\n{json.dumps(rounded(content))}")
 
 
 if __name__ == "__main__":

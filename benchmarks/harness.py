@@ -16,11 +16,8 @@ from torch.utils.benchmark.utils.common import TaskSpec
 
 
 class Rounds(NamedTuple):
-    """The rounds of one contestant; those of several contestants belong together one by one.
-
-    `clock` is in seconds; `processor` in processor seconds of all threads, which other programs on
-    the same cores change less.
-    """
+    """Seconds of one contestant's rounds by the clock, and processor seconds of all its threads,
+    which other programs on the same cores change less."""
 
     clock: Measurement
     processor: Measurement
@@ -28,12 +25,12 @@ class Rounds(NamedTuple):
     def faster(self, other: Rounds) -> Measurement:
         """How many times faster this is than `other`, round by round."""
         pairs = zip(self.clock.times, other.clock.times, strict=True)
-        return measurement("ratio", [b / a for a, b in pairs])
+        return measurement(b / a for a, b in pairs)
 
 
-def measurement(name: str, values: Iterable[float]) -> Measurement:
+def measurement(values: Iterable[float]) -> Measurement:
     """Any values, so that they have `median`, `mean` and `iqr`."""
-    return Measurement(1, list(values), TaskSpec(stmt=name, setup=""))
+    return Measurement(1, list(values), TaskSpec(stmt="", setup=""))
 
 
 def spread(values: Measurement) -> float:
@@ -46,7 +43,7 @@ def interleave(
 ) -> dict[str, Rounds]:
     """Time the contestants in turn, `rounds` times each after `warmup` untimed rounds.
 
-    A contestant that gives a number back has timed itself: these are its seconds.
+    A contestant that gives a float back has timed itself: these are its seconds.
     """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     for number in range(warmup + rounds):
@@ -57,18 +54,14 @@ def interleave(
             if number >= warmup:
                 processor = time.process_time() - processor
                 times[name].append((own if isinstance(own, float) else seconds, processor))
-    return {
-        name: Rounds(*(measurement(name, column) for column in zip(*rows, strict=True)))
-        for name, rows in times.items()
-    }
+    columns = {name: zip(*rows, strict=True) for name, rows in times.items()}
+    return {name: Rounds(*map(measurement, column)) for name, column in columns.items()}
 
 
 def rounded(value: Any) -> Any:
     """The same with 4 significant digits."""
     if isinstance(value, dict):
         return {key: rounded(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(v) for v in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
@@ -78,7 +71,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = ["| | " + " | ".join(c.replace("_", " ") for c in columns) + " |"]
     lines.append("|---|" + "---:|" * len(columns))
     for name, row in rows.items():
-        cells = (rounded(row.get(column, "")) for column in columns)
+        cells = (row.get(column, "") for column in columns)
         shown = (f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells)
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)

@@ -4,11 +4,10 @@
 
 Two commands take turns: SoftFiLM's script (dropout, augmentation, annealed masks and early stopping
 on, a checkpoint every 40 ms) as a plain run, and the same with --seeds 2, whose group is assembled
-at the end. SIGKILL comes at a random moment of a phase drawn at random: start, training,
-evaluation, publishing (the report is written, the end is not reached), assembly of the group. The
-same command is then repeated in the same folder until it survives, and everything it wrote must
-equal what the run that was never killed wrote: weights, predictions, reports, history; exit status
-1 otherwise. Only pictures are left out: drawing them takes longer than the run.
+at the end. SIGKILL comes at a random moment of a random phase. The same command is then repeated in
+the same folder until it survives, and everything it wrote (weights, predictions, reports, history)
+must equal what the command that was never killed wrote; exit status 1 otherwise. Only pictures are
+left out: drawing them takes longer than the run.
 """
 
 from __future__ import annotations
@@ -36,22 +35,10 @@ from utils.common.files import TEMPORARY, write_text
 from utils.training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = (ROOT / "configs" / "ast_film_soft_config.yaml", Path(__file__).with_suffix(".yaml"))
 COMMANDS = {"plain": (), "group": ("--seeds", "2")}
+#: `publishing`: the report is written, the end is not reached; `assembly`: of the group
 PHASES = ("start", "training", "evaluation", "publishing", "assembly")
-#: The run: seconds long, with everything that has a state.
-OVERRIDES = (
-    *("dataset.store_workers=1", "dataset.cycle_metadata_path=null", "dataset.batch_size=8"),
-    *("dataset.h=32", "dataset.w=48", "audio.clip_seconds=0.5"),
-    *(f"augment.{name}_probability=0.5" for name in ("speed", "noise", "specaugment")),
-    *("augment.freq_mask_width=8", "augment.time_mask_width=8"),
-    *("backbone.weights=none", "backbone.embed_dim=16", "backbone.depth=2", "backbone.num_heads=2"),
-    *("backbone.freq_stride=16", "backbone.time_stride=16"),
-    *("models.ast_softfilm.conditioned_layers=all", "models.ast_softfilm.mask_annealing=true"),
-    *("models.ast_softfilm.input_fdim=32", "models.ast_softfilm.input_tdim=48"),
-    *("models.ast_softfilm.mask_annealing_epochs=4", "training.early_stopping_patience=3"),
-    *("training.epochs=4", "training.warmup_epochs=1", "training.lr=1e-3", "training.device=cpu"),
-    *("training.checkpoint_minutes=0.0006", "mlflow.enabled=false"),
-)
 
 
 def execute(words: list[str]) -> None:
@@ -73,10 +60,10 @@ class Commands:
 
     Args:
         folder: where corpus and runs are put.
-        overrides: the run's configuration.
+        overrides: key=value words on top of kill_resume.yaml.
     """
 
-    def __init__(self, folder: Path, overrides: tuple[str, ...] = OVERRIDES):
+    def __init__(self, folder: Path, *overrides: str):
         self.folder, self.overrides = folder, overrides
         write_corpus(folder / "corpus", patients=10, seed=0)
         self.context = multiprocessing.get_context("forkserver")
@@ -85,24 +72,19 @@ class Commands:
         first.start()
         first.join()
 
-    def start(self, kind: str, runs: Path) -> Any:
-        """The process of a command whose runs lie in `runs`."""
-        words = ["--config", str(ROOT / "configs" / "ast_film_soft_config.yaml")]
-        words += [*COMMANDS[kind], *self.overrides]
-        words += [f"dataset.data_folder={self.folder / 'corpus'}"]
-        words += [f"dataset.cache_dir={self.folder / 'cache'}", f"training.output_dir={runs}"]
-        words += [f"training.checkpoint_dir={runs / 'published'}"]
-        process = self.context.Process(target=execute, args=(words,))
-        process.start()
-        return process
-
     def watch(self, kind: str, runs: Path, until: str = "") -> tuple[Any, dict[str, float]]:
-        """Start a command and see it to its end, or to the phase `until`.
+        """Start a command whose runs lie in `runs`; see it to its end, or to the phase `until`.
 
         Returns:
             The process, and the seconds that each phase took.
         """
-        process, spent, last = self.start(kind, runs), Counter(), time.monotonic()
+        words = ["--config", *map(str, CONFIGS), *COMMANDS[kind], *self.overrides]
+        words += [f"dataset.data_folder={self.folder / 'corpus'}", f"training.output_dir={runs}"]
+        words += [f"dataset.cache_dir={self.folder / 'cache'}"]
+        words += [f"training.checkpoint_dir={runs / 'published'}"]
+        process, spent = self.context.Process(target=execute, args=(words,)), Counter()
+        process.start()
+        last = time.monotonic()
         while process.is_alive() and (now := phase(runs, kind)) != until:
             process.join(0.003)
             spent[now] += time.monotonic() - last
@@ -144,7 +126,8 @@ def fingerprint(runs: Path) -> dict[str, str]:
             content = [{k: v for k, v in r.items() if k != "train_clips_per_s"} for r in rows]
         elif path.suffix == ".csv":
             content = path.read_text()
-        found[str(path.relative_to(runs))] = hashlib.sha256(repr(content).encode()).hexdigest()
+        digest = hashlib.sha256(repr(content).encode()).hexdigest()
+        found[str(path.relative_to(runs))] = digest
     return found
 
 
@@ -152,16 +135,15 @@ def kill_and_compare(
     kills: int, commands: Commands, *, seed: int = 0, kinds: tuple[str, ...] = tuple(COMMANDS)
 ) -> dict[str, Any]:
     """Kill `kills` processes; a command that survives is compared and followed by the other one."""
-    draw, started = random.Random(seed), time.monotonic()
-    whole, lengths = {}, {}
+    draw, started, whole, lengths = random.Random(seed), time.monotonic(), {}, {}
     for kind in kinds:
         runs = commands.folder / f"whole-{kind}"
         _, lengths[kind] = commands.watch(kind, runs)
         whole[kind] = fingerprint(runs)
-    places, differences, half_written, finished, hits = Counter(), [], 0, 0, 0
-    while hits < kills:
+    places, differences, finished = Counter(), [], 0
+    while places["kills"] < kills:
         kind, runs = kinds[finished % len(kinds)], commands.folder / f"runs-{finished}"
-        while hits < kills:
+        while places["kills"] < kills:
             aim = draw.choice([name for name in PHASES if lengths[kind][name]])
             process, _ = commands.watch(kind, runs, until=aim)
             process.join(draw.uniform(0.0, lengths[kind][aim]))
@@ -169,22 +151,20 @@ def kill_and_compare(
             process.join()
             if process.exitcode == 0:
                 break
-            hits += 1
-            places[phase(runs, kind)] += 1
-            half_written += any(runs.rglob(TEMPORARY))
-            print(f"\r{hits} kills, {finished} finished", end="", file=sys.stderr, flush=True)
-        commands.watch(kind, runs)[0].join()
+            half_written = any(runs.rglob(TEMPORARY))
+            places.update(["kills", phase(runs, kind)], **{"half-written": half_written})
+            print(f"\r{places['kills']} kills", end="", file=sys.stderr, flush=True)
+        commands.watch(kind, runs)
         found = fingerprint(runs)
-        names = sorted(found.keys() | whole[kind].keys())
-        wrong = [n for n in names if found.get(n) != whole[kind].get(n)]
-        differences += [f"{kind} {finished}: {', '.join(wrong)}"] if wrong else []
+        wrong = {n for n in {**found, **whole[kind]} if found.get(n) != whole[kind].get(n)}
+        differences += [f"{kind} {finished}: {', '.join(sorted(wrong))}"] if wrong else []
         finished += 1
     return {
-        "kills": hits,
+        "kills": places["kills"],
         "finished": finished,
         "identical": finished - len(differences),
         **{f"killed in {name}": places[name] for name in PHASES},
-        "kills that left a half-written file": half_written,
+        "left half-written files": places["half-written"],
         "differences": differences,
         "seconds": round(time.monotonic() - started),
     }
@@ -200,14 +180,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         result = kill_and_compare(args.kills, Commands(Path(folder)), seed=args.seed)
     command = f"python -m benchmarks.kill_resume --kills {args.kills} --seed {args.seed}"
-    result = {"command": command, "date": date.today().isoformat(), **result}
-    page = f"# Killed and resumed, {result['date']}\n\n`{command}`\n\n"
-    page += table({key: {"": value} for key, value in list(result.items())[2:]}) + "\n"
-    print(f"\n{page}")
+    page = f"# Killed and resumed, {date.today()}\n\n`{command}`\n\n"
+    page += table({key: {"": value} for key, value in result.items()}) + "\n"
     if args.output:
-        write_text(args.output / "kill_resume.json", json.dumps(result, indent=1) + "\n")
         write_text(args.output / "kill_resume.md", page)
-    print(json.dumps(result))
+        write_text(args.output / "kill_resume.json", json.dumps(result, indent=1) + "\n")
+    print(f"\n{page}\n{json.dumps(result)}")
     return int(bool(result["differences"]))
 
 

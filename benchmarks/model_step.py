@@ -211,11 +211,13 @@ def compare(
         kind, name: "forward" or "step"; "fp32" or "bf16".
         compiled: labels that torch.compile gets too, as further contestants; None: all, in place
             of the eager ones.
+
+    `activations_gib` (CUDA): what a call needs beyond weights and optimiser, gradients included.
     """
     models = make_models(group, size, some_metadata(batch, device))
     x = torch.randn(batch, 1, N_MELS, size.n_frames, device=device)
     dtype = torch.bfloat16 if name == "bf16" else torch.float32
-    calls, cost, rows = {}, {}, {}
+    calls, cost, rows, peaks = {}, {}, {}, {}
     for label, module in models.items():
         cost[label] = flops(module, x, kind)
         module.to(device).train(kind == "step")
@@ -226,7 +228,13 @@ def compare(
             calls[f"{label}, compiled"] = action(torch.compile(module), x, kind, name, device)
     for label, call in list(calls.items()):
         try:
-            call()
+            call()  # the optimiser's state comes with the first step
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                call()
+                peak = torch.cuda.max_memory_allocated() - before
+                peaks[label] = {"activations_gib": peak / 2**30}
         except torch.OutOfMemoryError:
             rows[label] = {"note": "out of memory"}
             del calls[label]
@@ -243,6 +251,7 @@ def compare(
             "time_over_base": over.median,
             "spread": spread(over),
             "seconds_spread": spread(own.clock),
+            **peaks.get(label, {}),
         }
     return rows
 

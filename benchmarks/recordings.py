@@ -40,9 +40,9 @@ def real_table(limit: int | None = None) -> pd.DataFrame | None:
 
 def synthetic_clip(seed: int, seconds: float = 10.0) -> np.ndarray:
     """Low-passed noise that swells and fades every three seconds: [n] float32 at 16 kHz."""
-    random = np.random.default_rng(seed)
     n = int(seconds * SAMPLE_RATE)
-    noise = np.convolve(random.standard_normal(n), np.hanning(33), mode="same")
+    noise = np.random.default_rng(seed).standard_normal(n)
+    noise = np.convolve(noise, np.hanning(33), mode="same")
     swell = np.sin(np.pi * np.arange(n) / (3 * SAMPLE_RATE)) ** 2
     return (0.02 * noise * (0.1 + swell)).astype(np.float32)
 

@@ -58,10 +58,8 @@ def seconds_per_clip(processes: int, args: argparse.Namespace) -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--clips", type=int, default=32)
-    parser.add_argument("--width", type=int, default=384, help="of the transformer (paper: 768)")
-    parser.add_argument("--depth", type=int, default=6, help="blocks (paper: 12)")
+    for name, default in (("rounds", 3), ("clips", 32), ("width", 384), ("depth", 6)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.folder:  # started by `seconds_per_clip`

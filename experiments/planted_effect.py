@@ -8,10 +8,10 @@ Each variant is trained on both by the project's own loop, and where the effect 
 tested with real, shuffled and unknown metadata. The first field is learned by every variant, the
 others by SoftFiLM alone, which is asked which factor it used.
 
-A two-block backbone without pretrained weights; augmentation is off, so that spectrograms are
-computed once for all runs. Every finished run is a JSON file in the work folder and is not trained
-again: a stopped command resumes with the next run. `--report-only` trains nothing and writes the
-Markdown of the finished runs.
+The configuration is planted_effect.yaml; augmentation is off, so that spectrograms are computed
+once for all runs. Every finished run is a JSON file in the work folder and is not trained again: a
+stopped command resumes with the next run. `--report-only` trains nothing and writes the Markdown of
+the finished runs.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from data.batch import Batch
@@ -44,34 +45,16 @@ from utils.common.files import write_text
 from utils.config.schema import RunConfig, config_from_dict, config_hash
 from utils.evaluation.metadata_test import conditions
 from utils.metrics.bootstrap import patient_tables
-from utils.training.assemble import build_data, build_trainer, count_parts
+from utils.training.assemble import build_data, build_frontend, build_trainer, count_parts
 from utils.training.device import Runtime
 from utils.training.inputs import Inputs
 from utils.training.trainer import Trainer
 
-logger = logging.getLogger(__name__)
-
 OUTPUT = Path(__file__).resolve().parent.parent / "benchmarks" / "planted_effect.md"
+SETTINGS = Path(__file__).with_suffix(".yaml")
 #: Every variant with the effect in the first field; in the others only this one.
 ATTRIBUTED = "ast_softfilm"
 SHUFFLES = 3
-
-#: Keys that differ from the defaults; `model` of whichever variant has them.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "dataset": {"w": 128, "batch_size": 32, "store_workers": 1},
-    "audio": {"clip_seconds": 3.0},
-    "augment": {"enabled": False},
-    "backbone": {
-        **{"weights": "none", "embed_dim": 96, "depth": 2, "num_heads": 4},
-        **{"freq_stride": 16, "time_stride": 16},
-    },
-    "training": {
-        **{"epochs": 12, "lr": 5e-4, "warmup_epochs": 3, "sensitivity_bias": 1.0},
-        **{"selection": "fixed", "device": "cpu", "precision": "fp32", "compile": "false"},
-    },
-    "mlflow": {"enabled": False},
-}
-MODEL = {"input_tdim": 128, "conditioned_layers": "all", "dropout": 0.1}
 
 
 class Job(NamedTuple):
@@ -112,40 +95,26 @@ class Remembered(Inputs):
         return Features(torch.stack([self.known[cycle] for cycle in cycles]))
 
 
-def remember(trainer: Trainer, known: dict[int, Tensor]) -> Trainer:
-    """The same trainer with `Remembered` inputs."""
-    inputs = Remembered(trainer.inputs.frontend, trainer.runtime, trainer.data, known=known)
-    trainer.inputs = trainer.predictor.inputs = inputs
-    return trainer
-
-
 class Study:
     """Corpora, runs and their records in one work folder.
 
     Args:
         work: receives corpora, the waveform cache and a JSON per finished run.
         patients: of each corpus.
-        overrides: {section: {key: value}} on top of `SETTINGS`.
+        overrides: key=value words on top of planted_effect.yaml.
     """
 
-    def __init__(
-        self, work: Path, *, patients: int = 160, overrides: dict[str, dict[str, Any]] | None = None
-    ):
-        self.work, self.patients, self.overrides = work, patients, overrides or {}
+    def __init__(self, work: Path, patients: int = 160, overrides: Sequence[str] = ()):
+        self.work, self.patients, self.overrides = work, patients, list(overrides)
         self.corpus, self.data = cache(self.corpus), cache(self.data)  # read once
         self.known: dict[str, dict[int, Tensor]] = {}  # spectrograms by corpus
 
     def corpus(self, name: str) -> CorpusReport:
         """The corpus with that field planted; `OFF` is as loud and as regular, but says what is
         heard."""
-        return write_corpus(
-            self.work / f"corpus-{name}",
-            patients=self.patients,
-            seed=0,
-            planted_effect=None if name == OFF else name,
-            event_level=8,
-            traps=False,
-        )
+        field = None if name == OFF else name
+        given = {"patients": self.patients, "seed": 0, "event_level": 8, "traps": False}
+        return write_corpus(self.work / f"corpus-{name}", planted_effect=field, **given)
 
     def data(self, name: str) -> Cycles:
         """Its cycles, the same for all runs."""
@@ -154,13 +123,14 @@ class Study:
 
     def configure(self, job: Job) -> RunConfig:
         """Checked configuration of a run."""
-        values = {name: dict(section) for name, section in SETTINGS.items()}
-        folder, cache_dir = self.work / f"corpus-{job.corpus}", self.work / "cache"
-        places = {"dataset": {"data_folder": str(folder), "cache_dir": str(cache_dir)}}
-        for changes in (places, {"training": {"seed": job.seed}}, self.overrides):
-            for name, section in changes.items():
-                values.setdefault(name, {}).update(section)
-        return config_from_dict(values | {"models": {job.variant: {}, "*": dict(MODEL)}})
+        words = [f"dataset.data_folder={self.work / f'corpus-{job.corpus}'}"]
+        words += [f"dataset.cache_dir={self.work / 'cache'}", f"training.seed={job.seed}"]
+        values = OmegaConf.merge(
+            {"models": {job.variant: {}}},
+            OmegaConf.load(SETTINGS),
+            OmegaConf.from_dotlist(words + self.overrides),
+        )
+        return config_from_dict(OmegaConf.to_container(values))
 
     def path(self, job: Job) -> Path:
         """Where the record of a run is kept; another configuration has another one."""
@@ -177,8 +147,10 @@ class Study:
         """Train, test, and keep the record of a run."""
         config, data = self.configure(job), self.data(job.corpus)
         clock, cpu = time.monotonic(), time.process_time()
-        trainer = build_trainer(config, data, Runtime("cpu", "fp32", "false"))
-        remember(trainer, self.known.setdefault(job.corpus, {})).fit()
+        runtime, known = Runtime("cpu", "fp32", "false"), self.known.setdefault(job.corpus, {})
+        inputs = Remembered(build_frontend(config), runtime, data, known=known)
+        trainer = build_trainer(config, data, runtime, inputs=inputs)
+        trainer.fit()
         record = {
             **job._asdict(),
             "seconds": round(time.monotonic() - clock, 1),
@@ -231,8 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for number, job in enumerate(planned, start=1):
         if not options.report_only and study.record(job) is None:
             study.run(job)
-            seconds = study.record(job)["seconds"]
-            print(f"{number} of {len(planned)}: {', '.join(map(str, job))}, {seconds} s")
+            print(f"{number} of {len(planned)} finished: {', '.join(map(str, job))}", flush=True)
     finished = [record for job in planned if (record := study.record(job)) is not None]
     text = to_markdown(
         finished,

@@ -37,6 +37,31 @@ TASK = Task(2)
 CORRELATIONS = (0.1, 0.3)
 SPECIFICITY, SENSITIVITY = 0.78, 0.66  # of the simulated model, near the published two-class rows
 METRICS = ("sp", "se", "score")
+PAGE = f"""# Protocol simulation
+
+`{{command}}`, {{date}}, {{seconds:.0f}} s. {{repetitions}} repetitions per row; counts compared \
+with the annotations: {{checked}}.
+
+Structure: the 49 test patients (2,756 cycles) and 79 training patients (4,142 cycles) of the \
+official split with their real cycles per class. The predictions are simulated, so these are no \
+results of any model.
+
+## Coverage of the 95 % interval
+
+A two-class model with Sp {100 * SPECIFICITY:g} and Se {100 * SENSITIVITY:g} whose rates vary \
+between patients, with the given correlation within a patient; bootstrap over patients or cycles, \
+width in points.
+
+{{covered}}
+
+## Score of predictions that are independent of the labels
+
+Two classes, 100 epochs; mean (sd) over runs. `fixed`: last epoch, threshold 0.5. `validation`: \
+epoch and threshold chosen on a random fifth of the training patients. `test`: both chosen on the \
+test half. Memory is the correlation of consecutive epochs.
+
+{{selected}}
+"""
 
 
 @cache
@@ -193,53 +218,6 @@ def selection(
     return out
 
 
-# --- report -------------------------------------------------------------------------------------
-
-
-def to_markdown(result: dict) -> str:
-    """The tables of protocol_simulation.md."""
-    covered = {
-        f"correlation {correlation}, over {kind}s": {
-            **{n: f"{100 * row[n]['coverage']:.1f} %" for n in METRICS},
-            "width of Score": f"{row['score']['width']:.1f}",
-        }
-        for correlation, kinds in result["coverage"].items()
-        for kind, row in kinds.items()
-    }
-    selected = {
-        f"correlation {row['correlation']}, memory {row['memory']}": {
-            **{k: f"{v['mean']:.2f} ({v['sd']:.2f})" for k, v in row["scores"].items()},
-            "inflation by `test`": f"**+{row['scores']['test']['mean'] - 50:.1f} points**",
-        }
-        for row in result["selection"]
-    }
-    return f"""# Protocol simulation
-
-`{result["command"]}`, {result["date"]}, {result["seconds"]:.0f} s. {result["repetitions"]} \
-repetitions per row; counts compared with the annotations: {result["checked"]}.
-
-Structure: the 49 test patients (2,756 cycles) and 79 training patients (4,142 cycles) of the \
-official split with their real cycles per class. The predictions are simulated, so these are no \
-results of any model.
-
-## Coverage of the 95 % interval
-
-A two-class model with Sp {100 * SPECIFICITY:g} and Se {100 * SENSITIVITY:g} whose rates vary \
-between patients, with the given correlation within a patient; bootstrap over patients or cycles, \
-width in points.
-
-{table(covered)}
-
-## Score of predictions that are independent of the labels
-
-Two classes, 100 epochs; mean (sd) over runs. `fixed`: last epoch, threshold 0.5. `validation`: \
-epoch and threshold chosen on a random fifth of the training patients. `test`: both chosen on the \
-test half. Memory is the correlation of consecutive epochs.
-
-{table(selected)}
-"""
-
-
 def main() -> None:
     """Run both simulations and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -247,29 +225,32 @@ def main() -> None:
     parser.add_argument("--resamples", type=int, default=1000)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
-    start, checked = time.time(), "annotations not present"
+    start, n, checked = time.time(), args.repetitions, "annotations not present"
     folder = Path(os.environ.get("ICBHI_ROOT", "../shared/icbhi")) / "annotations"
     if folder.is_dir():
         checked = "equal" if check_structure(folder) else "DIFFERENT"
-    n, covered, selected = args.repetitions, {}, []
-    for correlation in CORRELATIONS:
-        covered[str(correlation)] = coverage(correlation, repetitions=n, resamples=args.resamples)
+    covered, selected, shown_covered, shown_selected = {}, [], {}, {}
+    for r in CORRELATIONS:
+        covered[str(r)] = coverage(r, repetitions=n, resamples=args.resamples)
+        for kind, row in covered[str(r)].items():
+            cells = {name: f"{100 * row[name]['coverage']:.1f} %" for name in METRICS}
+            cells["width of Score"] = f"{row['score']['width']:.1f}"
+            shown_covered[f"correlation {r}, over {kind}s"] = cells
         for memory in (0.0, 0.9):
-            scores = selection(correlation, memory, repetitions=n)
-            selected.append({"correlation": correlation, "memory": memory, "scores": scores})
-    result = {
-        "command": f"python -m experiments.protocol_simulation --repetitions {n} "
-        f"--resamples {args.resamples}",
-        "date": date.today().isoformat(),
-        "repetitions": n,
-        "checked": checked,
-        "coverage": covered,
-        "selection": selected,
-        "seconds": time.time() - start,
-    }
+            scores = selection(r, memory, repetitions=n)
+            selected.append({"correlation": r, "memory": memory, "scores": scores})
+            cells = {rule: f"{v['mean']:.2f} ({v['sd']:.2f})" for rule, v in scores.items()}
+            cells["inflation by `test`"] = f"**+{scores['test']['mean'] - 50:.1f} points**"
+            shown_selected[f"correlation {r}, memory {memory}"] = cells
+    command = f"python -m experiments.protocol_simulation --repetitions {n} "
+    command += f"--resamples {args.resamples}"
+    result = {"command": command, "date": date.today().isoformat(), "repetitions": n}
+    result |= {"checked": checked, "coverage": covered, "selection": selected}
+    result["seconds"] = time.time() - start
+    page = PAGE.format(covered=table(shown_covered), selected=table(shown_selected), **result)
     write_text(args.output / "protocol_simulation.json", json.dumps(result, indent=1) + "\n")
-    write_text(args.output / "protocol_simulation.md", to_markdown(result))
-    print(to_markdown(result))
+    write_text(args.output / "protocol_simulation.md", page)
+    print(page)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,9 @@ def run(tmp_path_factory):
     def once(variant: str, planted: bool = True) -> dict:
         data = corpus(planted)
         trainer = tiny.tiny_trainer(configure(variant), folder / f"{variant}-{planted}", data)
-        study.remember(trainer, known).fit()
+        inputs = study.Remembered(trainer.inputs.frontend, trainer.runtime, data, known=known)
+        trainer.inputs = trainer.predictor.inputs = inputs
+        trainer.fit()
         rows, task = data.split.test, data.task
         asked = dict(
             conditions(data.table.iloc[rows], data.statistics.transform, shuffles=1, seed=0)
@@ -128,13 +130,9 @@ def test_without_the_effect_metadata_do_not_matter(run):
 
 
 def test_the_command_keeps_finished_runs(tmp_path, monkeypatch):
-    small = {
-        "dataset": {"h": 32, "w": 32},
-        "audio": {"clip_seconds": 0.5},
-        "backbone": {"embed_dim": 16, "num_heads": 2},
-        "training": {"epochs": 2, "warmup_epochs": 1},
-    }
-    monkeypatch.setitem(study.MODEL, "input_tdim", 32)
+    small = ["dataset.h=32", "dataset.w=32", "models.*.input_tdim=32", "audio.clip_seconds=0.5"]
+    small += ["backbone.embed_dim=16", "backbone.num_heads=2"]
+    small += ["training.epochs=2", "training.warmup_epochs=1"]
     planned = [("site", "ast", 0), ("site", "ast_softfilm", 0), ("off", "ast_softfilm", 0)]
     planned = [study.Job(*job) for job in planned]
     monkeypatch.setattr(study, "jobs", lambda fields, seeds: planned)
