@@ -9,12 +9,13 @@ from __future__ import annotations
 import ast
 import hashlib
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
 import torch
 
+from data import corpora
 from data.splits import split_cycles
 from models.registry import VARIANTS
 from tests.utils.tiny import LIVELY, cycle_table, tiny_config, tiny_data, tiny_trainer
@@ -67,14 +68,17 @@ def divided(config: RunConfig, folder: Path) -> str:
 
 def opened(config: RunConfig, folder: Path) -> str:
     """What the readers of tables and sounds are asked for."""
+    read = Mock(return_value=cycle_table())
+    corpus = corpora.CORPORA[config.dataset.name]._replace(read=read)
     with (
-        patch.object(assemble, "read_cycles_and_metadata", return_value=cycle_table()) as tables,
+        patch.dict(corpora.CORPORA, {config.dataset.name: corpus}),
+        patch.object(corpora, "write_metadata") as written,
         patch.object(assemble, "open_store", side_effect=Asked) as sounds,
         pytest.raises(Asked),
     ):
         build_data(config)
-    on_bad = tables.call_args.kwargs["report"] is not None  # else the first problem raises
-    paths = tables.call_args.args[1]
+    on_bad = "report" in read.call_args.kwargs  # else the first problem raises
+    paths = [call.args[1] for call in written.call_args_list]
     return digest(paths, on_bad, sorted(sounds.call_args.kwargs.items()))
 
 
