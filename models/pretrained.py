@@ -7,6 +7,7 @@ audioset_10_10_0.4593.pth, and timm's DeiT. Only safetensors files and `torch.lo
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
 import re
@@ -33,21 +34,13 @@ State = dict[str, Tensor]
 
 @dataclass
 class Weights:
-    """A backbone's weights under our names, as they lie in the source.
+    """A backbone's weights under our names, as they lie in the source."""
 
-    Attributes:
-        state: name -> tensor; positions and patch projection as in the source.
-        layer_norm_eps: of the source.
-        grid: patch grid (f, t) of the source's positions; None: not told by the source.
-        num_heads: of the source; None: not told by the source.
-        source: file or name, for messages.
-    """
-
-    state: State
+    state: State  # positions and patch projection as in the source
     layer_norm_eps: float
-    grid: tuple[int, int] | None
-    num_heads: int | None
-    source: str
+    grid: tuple[int, int] | None  # patches (f, t) of the positions; None: unknown
+    num_heads: int | None  # None: unknown
+    source: str  # file or name, for messages
 
 
 # ---------------------------------------------------------------------- names
@@ -63,16 +56,12 @@ _TRANSFORMERS_TOP = {
 _TRANSFORMERS_BLOCK = {
     "layernorm_before": "norm1",
     "layernorm_after": "norm2",
-    "attention.attention.query": "attn.q",
-    "attention.attention.key": "attn.k",
-    "attention.attention.value": "attn.v",
+    **{f"attention.attention.{n}": f"attn.{n[0]}" for n in ("query", "key", "value")},
+    **{f"attention.{n}_proj": f"attn.{n}" for n in "qkv"},
     "attention.output.dense": "attn.proj",
+    "attention.o_proj": "attn.proj",
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
-    "attention.q_proj": "attn.q",
-    "attention.k_proj": "attn.k",
-    "attention.v_proj": "attn.v",
-    "attention.o_proj": "attn.proj",
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
@@ -83,12 +72,8 @@ def from_transformers(state: State) -> State:
 
     The classifier is left out; a name that is not understood stays as it is.
     """
-    out: State = {}
-    for key, value in state.items():
-        name = key.removeprefix("audio_spectrogram_transformer.")
-        if name.startswith("classifier."):
-            continue
-        out[_transformers_name(name) or key] = value
+    kept = {k: v for k, v in state.items() if not k.startswith("classifier.")}
+    out: State = {_transformers_name(key) or key: value for key, value in kept.items()}
     for name in [n for n in out if re.fullmatch(r"blocks\.\d+\.attn\.q\.(weight|bias)", n)]:
         parts = [name.replace(".q.", f".{part}.") for part in "qkv"]
         if all(part in out for part in parts):
@@ -110,24 +95,37 @@ def _transformers_name(name: str) -> str | None:
     return None
 
 
-def from_original(state: State) -> State:
-    """Names of the AST authors' files (`module.v.*`) -> ours, without any classifier."""
-    out = {}
-    for key, value in state.items():
-        name = key.removeprefix("module.")
-        if name.startswith(("mlp_head.", "v.head.", "v.head_dist.")):
-            continue
-        out[name[2:] if name.startswith("v.") else key] = value
-    return out
-
-
-def from_timm(state: State) -> State:
-    """timm's distilled vision transformer -> ours: patch weights summed over RGB, no classifier."""
+def from_vit(state: State) -> State:
+    """timm's distilled vision transformer, which the AST authors' `v` is too -> ours, without the
+    classifiers; patch weights of a colour image are summed over RGB."""
     out = {k: v for k, v in state.items() if not k.startswith(("head.", "head_dist."))}
     patch = out.get("patch_embed.proj.weight")
-    if patch is not None and patch.ndim == 4:
+    if patch is not None and patch.ndim == 4 and patch.shape[1] == 3:
         out["patch_embed.proj.weight"] = patch.sum(dim=1, keepdim=True)
     return out
+
+
+def backbone_of(state: State, source: str) -> tuple[State, bool]:
+    """The transformer's part of a model's state, without what wrappers put before the names
+    (`module.`, `model.`, `_orig_mod.`, `v.`), and whether it is in transformers' layout.
+
+    Classifiers, decoders and losses lie outside it and are left out.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [key for key in state if key.rpartition(".")[2] == "cls_token"]
+    if len(found) != 1:
+        some = ", ".join(sorted(state)[:3])
+        raise UserError(
+            f"backbone.weights_path: {source} holds {len(found) or 'no'} vision transformers "
+            f"(cls_token); its tensors are {some} and so on. Give an AST, SSAST or DeiT file"
+        )
+    root = found[0].removesuffix("cls_token")
+    hub = root.endswith("embeddings.")
+    root = root.removesuffix("embeddings.")
+    inside = {k.removeprefix(root): v for k, v in state.items() if k.startswith(root)}
+    return inside, hub
 
 
 # ---------------------------------------------------------------------- reading
@@ -138,9 +136,9 @@ def read_weights(weights: str, weights_path: str | None) -> Weights | None:
 
     Args:
         weights: audioset | imagenet | none.
-        weights_path: audioset: a name on the Hugging Face hub, a local folder or .safetensors
-            file in transformers' layout (config.json beside it), or a .pth file of the AST
-            authors; imagenet: a local file in timm's layout, or None (or the name of the AudioSet
+        weights_path: audioset: a name on the Hugging Face hub, a local folder or file in
+            transformers' layout (config.json next to it), or a .pth file of the AST authors;
+            imagenet: a local file in timm's layout, or None (or the name of the AudioSet
             default) for timm's own download.
 
     Raises:
@@ -151,21 +149,13 @@ def read_weights(weights: str, weights_path: str | None) -> Weights | None:
     if weights == "imagenet":
         path = None if weights_path in (None, AUDIOSET_HUB_NAME) else weights_path
         return _read_imagenet(path)
-    if weights != "audioset":
-        raise UserError(f"backbone.weights: {weights!r} is not known; audioset, imagenet or none")
-    if not weights_path:
-        raise UserError(
-            "backbone.weights_path: empty, but backbone.weights is audioset; set it to "
-            f"{AUDIOSET_HUB_NAME}, a local folder or a .pth file, or set backbone.weights=none"
-        )
-    path = Path(weights_path).expanduser()
+    path = Path(weights_path)
     if path.is_dir():
-        return _read_transformers(path / HUB_FILES[0], path / HUB_FILES[1], str(path))
-    if path.is_file() and path.suffix == ".safetensors":
-        return _read_transformers(path.parent / HUB_FILES[0], path, str(path))
+        files = (path / name for name in (HUB_FILES[1], "pytorch_model.bin"))
+        return _read_audioset(next((f for f in files if f.is_file()), path / HUB_FILES[1]))
     if path.is_file():
-        return _read_original(path)
-    if path.suffix in (".pth", ".pt", ".safetensors") or not re.fullmatch(
+        return _read_audioset(path)
+    if path.suffix in (".pth", ".pt", ".bin", ".safetensors") or not re.fullmatch(
         r"[\w.-]+/[\w.-]+", weights_path
     ):
         raise UserError(
@@ -173,7 +163,8 @@ def read_weights(weights: str, weights_path: str | None) -> Weights | None:
             f"the hub name {AUDIOSET_HUB_NAME}, or set backbone.weights=none"
         )
     config, tensors = (_download(weights_path, name) for name in HUB_FILES)
-    return _read_transformers(config, tensors, weights_path)
+    state, _ = backbone_of(_tensors(tensors), weights_path)
+    return _read_transformers(config, state, weights_path)
 
 
 def _download(repository: str, name: str) -> Path:
@@ -185,7 +176,7 @@ def _download(repository: str, name: str) -> Path:
         return Path(hf_hub_download(repository, name))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(
-            f"backbone.weights_path: {name} of {repository} can not be had from the Hugging Face "
+            f"backbone.weights_path: {name} of {repository} cannot be had from the Hugging Face "
             f"hub ({type(error).__name__}). On a machine with a network, download "
             f"{' and '.join(HUB_FILES)} from https://huggingface.co/{repository}, put them into "
             "one folder and set backbone.weights_path to it; or train from random weights with "
@@ -198,25 +189,42 @@ def _tensors(path: Path) -> State:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # options, in many a file
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(
             f"backbone.weights_path: {path} does not exist; the folder must hold "
             f"{' and '.join(HUB_FILES)}"
         ) from None
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        # torch's own advice, to open it all the same, is for files that one has written oneself
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise UserError(
+                f"backbone.weights_path: {path} holds a Python object ({found[1]}) that could run "
+                "code and is not opened; save the tensors alone, as state_dict() gives them"
+            ) from None
         raise UserError(
             f"backbone.weights_path: {path} is no readable weights file "
-            f"({str(error).splitlines()[0]}); download it again"
+            f"({type(error).__name__}); it may be cut off: download it again"
         ) from error
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        state = state["model"]  # DeiT's own files
+    for wrapper in ("model", "state_dict", "model_state_dict"):  # DeiT's, Lightning's and others'
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"backbone.weights_path: {path} holds no state dictionary of tensors")
     return state
 
 
-def _read_transformers(config_path: Path, tensors_path: Path, source: str) -> Weights:
+def _read_audioset(path: Path) -> Weights:
+    """A local file of transformers (its config.json next to it) or of the AST authors."""
+    state, hub = backbone_of(_tensors(path), str(path))
+    if hub:
+        return _read_transformers(path.parent / HUB_FILES[0], state, str(path))
+    state = from_vit(state)
+    return Weights(state, 1e-6, _audioset_grid(state), None, str(path))
+
+
+def _read_transformers(config_path: Path, state: State, source: str) -> Weights:
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
         grid = (
@@ -227,22 +235,17 @@ def _read_transformers(config_path: Path, tensors_path: Path, source: str) -> We
         act = config["hidden_act"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"backbone.weights_path: {config_path} can not be read as the configuration of a "
-            f"transformers AST ({type(error).__name__}: {error}); the folder must hold "
-            f"{' and '.join(HUB_FILES)}"
+            f"backbone.weights_path: {config_path} cannot be read as the configuration of a "
+            f"transformers AST ({type(error).__name__}: {error}); it must lie next to "
+            f"{HUB_FILES[1]}"
         ) from error
     if act != "gelu":
         raise UserError(f"backbone.weights_path: {source} has hidden_act {act!r}, ours is gelu")
-    return Weights(from_transformers(_tensors(tensors_path)), eps, grid, heads, source)
-
-
-def _read_original(path: Path) -> Weights:
-    state = from_original(_tensors(path))
-    return Weights(state, 1e-6, _audioset_grid(state), None, str(path))
+    return Weights(from_transformers(state), eps, grid, heads, source)
 
 
 def _audioset_grid(state: State) -> tuple[int, int] | None:
-    """The authors' files do not tell their stride (equal in both directions): it follows from the
+    """The authors' files do not say their stride (equal in both directions): it follows from the
     number of positions and the 128 x 1,024 input."""
     positions, patch = state.get("pos_embed"), state.get("patch_embed.proj.weight")
     if positions is None or patch is None or positions.ndim != 3 or patch.ndim != 4:
@@ -259,8 +262,11 @@ def _read_imagenet(path: str | None) -> Weights:
     if path is None:
         state, source = _timm_download(), f"timm/{IMAGENET_TIMM_NAME}"
     else:
-        state, source = _tensors(Path(path).expanduser()), path
-    state = from_timm(state)
+        state, source = _tensors(Path(path)), path
+    state, hub = backbone_of(state, source)
+    if hub:
+        raise UserError(f"backbone.weights: imagenet, but {source} has transformers' layout")
+    state = from_vit(state)
     grid = None
     if "pos_embed" in state and state["pos_embed"].ndim == 3:
         side = round((state["pos_embed"].shape[1] - N_SPECIAL) ** 0.5)
@@ -275,7 +281,7 @@ def _timm_download() -> State:
         return timm.create_model(IMAGENET_TIMM_NAME, pretrained=True).state_dict()
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"backbone.weights: imagenet, but timm can not download {IMAGENET_TIMM_NAME} "
+            f"backbone.weights: imagenet, but timm cannot download {IMAGENET_TIMM_NAME} "
             f"({type(error).__name__}). On a machine with a network, download model.safetensors "
             f"from https://huggingface.co/timm/{IMAGENET_TIMM_NAME}.fb_in1k and set "
             "backbone.weights_path to the file; or train from random weights with "
@@ -314,15 +320,28 @@ def load_into(backbone: AST, weights: Weights) -> None:
             the first tensor of another shape. The backbone is then unchanged.
     """
     state, own = dict(weights.state), backbone.state_dict()
+    where = f"backbone.weights_path: {weights.source}"
+    if "dist_token" not in state:
+        raise UserError(f"{where} has no distillation token, so it is no AST, SSAST or DeiT")
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     if missing or unexpected:
+        depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+        remedy = f"it has {depth} blocks: set backbone.depth={depth}"
+        if depth == backbone.depth:
+            remedy = "it is no AST, SSAST or DeiT"
         raise UserError(
-            f"backbone.weights_path: {weights.source} does not fit the backbone; first missing "
-            f"key: {missing[0] if missing else 'none'}, first unexpected key: "
+            f"{where} does not fit the backbone; first missing key: "
+            f"{missing[0] if missing else 'none'}, first unexpected key: "
             f"{unexpected[0] if unexpected else 'none'} ({len(missing)} and {len(unexpected)} in "
-            "all); use the layout that backbone.weights says and check backbone.depth"
+            f"all); {remedy}"
         )
+    for key, value in own.items():
+        if key != "pos_embed" and value.shape != state[key].shape:
+            raise UserError(
+                f"{where} does not fit the backbone: {key} is {tuple(state[key].shape)}, expected "
+                f"{tuple(value.shape)}; check backbone.embed_dim, mlp_ratio and patch_size"
+            )
     heads = backbone.blocks[0].attn.num_heads if backbone.depth else None
     if weights.num_heads not in (None, heads):
         raise UserError(
@@ -333,15 +352,9 @@ def load_into(backbone: AST, weights: Weights) -> None:
         grid = backbone.grid
     if grid is None or grid[0] * grid[1] + N_SPECIAL != n_positions:
         raise UserError(
-            f"backbone.weights_path: {weights.source} has positions for {n_positions - N_SPECIAL} "
-            "patches, and what grid they lie on is not known; use one of the published files"
+            f"{where} has positions for {n_positions - N_SPECIAL} patches, and what grid they lie "
+            "on is not known; the AST authors' AudioSet files have 1,212 (strides 10-10), 850 "
+            "(12-12), 657 (14-14) or 512 (16-16)"
         )
     state["pos_embed"] = adapt_positions(state["pos_embed"], grid, backbone.grid)
-    for key, value in own.items():
-        if value.shape != state[key].shape:
-            raise UserError(
-                f"backbone.weights_path: {weights.source} does not fit the backbone: {key} is "
-                f"{tuple(state[key].shape)}, expected {tuple(value.shape)}; check "
-                "backbone.embed_dim, mlp_ratio and patch_size"
-            )
     backbone.load_state_dict(state)

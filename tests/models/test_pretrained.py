@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 
@@ -93,6 +94,76 @@ def test_original_file_gives_the_same_function(original_file, make_model, make_s
     x = make_spectrogram(1, 128, 1024)
     with torch.no_grad():
         assert torch.equal(model.backbone.tokens(x), source.tokens(x))
+
+
+def rename(state, old, new):
+    return {new + key.removeprefix(old): value for key, value in state.items()}
+
+
+WRAPPED = {  # what a file holds, made of the authors' state dictionary
+    "module twice": lambda s: rename(s, "", "module."),
+    "no module": lambda s: rename(s, "module.", ""),
+    "v alone": lambda s: {k.removeprefix("module.v."): t for k, t in s.items() if ".v." in k},
+    "Lightning": lambda s: {"epoch": 3, "state_dict": rename(s, "module.", "model.net.")},
+    "compiled": lambda s: rename(s, "module.", "_orig_mod."),
+    "patch-mix": lambda s: {"model": s, "args": argparse.Namespace(lr=5e-5), "epoch": 3},
+    "SSAST": lambda s: {
+        **s,
+        "module.mask_embed": torch.zeros(1),
+        "module.cpred.weight": torch.ones(2),
+    },
+    "our own": lambda s: {
+        **rename({k: t for k, t in s.items() if ".v." in k}, "module.v.", "backbone."),
+        "conditioner.gate": torch.zeros(()),
+    },
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_wrapped_files_load_exactly(wrapper, original_file, tmp_path):
+    path, source = original_file
+    torch.save(WRAPPED[wrapper](torch.load(path)), tmp_path / "wrapped.pth")
+    found = read_weights("audioset", str(tmp_path / "wrapped.pth"))
+    own = source.state_dict()
+    state = {k: t for k, t in found.state.items() if not k.startswith("head")}
+    assert found.grid == (8, 64) and state.keys() == own.keys()
+    assert all(torch.equal(state[key], own[key]) for key in own)
+
+
+@pytest.mark.parametrize(("stride", "grid"), [(10, (12, 101)), (12, (10, 85)), (14, (9, 73))])
+def test_grid_of_the_authors_strides(stride, grid, original_file, tmp_path):
+    state = torch.load(original_file[0])
+    state["module.v.pos_embed"] = torch.randn(1, 2 + grid[0] * grid[1], 48)
+    torch.save(state, tmp_path / "strides.pth")
+    assert read_weights("audioset", str(tmp_path / "strides.pth")).grid == grid
+
+
+def test_bin_folder_is_read(transformers_folder, make_model):
+    folder, _ = transformers_folder
+    expected = read_weights("audioset", str(folder)).state
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    state = read_weights("audioset", str(folder)).state
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: {"conv.weight": torch.zeros(2)}, r"holds no vision.*conv\.weight"),
+        (lambda s: {**s, "other.cls_token": torch.zeros(1)}, "holds 2 vision"),
+        (lambda s: {k: t for k, t in s.items() if "dist" not in k}, "no distillation token"),
+        (lambda s: {**s, "module.v.pos_embed": torch.zeros(1, 950, 48)}, "948 patches.*657 .14-14"),
+        (
+            lambda s: {**s, "module.v.patch_embed.proj.weight": torch.zeros(48, 1, 128, 2)},
+            r"patch_embed.proj.weight is \(48, 1, 128, 2\)",  # SSAST's frames
+        ),
+    ],
+)
+def test_other_layouts_are_named(change, message, original_file, tmp_path, make_model):
+    torch.save(change(torch.load(original_file[0])), tmp_path / "other.pth")
+    with pytest.raises(UserError, match=message):
+        make_model("ast", weights="audioset", weights_path=str(tmp_path / "other.pth"))
 
 
 def test_original_file_is_adapted_to_other_inputs(original_file, make_model):
@@ -218,10 +289,10 @@ def test_a_refused_file_leaves_the_backbone_as_it_was(change, transformers_folde
 
 def test_the_wrong_layout_is_refused(original_file, transformers_folder, make_model):
     folder, _ = transformers_folder
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match="transformers' layout"):
         make_model("ast", weights="imagenet", weights_path=str(folder / "model.safetensors"))
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match=r"config\.json can not be read"):
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
         make_model("ast", weights="audioset", weights_path=str(folder))
 
 
@@ -251,10 +322,6 @@ def test_broken_and_absent_files_are_refused(tmp_path, transformers_folder, make
     for path in ("nowhere/x.pth", "/nowhere/at/all"):
         with pytest.raises(UserError, match=r"weights_path.*does not exist"):
             read_weights("audioset", path)
-    with pytest.raises(UserError, match=r"weights_path.*empty"):
-        read_weights("audioset", None)
-    with pytest.raises(UserError, match=r"backbone\.weights:"):
-        read_weights("speech", None)
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path):
@@ -263,8 +330,9 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     torch.save({"a": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"mkdir.*could run code") as error:
         read_weights("audioset", str(tmp_path / "evil.pth"))
+    assert "weights_only" not in str(error.value) and "\x1b" not in str(error.value)
     assert not (tmp_path / "ran").exists()
 
 
