@@ -1,4 +1,4 @@
-"""What every command shares: messages that fit the terminal, and exit statuses that mean something.
+"""What every command shares: messages, log files, and exit statuses that mean something.
 
 0 done; 2 something the user can fix; 73 another process is at work on the same run, store or grid;
 75 preempted by SIGTERM with the state saved (the same command resumes); 130 interrupted.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -22,31 +21,20 @@ from utils.common.files import write_error
 
 logger = logging.getLogger(__name__)
 
-WIDTH = 100
 EXIT_USER, EXIT_BUSY, EXIT_PREEMPTED, EXIT_INTERRUPTED = 2, 73, 75, 130
 _HANDLER = "metadata-conditioned-ast"
 
 
-class _Wrapped(logging.Formatter):
-    """Plain messages; warnings and errors say so, banners need not; long ones are wrapped."""
+class _Labelled(logging.Formatter):
+    """Plain messages; warnings and errors say so, banners need not."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        if record.levelno >= logging.WARNING and not text.startswith("\n"):
-            text = f"{record.levelname.lower()}: {text}"
-        lines = text.splitlines()
-        return "\n".join(
-            textwrap.fill(
-                line,
-                WIDTH,
-                subsequent_indent="    ",
-                break_on_hyphens=False,
-                break_long_words=False,
-            )
-            if len(line) > WIDTH
-            else line
-            for line in lines
+        banner = text.startswith("\n")
+        label = (
+            "" if record.levelno < logging.WARNING or banner else f"{record.levelname.lower()}: "
         )
+        return label + text
 
 
 def set_up_logging(quiet: bool = False) -> None:
@@ -60,7 +48,7 @@ def set_up_logging(quiet: bool = False) -> None:
         root.removeHandler(handler)
     handler = logging.StreamHandler()
     handler.set_name(_HANDLER)
-    handler.setFormatter(_Wrapped("%(message)s"))
+    handler.setFormatter(_Labelled("%(message)s"))
     handler.setLevel(logging.ERROR if quiet else logging.INFO)
     handler.addFilter(_ours_or_warning)
     root.addHandler(handler)
