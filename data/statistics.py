@@ -112,34 +112,32 @@ class MetadataStatistics:
         Raises:
             UserError: it is incomplete, or of other scalars.
         """
-
-        def check(key: str, good: bool, expected: str) -> None:
-            if not good:
-                raise UserError(
-                    f"metadata statistics: {key} is {content.get(key)}, {expected} expected; use "
-                    "a checkpoint written by this version of the code"
-                )
-
-        check("scalars", content.get("scalars") == list(SCALARS), str(list(SCALARS)))
-        fields = {}
+        n = {}  # names in each vocabulary, 0 for what is none
         for key in ("devices", "sites"):
             names = content.get(key)
-            distinct = isinstance(names, list) and all(isinstance(name, str) for name in names)
-            check(key, distinct and len(set(names)) == len(names) > 0, "a list of names")
-            fields[key] = tuple(names)
-        for key, length, least in (
-            *(("medians", 3, -math.inf), ("mean", 3, -math.inf), ("std", 3, 1e-9)),
-            ("device_counts", len(fields["devices"]) + 1, 0),
-            ("site_counts", len(fields["sites"]) + 1, 0),
-        ):
+            good = isinstance(names, list) and all(isinstance(name, str) for name in names)
+            n[key] = len(names) if good and len(set(names)) == len(names) else 0
+        expected = {
+            **{"medians": 3, "mean": 3, "std": 3},
+            **{"device_counts": n["devices"] + 1, "site_counts": n["sites"] + 1},
+        }
+        least = {"std": 1e-9, "device_counts": 0, "site_counts": 0}
+        wrong = [key for key in n if n[key] == 0]
+        for key, length in expected.items():
             value = content.get(key)
-            finite = isinstance(value, list) and all(
-                isinstance(x, int | float) and math.isfinite(x) for x in value
+            if not (
+                isinstance(value, list)
+                and len(value) == length
+                and all(isinstance(x, int | float) and math.isfinite(x) for x in value)
+                and min(value) >= least.get(key, -math.inf)
+            ):
+                wrong.append(key)
+        if content.get("scalars") != list(SCALARS) or wrong:
+            raise UserError(
+                f"metadata statistics: {', '.join(wrong) or 'scalars'} cannot be used; use a "
+                "checkpoint written by this version of the code"
             )
-            good = finite and len(value) == length and min(value) >= least
-            check(key, good, f"{length} numbers")
-            fields[key] = tuple(value)
-        return cls(**fields)
+        return cls(**{key: tuple(content[key]) for key in (*expected, *n)})
 
 
 def _scalars(table: pd.DataFrame) -> np.ndarray:

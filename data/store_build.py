@@ -158,9 +158,6 @@ def write_recording(job: dict) -> dict:
     Returns:
         {"number", "bad": reason or None, "lengths", "checksums": samples and CRC-32 of each
         cycle, "channels", "silent": cycles of equal samples}.
-
-    Raises:
-        UserError: the file is no longer the one that the store's name depends on.
     """
     result = {"number": job["number"], "bad": None, "channels": 0, "silent": 0}
     cycles = []

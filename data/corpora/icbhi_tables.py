@@ -60,11 +60,7 @@ class Demographics(NamedTuple):
 
 
 def parse_name(stem: str) -> RecordingName:
-    """`101_1b1_Al_sc_Meditron` -> its tokens.
-
-    Raises:
-        UserError: a token is missing or not in its vocabulary.
-    """
+    """`101_1b1_Al_sc_Meditron` -> its tokens."""
     tokens = stem.split("_")
     if len(tokens) != 5:
         raise UserError(
@@ -85,11 +81,7 @@ def parse_name(stem: str) -> RecordingName:
 
 
 def read_text(path: Path) -> str:
-    """Text of a file: UTF-8 with or without a byte-order mark, else Latin-1.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """Text of a file: UTF-8 with or without a byte-order mark, else Latin-1."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -106,9 +98,6 @@ def parse_annotation(text: str, source: str) -> list[Cycle]:
     Args:
         text: content of the annotation.
         source: file name for messages.
-
-    Raises:
-        UserError: a row is malformed, or the cycles are not in order or overlap.
     """
     cycles: list[Cycle] = []
     for number, line in _rows(text):
@@ -144,11 +133,7 @@ def _parse_cycle(fields: list[str], where: str) -> Cycle:
 
 
 def parse_split(text: str, source: str) -> dict[str, str]:
-    """Rows `stem<TAB>train|test` -> {stem: part}.
-
-    Raises:
-        UserError: a row is malformed, or a recording stands there twice.
-    """
+    """Rows `stem<TAB>train|test` -> {stem: part}."""
     parts: dict[str, str] = {}
     for number, line in _rows(text):
         where = f"{source}, row {number}"
@@ -167,11 +152,7 @@ def parse_split(text: str, source: str) -> dict[str, str]:
 
 
 def parse_demographics(text: str, source: str) -> dict[int, Demographics]:
-    """Rows `patient age sex BMI weight height` (tabs, commas or blanks) -> {patient: values}.
-
-    Raises:
-        UserError: a row is malformed, a value impossible, or a patient stands there twice.
-    """
+    """Rows `patient age sex BMI weight height` (tabs, commas or blanks) -> {patient: values}."""
     patients: dict[int, Demographics] = {}
     for where, pid, fields in _patient_rows(text, source, columns=6):
         sex = None if fields[2].lower() in _MISSING else fields[2].upper()
@@ -189,11 +170,7 @@ def parse_demographics(text: str, source: str) -> dict[int, Demographics]:
 
 
 def parse_diagnosis(text: str, source: str) -> dict[int, str | None]:
-    """Rows `patient diagnosis` (tab, comma or blank) -> {patient: diagnosis}.
-
-    Raises:
-        UserError: a row is malformed, or a patient stands there twice.
-    """
+    """Rows `patient diagnosis` (tab, comma or blank) -> {patient: diagnosis}."""
     patients: dict[int, str | None] = {}
     for where, pid, fields in _patient_rows(text, source, columns=2):
         _add(patients, pid, None if fields[1].lower() in _MISSING else fields[1], where)

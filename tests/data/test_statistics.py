@@ -137,6 +137,9 @@ def test_statistics_survive_json_and_a_checkpoint(tmp_path):
         ("scalars", ["age"]),
         ("device_counts", [1, 2, 3]),  # not one per device
         ("sites", None),
+        ("sites", 7),
+        ("devices", "ABCD"),
+        ("devices", [1, 2, 3, 4]),
         ("devices", ["a", "a", "b", "c"]),
         ("mean", [1.0]),
         ("mean", [1.0, 2.0, math.nan]),

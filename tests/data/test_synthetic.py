@@ -272,8 +272,8 @@ def test_best_score_against_hand_computation():
 
 def test_best_score_is_the_best_of_all_rules():
     mass = np.random.default_rng(0).integers(0, 9, (3, 4)) + 1
-    rules = np.array(np.meshgrid(*[range(4)] * 3)).reshape(3, -1).T
-    sp = [mass[rule == 0, 0].sum() / mass[:, 0].sum() for rule in rules]
+    rules = list(itertools.product(range(4), repeat=3))
+    sp = [sum(mass[o, 0] for o in range(3) if rule[o] == 0) / mass[:, 0].sum() for rule in rules]
     hit = [sum(mass[o, c] for o, c in enumerate(rule) if c) for rule in rules]
     scores = 50 * (np.array(sp) + np.array(hit) / mass[:, 1:].sum())
     assert planted.best_mass_score(mass) == pytest.approx(scores.max())
@@ -350,16 +350,12 @@ def test_a_probe_cannot_hear_the_planted_field(planted_corpus):
 
 
 def test_a_planted_device_does_not_betray_itself(tmp_path, quick):
-    report = write_corpus(tmp_path / "c", planted_effect="device", **TINY)
+    write_corpus(tmp_path / "c", planted_effect="device", **TINY)
     table = with_heard(tmp_path / "c")
     second = table.Device.isin(["Litt3200", "Meditron"]).astype(int)
     assert (second == table.Group).all() and (table.groupby("PID").Group.nunique() == 2).all()
-    kinds = {
-        (info.samplerate, info.subtype)
-        for info in map(soundfile.info, map(str, (tmp_path / "c").glob("*.wav")))
-    }
-    assert len(kinds) == 1
-    assert report.planted_effect == "device"
+    infos = [soundfile.info(path) for path in (tmp_path / "c").glob("*.wav")]
+    assert len({(info.samplerate, info.subtype) for info in infos}) == 1
 
 
 @pytest.mark.parametrize("field", list(planted.SECOND_GROUP))
