@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import expit as sigmoid
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss
@@ -16,7 +17,6 @@ from utils.metrics.calibration import (
     fit_platt,
     log_odds,
     reliability,
-    sigmoid,
     undo_pos_weight,
 )
 

@@ -14,7 +14,7 @@ from data.task import Task
 from tests.utils.evaluation_tables import cycle_table, predictions
 from utils.common.errors import UserError
 from utils.common.files import plain
-from utils.evaluation.finished_runs import folders_from_mlflow, read_runs
+from utils.evaluation.finished_runs import read_runs
 from utils.evaluation.published import AUTHORS, read_published
 from utils.evaluation.render import model_card, number, to_markdown
 from utils.evaluation.report import (
@@ -432,20 +432,6 @@ def test_command_names_what_is_wrong(run_folder, tmp_path, caplog):
     assert "left out" not in caplog.text
     assert main([]) == 2
     assert "no run folders given" in caplog.text
-
-
-def test_run_folders_are_found_through_mlflow(run_folder, tmp_path, monkeypatch):
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database takes seconds to set up
-    folder = run_folder()
-    uri = (tmp_path / "tracking").as_uri()
-    client = mlflow.MlflowClient(tracking_uri=uri)
-    experiment = client.create_experiment("here")
-    for tags in ({"run_folder": str(folder)}, {"run_folder": str(tmp_path / "gone")}, {}):
-        client.create_run(experiment, tags=tags)
-    assert folders_from_mlflow(uri, "here") == [folder]
-    with pytest.raises(UserError, match="no MLflow experiment"):
-        folders_from_mlflow(uri, "elsewhere")
 
 
 # --- report.json ---------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from data.task import Task
 from utils.common.errors import UserError
-from utils.evaluation.published import TABLE, printed, read_published, systems
+from utils.evaluation.published import TABLE, read_published, systems
 from utils.figures import style
 from utils.figures.evaluation import (
     confusion_figure,
@@ -195,8 +195,6 @@ def test_every_published_row_has_a_source_and_its_score_adds_up():
         if not (pd.isna(row.sp) or pd.isna(row.se)):
             adds_up = abs((row.sp + row.se) / 2 - row.score) <= 0.0151
             assert adds_up or "does not add up" in row.note, row.method
-    assert printed(4, "AST").score == 60.17 and printed(4, "AST", blocks=0).score == 50.04
-    assert printed(4, "SoftFiLM-AST", layers=2).score == 62.45 and printed(2, "AST") is None
     assert not {"AST"} & set(systems().method)
     tafilm = table[(table.method == "TAFiLM-AST") & (table.task == "2-class")].iloc[0]
     assert (tafilm.sp, tafilm.se, tafilm.score) == (77.80, 66.40, 71.10)  # as printed

@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +20,6 @@ from experiments.protocol_simulation import (
     selection,
 )
 from utils.metrics.bootstrap import (
-    aligned_tables,
     auroc_bootstrap,
     average_precision_bootstrap,
     over_seeds,
@@ -186,24 +184,6 @@ def test_several_runs_are_averaged():
     alone = patient_bootstrap(a, resamples=100)["score"]
     assert both.value == pytest.approx((alone.value + 100) / 2)
     assert both.low == pytest.approx((alone.low + 100) / 2)
-
-
-def test_aligned_tables_match_cycles_by_name_and_refuse_others():
-    frame = pd.DataFrame(
-        {
-            "recording": ["r1", "r1", "r2"],
-            "cycle_index": [0, 1, 0],
-            "patient": [1, 1, 2],
-            "true_class": ["normal", "abnormal", "normal"],
-            "pred_class": ["normal", "normal", "abnormal"],
-        }
-    )
-    patients, (a, b) = aligned_tables(frame, [frame.iloc[::-1]], ("normal", "abnormal"))
-    assert list(patients) == [1, 2] and (a == b).all()
-    assert a.tolist() == [[[1, 0], [1, 0]], [[0, 1], [0, 0]]]
-    for other in (frame.iloc[:2], frame.assign(true_class="normal")):
-        with pytest.raises(ValueError, match="same cycles"):
-            aligned_tables(frame, [other], ("normal", "abnormal"))
 
 
 def test_auroc_bootstrap_agrees_with_scikit_learn_on_resampled_rows():

@@ -250,25 +250,3 @@ def group_runs(runs: Sequence[Run]) -> list[tuple[Protocol, list[RunGroup]]]:
         ordered = tuple(by_seed[seed] for seed in sorted(by_seed))
         protocols.setdefault(protocol, []).append(RunGroup(ordered))
     return sorted(protocols.items(), key=lambda item: (Selection(item[0].selection).rank, item[0]))
-
-
-def folders_from_mlflow(uri: str, experiment: str) -> list[Path]:
-    """Folders of the tracked runs, from their tag `run_folder`.
-
-    Raises:
-        UserError: no such experiment, or none of its runs has a folder here.
-    """
-    import mlflow
-
-    client = mlflow.MlflowClient(tracking_uri=uri)
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
-        raise UserError(f"no MLflow experiment {experiment!r} at {uri}; see --experiment")
-    runs = client.search_runs([found.experiment_id], max_results=5000)
-    tagged = [Path(r.data.tags["run_folder"]) for r in runs if "run_folder" in r.data.tags]
-    here = [folder for folder in dict.fromkeys(tagged) if folder.is_dir()]
-    if gone := len(set(tagged)) - len(here):
-        log.warning("%d tracked run folder(s) are not on this machine and are left out", gone)
-    if not here:
-        raise UserError(f"no run of {experiment!r} at {uri} has its folder on this machine")
-    return here

@@ -55,16 +55,3 @@ def systems() -> pd.DataFrame:
     """The rows of whole systems: no ablations, and one row per system."""
     table = read_published()
     return table[table.blocks.isna() & table.layers.isna()]
-
-
-def printed(n_cls: int, method: str, *, blocks: int = BLOCKS, layers: int = BLOCKS):
-    """The paper's row of a variant (its title), as a Series; None where the paper has none."""
-    table = read_published()
-    rows = table[
-        (table.authors == AUTHORS)
-        & (table.task == f"{n_cls}-class")
-        & (table.method == method)
-        & (table.blocks.fillna(BLOCKS) == blocks)
-        & (table.layers.fillna(BLOCKS) == layers)
-    ]
-    return rows.iloc[0] if len(rows) else None

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from utils.metrics import predictions as table
 from utils.metrics.bootstrap import (
     Difference,
     Interval,
-    aligned_tables,
     auroc_bootstrap,
     average_precision_bootstrap,
     paired_bootstrap,
@@ -336,14 +336,15 @@ def compare_predictions(
     Raises:
         ValueError: the tables do not hold the same cycles.
     """
-    names = list(named)
-    _, tables = aligned_tables(named[names[0]], [named[n] for n in names[1:]], task.classes)
+    tables = {}
+    for name, frame in named.items():
+        true, pred = (table.class_numbers(frame, task, c) for c in ("true_class", "pred_class"))
+        _, tables[name] = patient_tables(true, pred, frame["patient"], len(task.classes))
     return [
-        Comparison(**vars(difference), first=names[i], second=names[j], figure=figure)
-        for i in range(len(names))
-        for j in range(i + 1, len(names))
+        Comparison(**vars(difference), first=first, second=second, figure=figure)
+        for first, second in combinations(named, 2)
         for figure, difference in paired_bootstrap(
-            tables[i], tables[j], resamples=bootstrap, seed=seed
+            tables[first], tables[second], resamples=bootstrap, seed=seed
         ).items()
     ]
 

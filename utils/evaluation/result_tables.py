@@ -1,7 +1,6 @@
 """Run folders -> result tables, ours next to the paper's printed values.
 
     python -m utils.evaluation.result_tables runs/* [--table 4-class] [--format latex]
-    python -m utils.evaluation.result_tables --mlflow sqlite:///mlflow.db --experiment icbhi
 
 Each selection rule, split and data set has a table of its own, so that values of different
 protocols never share a column. Runs that differ in the training seed only are averaged; whatever
@@ -28,11 +27,10 @@ from utils.evaluation.finished_runs import (
     Protocol,
     Run,
     RunGroup,
-    folders_from_mlflow,
     group_runs,
     read_runs,
 )
-from utils.evaluation.published import AUTHORS, BLOCKS, printed, read_published
+from utils.evaluation.published import AUTHORS, BLOCKS, read_published
 from utils.evaluation.render import NOTHING, RATES, counts_line, markdown_table, number
 from utils.metrics.protocol import SYNTHETIC_NOTE, Selection, caption
 
@@ -116,14 +114,17 @@ def _table(kind: Kind, protocol: Protocol, groups: Sequence[RunGroup]) -> Table 
     keys = _differing([*own, *collapsed])
     if kind.key:
         keys = [kind.key, *(key for key in keys if key != kind.key)]
-    rows = [_own_row(g, kind, keys) for g in own] + _paper_rows(kind, keys, own)
-    rows.sort(key=_place(kind))
-    rows += _baseline_rows(own, kind, keys)
-    rows += [_own_row(g, kind, keys, "collapsed_", COLLAPSED) for g in collapsed]
-    rows += _baseline_rows(collapsed, kind, keys, "collapsed_", COLLAPSED)
     names = [HEADS[metric] for metric in kind.metrics]
     head = ["Method", *keys, *(f"{n}, ours" for n in names), *(f"{n}, paper" for n in names)]
-    frame = pd.DataFrame(rows).reindex(columns=head).fillna(NOTHING)
+    ours = pd.DataFrame([_row(g, kind, keys) for g in own], columns=head[: -len(names)])
+    on = ["Method", kind.key] if kind.key else ["Method"]
+    frame = ours.merge(_paper(kind), how="outer", on=on)
+    frame = frame.iloc[sorted(range(len(frame)), key=lambda i: _place(frame.iloc[i], kind))]
+    rows = _baseline_rows(own, kind, keys)
+    rows += [_row(g, kind, keys, "collapsed_", COLLAPSED) for g in collapsed]
+    rows += _baseline_rows(collapsed, kind, keys, "collapsed_", COLLAPSED)
+    frame = pd.concat([frame, pd.DataFrame(rows)], ignore_index=True)
+    frame = frame.reindex(columns=head).fillna(NOTHING)
     title = kind.title + ("" if protocol.split == "official" else f", split {protocol.split}")
     title = caption(title, protocol.selection, protocol.partial, protocol.synthetic)
     shown = [*own, *collapsed]
@@ -140,19 +141,13 @@ def _differing(groups: Sequence[RunGroup]) -> list[str]:
     return [key for key, found in values.items() if len(found) > 1]
 
 
-def _own_row(
+def _row(
     group: RunGroup, kind: Kind, keys: Sequence[str], prefix: str = "", suffix: str = ""
 ) -> dict[str, str]:
-    run = group.first
-    row = {"Method": group.title + suffix} | {k: run.setting.get(k, NOTHING) for k in keys}
+    row = {"Method": group.title + suffix}
+    row |= {key: group.first.setting.get(key, NOTHING) for key in keys}
     for metric in kind.metrics:
-        interval = metric == "score"
-        row[f"{HEADS[metric]}, ours"] = cell(group, prefix + metric, interval=interval)
-    layers = run.layers or ()
-    last = not layers or layers == tuple(range(layers[0], run.depth))
-    if not prefix and last and run.depth == BLOCKS:
-        theirs = printed(kind.n_cls, group.title, blocks=run.blocks, layers=len(layers) or BLOCKS)
-        row |= _paper_cells(theirs, kind)
+        row[f"{HEADS[metric]}, ours"] = cell(group, prefix + metric, interval=metric == "score")
     return row
 
 
@@ -167,56 +162,36 @@ def cell(group: RunGroup, metric: str, *, interval: bool = True) -> str:
     return text
 
 
-def _paper_rows(kind: Kind, keys: Sequence[str], own: Sequence[RunGroup]) -> list[dict[str, str]]:
-    """The paper's rows of this table that none of our rows quotes."""
+def _paper(kind: Kind) -> pd.DataFrame:
+    """The paper's rows of a table: method, the table's key, printed values with their sd."""
     table = read_published()
     table = table[(table.authors == AUTHORS) & (table.task == f"{kind.n_cls}-class")]
     blocks, layers = table.blocks.fillna(BLOCKS), table.layers.fillna(BLOCKS)
-    if kind.key != TRAINABLE:
-        table = table[blocks == BLOCKS]
-    if kind.key != LAYERS:
-        table = table[layers == BLOCKS]
+    if kind.key == LAYERS:  # of the one variant that was trained so
+        inside = (blocks == BLOCKS) & table.method.isin(table.method[layers < BLOCKS])
     else:
-        table = table[table.method.isin(table.method[layers < BLOCKS])]
-    column = {TRAINABLE: "blocks", LAYERS: "layers"}.get(kind.key)
-    rows, ours = [], {(g.title, g.first.setting.get(kind.key or "")) for g in own}
-    for _, theirs in table.iterrows():
-        value = None
-        if column:
-            n = BLOCKS if pd.isna(theirs[column]) else int(theirs[column])
-            value = str(n) if column == "blocks" else "all" if n == BLOCKS else f"last {n}"
-        if (theirs.method, value) not in ours and not (
-            not column and any(g.title == theirs.method for g in own)
-        ):
-            own_key = {kind.key: value} if column else {}
-            rows.append({"Method": theirs.method} | own_key | _paper_cells(theirs, kind))
-    return rows
+        inside = (layers == BLOCKS) & ((blocks == BLOCKS) | (kind.key == TRAINABLE))
+    out = pd.DataFrame({"Method": table.method})
+    if kind.key == TRAINABLE:
+        out[TRAINABLE] = blocks.astype(str)
+    if kind.key == LAYERS:
+        out[LAYERS] = layers.map(lambda n: "all" if n == BLOCKS else f"last {n}")
+    for metric in kind.metrics:
+        values = table[metric].map("{:.2f}".format, na_action="ignore")
+        sd = table[f"{metric}_sd"].map(" ± {:.2f}".format, na_action="ignore").fillna("")
+        out[f"{HEADS[metric]}, paper"] = values + sd
+    return out[inside]
 
 
-def _paper_cells(theirs: pd.Series | None, kind: Kind) -> dict[str, str]:
-    """A printed value and its printed standard deviation, where there is one."""
-    out = {}
-    for metric in kind.metrics if theirs is not None else ():
-        value, sd = theirs[metric], theirs[f"{metric}_sd"]
-        if not pd.isna(value):
-            text = f"{value:.2f}" + ("" if pd.isna(sd) else f" ± {sd:.2f}")
-            out[f"{HEADS[metric]}, paper"] = text
-    return out
-
-
-def _place(kind: Kind) -> Callable[[dict[str, str]], tuple]:
+def _place(row: pd.Series, kind: Kind) -> tuple:
     """Sorts by the table's key (numbers in their order), then by `Variant.order`; a variant that is
     no longer in `models/` comes last."""
     titles = [variant.title for variant in VARIANTS.values()]
-
-    def key(row: dict[str, str]) -> tuple:
-        value = row.get(kind.key or "", "")
-        n = value.removeprefix("last ")
-        size = int(n) if n.isdigit() else BLOCKS + 1 if value == "all" else -1
-        title = row["Method"]
-        return size, value, titles.index(title) if title in titles else len(titles), title
-
-    return key
+    value = row[kind.key] if kind.key else ""
+    n = value.removeprefix("last ")
+    size = int(n) if n.isdigit() else BLOCKS + 1 if value == "all" else -1
+    title = row["Method"]
+    return size, value, titles.index(title) if title in titles else len(titles), title
 
 
 def _baseline_rows(
@@ -327,17 +302,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--format", choices=list(FORMATS), default="markdown", help="default: markdown"
     )
-    parser.add_argument("--mlflow", metavar="URI", help="take the run folders of tracked runs")
-    parser.add_argument(
-        "--experiment", metavar="NAME", default="icbhi", help="of MLflow; default: icbhi"
-    )
     options = parser.parse_args(arguments)
-    folders = list(options.runs)
-    if options.mlflow:
-        folders += folders_from_mlflow(options.mlflow, options.experiment)
-    if not folders:
-        raise UserError("no run folders given; name some, such as runs/*, or use --mlflow")
-    tables = build_tables(read_runs(folders), [options.table] if options.table else [*TABLES])
+    if not options.runs:
+        raise UserError("no run folders given; name some, such as runs/*")
+    tables = build_tables(read_runs(options.runs), [options.table] if options.table else [*TABLES])
     if not tables:
         raise UserError(
             f"the runs fill no table{f' {options.table}' if options.table else ''}; "

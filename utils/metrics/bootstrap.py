@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
 from utils.metrics.score import metrics_of
 
@@ -127,7 +126,7 @@ def paired_bootstrap(
             the same true classes.
         training_seeds: number S of seeds that A and B were both trained with, their runs in S
             equal parts in the same order. Seeds are then resampled as well, so that trainings that
-            differ widen the interval (by too little where S is small: it can not leave their
+            differ widen the interval (by too little where S is small: it cannot leave their
             range); 0: it holds the trained models fixed.
 
     Raises:
@@ -158,34 +157,6 @@ def _mean_difference(a: np.ndarray, b: np.ndarray, seeds: int, seed: int) -> np.
     own = [x.reshape(len(x), seeds, -1).mean(axis=2) for x in (a, b)]  # [B, S]
     drawn = patient_weights(seeds, len(a), seed + 1)  # apart from the patients' own draws
     return (drawn * (own[1] - own[0])).sum(axis=1) / seeds
-
-
-def aligned_tables(
-    first: pd.DataFrame, others: Sequence[pd.DataFrame], classes: Sequence[str]
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Patient tables of several predictions tables over the same cycles.
-
-    Returns:
-        Patients [P]; for each table, `first` included, counts [P, C, C].
-
-    Raises:
-        ValueError: the tables do not hold the same cycles with the same true classes.
-    """
-    order = {name: index for index, name in enumerate(classes)}
-    key = ["recording", "cycle_index"]
-    reference = first.sort_values(key)
-    patients, tables = None, []
-    for frame in (first, *others):
-        frame = frame.sort_values(key)
-        same = len(frame) == len(reference) and all(
-            (frame[c].to_numpy() == reference[c].to_numpy()).all() for c in (*key, "true_class")
-        )
-        if not same:
-            raise ValueError("a paired comparison needs the same cycles of the same patients")
-        true, pred = (frame[c].map(order).to_numpy() for c in ("true_class", "pred_class"))
-        patients, counts = patient_tables(true, pred, frame["patient"].to_numpy(), len(classes))
-        tables.append(counts)
-    return patients, tables
 
 
 def auroc_bootstrap(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.optimize import minimize
+from scipy.special import expit
 
 from data.task import Task
 from utils.metrics.score import output_targets
@@ -23,11 +24,6 @@ def log_odds(probability: np.ndarray) -> np.ndarray:
     """logit(p), finite: probabilities are kept 1e-12 away from 0 and 1."""
     p = np.clip(np.asarray(probability, np.float64), 1e-12, 1 - 1e-12)
     return np.log(p) - np.log1p(-p)
-
-
-def sigmoid(logit: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-x)) without overflow."""
-    return 0.5 * (1.0 + np.tanh(0.5 * np.asarray(logit, np.float64)))
 
 
 def undo_pos_weight(logits: np.ndarray, pos_weight) -> np.ndarray:
@@ -52,7 +48,7 @@ def fit_platt(logit: np.ndarray, target: np.ndarray) -> tuple[float, float]:
 
     def loss_and_gradient(ab):
         z = ab[0] * x + ab[1]
-        error = sigmoid(z) - soft
+        error = expit(z) - soft
         return np.mean(np.logaddexp(0, z) - soft * z), np.array([np.mean(error * x), error.mean()])
 
     a, b = minimize(loss_and_gradient, np.array([scale, centre]), jac=True, method="BFGS").x
@@ -140,11 +136,11 @@ def calibration_report(
         }
         if pos_weight is not None:
             corrected = undo_pos_weight(logits[:, k], pos_weight[k])
-            entry["without_pos_weight"] = _judge(sigmoid(corrected), target)
+            entry["without_pos_weight"] = _judge(expit(corrected), target)
         if val_probability is not None and len(val_probability):
             val_target = output_targets(task, val_label)[:, k]
             slope, intercept = fit_platt(log_odds(val_probability[:, k]), val_target)
-            entry["platt"] = _judge(sigmoid(slope * logits[:, k] + intercept), target)
+            entry["platt"] = _judge(expit(slope * logits[:, k] + intercept), target)
             entry["platt"] |= {"slope": slope, "intercept": intercept}
         report[name] = entry
     return report

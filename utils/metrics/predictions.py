@@ -1,9 +1,9 @@
-"""The predictions table: one row per evaluated cycle, written beside every run.
+"""The predictions table: one row per evaluated cycle, written by every run and evaluation.
 
 Columns: `cycle` (row number in the run's cycle table), `recording`, `cycle_index`, `patient`,
 `device`, `site`, `age` (years), `sex`, `bmi` (kg/m2, derived), `split`, then `p_<output>` and
 `logit_<output>` for each of `Task.outputs`, `true_class`, `pred_class` (names of `Task.classes`).
-All figures can be computed again from this file alone.
+All metrics can be computed again from this file alone.
 """
 
 from __future__ import annotations

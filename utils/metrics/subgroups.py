@@ -1,4 +1,4 @@
-"""Figures by device, site, sex, age group and whether the BMI is known."""
+"""Sp, Se and Score by device, site, sex, age group and whether the BMI is known."""
 
 from __future__ import annotations
 
