@@ -61,7 +61,7 @@ def train(variant: str, corpus: Path, work: Path, **overrides) -> RunFolder:
 
 @pytest.fixture(scope="module")
 def corpus(synthetic_corpus, tmp_path_factory) -> Path:
-    """A copy, beside which the waveform store may lie."""
+    """A copy, next to which the waveform store may lie."""
     return Path(shutil.copytree(synthetic_corpus, tmp_path_factory.mktemp("evaluate") / "corpus"))
 
 
@@ -128,7 +128,7 @@ def test_the_figures_of_the_test_part_are_the_runs_own(variant, work, monkeypatc
     assert max(map(len, lines)) <= 100
 
 
-def test_the_metadata_test_hears_every_sound_once(work, monkeypatch):
+def test_the_metadata_test_reads_each_sound_once(work, monkeypatch):
     model = TrainedModel.open(best(work, "ast_softfilm"))
     heard = []
     forward = AudioFrontend.forward
@@ -149,7 +149,7 @@ def test_the_metadata_test_hears_every_sound_once(work, monkeypatch):
         assert table[0][key] == own[key]["value"]
 
 
-def test_predictions_under_other_metadata_are_those_of_cycles_that_have_them(work):
+def test_predictions_under_other_metadata(work):
     model = TrainedModel.open(best(work, "ast_softfilm"))
     rows = model.rows("test")[::-1].copy()
     index = torch.from_numpy(rows)
@@ -161,9 +161,7 @@ def test_predictions_under_other_metadata_are_those_of_cycles_that_have_them(wor
     assert np.abs(plain - blind).max() > 1e-3
 
 
-def test_the_run_is_found_from_the_copy_and_strangers_stay_beside_the_file(
-    work, no_pictures, monkeypatch, tmp_path
-):
+def test_the_run_is_found_from_a_copy_only_if_it_is_its(work, no_pictures, monkeypatch, tmp_path):
     copy = work / "checkpoints" / "softfilm_best.pt"
     assert copy.with_suffix(".md").read_text().startswith("# Model card: SoftFiLM-AST")
     run = best(work, "ast_softfilm").parent.parent
@@ -182,7 +180,7 @@ def test_the_run_is_found_from_the_copy_and_strangers_stay_beside_the_file(
     assert report["metrics"]["chosen"]["auroc_crackle"]["value"] == pytest.approx(own, abs=1e-3)
 
 
-def test_a_foreign_checkpoint_does_not_say_where_to_write(work, no_pictures, monkeypatch, tmp_path):
+def test_a_foreign_checkpoint_writes_nowhere_else(work, no_pictures, monkeypatch, tmp_path):
     """Its configuration and run name come from whoever made it."""
     mail, victim = tmp_path / "mail", tmp_path / "victim"
     here = tmp_path / "here"
@@ -229,11 +227,11 @@ def test_other_parts_say_what_they_are(work, no_pictures, monkeypatch, capsys):
     assert val["metrics"] == report_of(run)["val"]["metrics"]
 
 
-def test_other_data_are_shouted_and_kept_apart(work, no_pictures, monkeypatch, capsys, tmp_path):
+def test_other_data_are_named_and_kept_apart(work, no_pictures, monkeypatch, capsys, tmp_path):
     write_corpus(tmp_path / "clinic", patients=9, seed=5)
     checkpoint = best(work, "ast_softfilm")
     model = TrainedModel.open(checkpoint, data_folder=str(tmp_path / "clinic"))
-    assert model.data.statistics.to_dict() == model.checkpoint.statistics, "nothing is fitted anew"
+    assert model.data.statistics.to_dict() == model.checkpoint.statistics, "nothing is fitted again"
     words = ("--checkpoint", checkpoint, "--data-folder", tmp_path / "clinic")
     assert start(monkeypatch, *words, "--no-metadata-test") == 0
     assert "OTHER DATA" in capsys.readouterr().err
@@ -247,7 +245,7 @@ def test_other_data_are_shouted_and_kept_apart(work, no_pictures, monkeypatch, c
     assert TrainedModel.open(checkpoint, data_folder=str(moved)).other_data() == ""
 
 
-def test_a_synthetic_corpus_is_marked_after_it_has_gone(work, corpus, tmp_path):
+def test_synthetic_is_marked_without_the_corpus(work, corpus, tmp_path):
     other = Path(shutil.copytree(corpus, tmp_path / "copy"))
     (other / MARKER).unlink()
     away = (corpus / MARKER).rename(tmp_path / MARKER)
@@ -290,9 +288,7 @@ def test_an_evaluation_is_added_to_the_tracked_run(corpus, monkeypatch, tmp_path
 # -------------------------------------------------------------------- several models
 
 
-def test_comparing_takes_the_runs_predictions_or_computes_the_same(
-    work, monkeypatch, capsys, tmp_path
-):
+def test_comparing_stored_or_computed_is_the_same(work, monkeypatch, capsys, tmp_path):
     first, second = best(work, "ast"), best(work, "ast_softfilm")
     frames = [read_predictions(p.parent.parent / "predictions/test.csv", Task(4))
               for p in (first, second)]  # fmt: skip
@@ -346,9 +342,7 @@ def test_what_can_not_be_compared_is_refused(work, corpus, monkeypatch, capsys, 
     assert "given twice" in capsys.readouterr().err
 
 
-def test_honest_rules_are_compared_with_a_warning_and_test_selected_figures_never(
-    work, corpus, monkeypatch, capsys, tmp_path
-):
+def test_which_selection_rules_are_compared(work, corpus, monkeypatch, capsys, tmp_path):
     ast, short = best(work, "ast"), {"training.epochs": 1}
     biased = train("ast", corpus, tmp_path, **short, **{"training.selection": "test"})
     for pair in ((ast, biased.best), (biased.best, ast)):

@@ -80,9 +80,7 @@ def test_figures_of_models_say_what_they_rest_on(checkpoints, tmp_path, monkeypa
     assert f"over {len(split.test)} cycles" in text
 
 
-def test_figures_of_a_model_say_synthetic_after_its_corpus_has_gone(
-    synthetic_corpus, tmp_path, monkeypatch
-):
+def test_model_figures_say_synthetic(synthetic_corpus, tmp_path, monkeypatch):
     checkpoint = write_checkpoint(tmp_path / "soft.pt", "ast_softfilm", synthetic_corpus)
     checkpoint.config["dataset"]["data_folder"] = str(tmp_path / "gone")
     for known in (False, True):
@@ -90,7 +88,7 @@ def test_figures_of_a_model_say_synthetic_after_its_corpus_has_gone(
         assert model_notice(TrainedModel.open(tmp_path / "soft.pt")).synthetic == known
 
 
-def test_what_a_checkpoint_says_of_files_is_taken_only_where_they_are(synthetic_corpus, tmp_path):
+def test_paths_in_a_checkpoint_must_exist(synthetic_corpus, tmp_path):
     metadata, cache = tmp_path / "there.csv", tmp_path / "cache"
     write_checkpoint(
         tmp_path / "soft.pt", "ast_softfilm", synthetic_corpus,
@@ -158,7 +156,7 @@ def test_wrong_input_is_refused_with_the_right_command(
     assert not (tmp_path / "figs").exists()
 
 
-def test_models_of_different_test_cycles_are_not_compared(checkpoints, synthetic_corpus, tmp_path):
+def test_other_test_cycles_are_not_compared(checkpoints, synthetic_corpus, tmp_path):
     other = tmp_path / "softfilm_best.pt"
     write_checkpoint(other, "ast_softfilm", synthetic_corpus, "dataset.split_strategy=random")
     options = Options(baseline=str(checkpoints / "ast_best.pt"), softfilm=str(other))
@@ -219,7 +217,7 @@ def test_figures_of_a_run(finished, tmp_path):
     assert written(tmp_path / "o") == [f"{n}.{f}" for n in names for f in ("pdf", "png")]
 
 
-def test_a_synthetic_corpus_is_marked_after_it_has_gone(finished):
+def test_synthetic_is_marked_without_the_corpus(finished):
     path = finished / "report.json"
     assert not read_evaluation(finished).report.synthetic
     path.write_text(json.dumps(json.loads(path.read_text()) | {"synthetic": True}))
@@ -250,7 +248,7 @@ def test_the_part_that_was_not_evaluated_is_named(finished, tmp_path, caplog):
     assert "--run DIR" in caplog.text
 
 
-def test_own_results_are_means_over_seeds_and_partial_ones_are_refused(finished):
+def test_own_results_are_means_over_seeds(finished):
     one, two = (read_evaluation(finished) for _ in range(2))
     value = one.report.metrics["chosen"]["score"].value
     better = replace(two.report.metrics["chosen"]["score"], value=value + 2)
@@ -288,7 +286,7 @@ def test_log_mel_of_each_class_is_the_front_ends(synthetic_corpus, tmp_path):
         assert mels[name].energy.min() > -16 and mels[name].energy.max() < 12  # nat, not z-scores
 
 
-def test_log_mel_needs_to_know_where_the_recordings_are(caplog):
+def test_log_mel_needs_recordings(caplog):
     assert run("--log-mel") == 2
     assert "--data-folder DIR" in caplog.text
 

@@ -87,7 +87,7 @@ def test_wrong_predictions_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_report_is_json_and_its_figures_are_the_metrics(task):
+def test_report_is_json_and_holds_the_metrics(task):
     table = cycle_table()
     frame = predictions(task, table)
     thresholds = (0.4,) * task.n_thresholds
@@ -109,7 +109,7 @@ def test_report_is_json_and_its_figures_are_the_metrics(task):
     assert set(report.calibration) == set(task.outputs)
 
 
-def test_thresholds_none_keeps_the_decisions_of_the_table():
+def test_without_thresholds_the_table_decides():
     task, frame = Task(2), predictions(Task(2), cycle_table())
     frame["pred_class"] = frame["true_class"]
     report = evaluate_predictions(frame, task, None, selection="validation", bootstrap=20)
@@ -134,7 +134,7 @@ def test_part_with_one_class_reports_nothing_undefined(task):
 @pytest.mark.parametrize("selection", ["validation", "fixed", "test"])
 @pytest.mark.parametrize("partial", ["", "PARTIAL: 50 of 920 recordings"])
 @pytest.mark.parametrize("synthetic", [False, True])
-def test_every_table_carries_rule_and_what_the_data_lack(selection, partial, synthetic):
+def test_every_table_carries_rule_and_marks(selection, partial, synthetic):
     report = report_of(Task(4), selection=selection, partial_message=partial, synthetic=synthetic)
     report.origin = Origin(
         run="ast_film-4cls-s3", variant="ast_film", title="FiLM-AST", n_cls=4,
@@ -181,7 +181,7 @@ def test_caption_refuses_an_unknown_rule():
         caption("Table", "best-of-ten", False)
 
 
-def test_test_selected_figures_have_tracker_columns_of_their_own():
+def test_test_selected_metrics_are_tracked_apart():
     groups = {rule: metric_group("test", rule) for rule in Selection}
     assert groups["validation"] == groups["fixed"] == "test" != groups["test"]
 
@@ -212,7 +212,7 @@ def test_age_groups_by_hand():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_subgroups_cover_all_cycles_and_hide_small_rates(task):
+def test_subgroups_cover_all_and_hide_small_rates(task):
     frame = predictions(task, cycle_table())
     frame.loc[:4, "sex"] = None  # five cycles of unknown sex
     table = subgroup_table(frame, task)
@@ -313,7 +313,7 @@ def test_seeds_are_averaged_next_to_the_paper(run_folder):
     assert any("Test: 144 cycles" in note for note in table.notes)
 
 
-def test_protocols_and_partial_data_never_share_a_table(run_folder):
+def test_protocols_never_share_a_table(run_folder):
     folders = [
         run_folder(),
         run_folder(selection="test"),

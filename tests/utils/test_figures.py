@@ -109,7 +109,7 @@ def test_operating_curve_is_the_given_one():
     np.testing.assert_array_equal(lines["in use: Sp 40.0, Se 70.0"], [[40.0, 70.0]])
 
 
-def test_reliability_draws_every_calibration_of_every_output():
+def test_reliability_draws_every_calibration():
     rng = np.random.default_rng(0)
     probability, label = rng.random((300, 2)), (rng.random((300, 2)) < 0.4).astype(float)
     report = calibration_report(Task(4), probability, label, pos_weight=[2.0, 3.0])
@@ -160,7 +160,7 @@ def history(part="val", n=4):
     )  # fmt: skip
 
 
-def test_learning_curves_show_the_table_and_mark_the_chosen_epoch():
+def test_learning_curves_mark_the_chosen_epoch():
     table = history()
     loss, score, _ = learning_figure(table, "val", best=2).axes
     np.testing.assert_allclose(loss.lines[0].get_xydata(), np.c_[[1, 2, 3, 4], table.train_loss])
@@ -187,7 +187,7 @@ def test_metrics_of_no_run_are_an_error(tmp_path):
 # ---------------------------------------------------------------- published systems
 
 
-def test_every_published_row_has_a_source_and_its_score_adds_up():
+def test_published_rows_have_sources_and_add_up():
     table = read_published()
     assert set(table.task) == {"4-class", "2-class"}
     for row in table.itertuples():
@@ -222,7 +222,7 @@ def test_faulty_published_rows_are_named(tmp_path, column, value, message):
         read_published(path)
 
 
-def test_honest_and_test_selected_results_stand_in_blocks_of_their_own():
+def test_results_are_in_blocks_by_selection():
     table = systems()
     own = [
         OwnResult("4-class", "Ours", 80.0, 30.0, 55.0, None, "validation"),

@@ -75,7 +75,7 @@ def analyse(conditioner, steps=4, **changes):
 
 
 @pytest.mark.parametrize("n_sets", [1, DEPTH])
-def test_plotted_masks_are_the_models_at_its_temperature(n_sets):
+def test_plotted_masks_are_the_models(n_sets):
     conditioner = soft(n_sets, temperature=0.4)
     expected = torch.sigmoid(conditioner.masks.logits / 0.4).detach().numpy()
     analysis = analyse(conditioner)
@@ -88,7 +88,7 @@ def test_plotted_masks_are_the_models_at_its_temperature(n_sets):
     )
 
 
-def test_heat_map_keeps_columns_together_and_sorts_them_by_owner():
+def test_heat_map_is_sorted_by_owner():
     analysis = analyse(soft())
     ordered = sorted_weights(analysis)[:, 0]
     columns = {tuple(c) for c in analysis.weights[:, 0].T}
@@ -125,7 +125,7 @@ def test_overlaps_stand_beside_their_controls():
     assert named in mask_caption(analysis)
 
 
-def test_effect_is_the_norm_of_the_factors_own_modulation():
+def test_effect_is_the_norm_of_the_modulation():
     conditioner = soft()
     parts = conditioner.contributions(metadata()).detach()  # [K, B, L, 2, D]
     expected = parts.flatten(3).norm(dim=-1).mean(dim=1)
@@ -144,7 +144,7 @@ def groupings(cycles):
     return {"device": [DEVICES[i] for i in cycles.device], "age": ["< 18", ">= 65"] * 20}
 
 
-def test_statistics_are_those_of_gamma_and_beta_themselves(monkeypatch):
+def test_statistics_are_those_of_gamma_and_beta(monkeypatch):
     monkeypatch.setattr("utils.figures.film.BATCH", 7)  # the sums run over several batches
     conditioner, cycles = film(), metadata()
     (found,) = film_statistics(conditioner, cycles, groupings(cycles))
@@ -175,7 +175,7 @@ def test_distances_between_and_within():
     np.testing.assert_allclose(distances(alone, "device")[1], 0, atol=1e-5)
 
 
-def test_lines_show_mean_and_spread_over_the_dimensions():
+def test_lines_show_mean_and_spread():
     cycles = metadata()
     (found,) = film_statistics(film(), cycles, groupings(cycles))
     figure = parameters_figure(found)
@@ -193,7 +193,7 @@ def test_lines_show_mean_and_spread_over_the_dimensions():
         assert f"γ: between devices {between[:, 0].mean():.3g}" in caption
 
 
-def test_tafilm_has_parameters_for_both_kinds_of_tokens():
+def test_tafilm_has_parameters_for_both_tokens():
     cycles = metadata()
     special, patches = film_statistics(film(TAFiLM), cycles, groupings(cycles))
     assert (special.tokens, patches.tokens) == ("CLS and DIST", "patches")
@@ -215,7 +215,7 @@ def test_nearest_neighbours_by_hand():
     assert np.isnan(knn_accuracy(distance, ["a"] * 6, [0] * 6, k=2))
 
 
-def test_a_patient_is_not_its_own_neighbour_except_for_the_patient():
+def test_a_patient_is_not_its_own_neighbour():
     rng = np.random.default_rng(0)
     patient = np.repeat(np.arange(20), 6)
     x = rng.normal(size=(20, 8))[patient] * 10 + rng.normal(size=(120, 8))

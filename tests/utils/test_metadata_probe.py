@@ -48,7 +48,7 @@ def test_shuffle_gives_each_patient_one_other_donor(seed):
     assert len(set(donors)) == len(donors)
 
 
-def test_shuffle_permutes_sites_among_recordings_and_keeps_the_sound():
+def test_shuffle_permutes_sites_among_recordings():
     table = cycle_table()
     before = table.copy()
     shuffled = shuffle_metadata(table, seed=1)
@@ -87,7 +87,7 @@ def test_conditions_hide_what_they_say():
 
 
 @pytest.mark.parametrize("task", [Task(2), Task(4)])
-def test_a_model_of_the_metadata_is_exposed_and_a_listener_is_not(task):
+def test_a_model_of_the_metadata_is_exposed(task):
     table = cycle_table(patients=24)
     statistics = MetadataStatistics.fit(table, DEVICES, SITES)
     label = task.labels(table["Crackles"].to_numpy(), table["Wheezes"].to_numpy())

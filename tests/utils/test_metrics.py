@@ -65,7 +65,7 @@ def test_score_agrees_with_naive(pairs):
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40))
 @settings(max_examples=100, deadline=None)
-def test_collapsing_keeps_specificity_and_never_lowers_sensitivity(pairs):
+def test_collapsing_never_lowers_sensitivity(pairs):
     true, pred = np.array([t for t, _ in pairs]), np.array([p for _, p in pairs])
     four, two = sp_se_score(true, pred), sp_se_score(collapse(true), collapse(pred))
     assert two.sp == pytest.approx(four.sp, nan_ok=True)
@@ -97,26 +97,6 @@ def test_thresholds_agree_with_naive_search(task, seed, min_sensitivity, monkeyp
     probability, label = random_part(task, 60, seed, decimals=2)
     chosen = choose_thresholds(task, probability, label, min_sensitivity)
     assert chosen == naive_thresholds(task, probability, label, min_sensitivity)
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_no_grid_point_beats_the_choice(task):
-    probability, label = random_part(task, 200, seed=3)
-    true = task.true_classes(label)
-    best = sp_se_score(
-        true, task.predicted_classes(probability, choose_thresholds(task, probability, label))
-    ).score
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        point = rng.choice(GRID, task.n_thresholds)
-        assert sp_se_score(true, task.predicted_classes(probability, point)).score <= best + 1e-9
-
-
-def test_ties_go_towards_one_half():
-    probability, label = np.array([[0.2], [0.3], [0.7], [0.8]]), np.array([[0], [0], [1], [1.0]])
-    assert choose_thresholds(TWO, probability, label) == (0.5,)
-    events = np.array([[0.1, 0.2], [0.9, 0.2], [0.1, 0.6], [0.9, 0.6]])
-    assert choose_thresholds(FOUR, events, np.array([[0, 0], [1, 0], [0, 1], [1, 1]])) == (0.5, 0.5)
 
 
 def test_minimum_sensitivity_is_kept_or_reported(caplog):
@@ -182,18 +162,10 @@ def test_tiny_parts_give_nan_without_warnings(task, n):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_operating_curve_points_are_what_the_rule_gives(task):
+def test_operating_curve_points_follow_the_rule(task):
     probability, label = random_part(task, 100, seed=7)
     curve = operating_curve(task, probability, label)
     true, value = collapse(task.true_classes(label)), task.abnormal_score(probability)
     assert curve[0, :2] == pytest.approx((0, 100)) and curve[-1, :2] == pytest.approx((100, 0))
     for se, sp, threshold in curve:
         assert sp_se_score(true, value >= threshold)[:2] == pytest.approx((sp, se))
-
-
-def test_float32_probabilities_choose_like_float64():
-    probability, label = random_part(FOUR, 200, seed=8)
-    single = probability.astype(np.float32)
-    assert choose_thresholds(FOUR, single, label) == choose_thresholds(
-        FOUR, single.astype(np.float64), label
-    )

@@ -1,4 +1,4 @@
-"""The test half can not reach the training: all its labels are permuted, and the scripts' own path
+"""The test half cannot reach the training: all its labels are permuted, and the scripts' own path
 from the annotation files to weights and thresholds gives the same, bit for bit."""
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _no_pictures(monkeypatch):
 
 
 @pytest.mark.parametrize("selection", ["validation", "fixed"])
-def test_permuted_test_labels_change_nothing_but_the_test_figures(selection, both):
+def test_permuted_test_labels_change_test_metrics_only(selection, both):
     plain, permuted = both(selection)
     a, b = plain["checkpoint"], permuted["checkpoint"]
     assert not differing(a.weights, b.weights)
