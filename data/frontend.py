@@ -3,7 +3,7 @@
 B clips, S samples, T frames, F mel bands, K FFT bins. The log-mel is that of
 `torchaudio.compliance.kaldi.fbank` (Hann window, no dither, power spectrum), computed in float64
 up to the power spectrum whatever autocast or TF32 settings say. A CPU takes clip by clip, a GPU
-the whole batch; which `Way` it is, is chosen once per call.
+the whole batch; the `Backend` is chosen once per call.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def band_blocks(bank: Tensor, size: int) -> list[tuple[slice, slice, Tensor]]:
     return blocks
 
 
-class Way(NamedTuple):
+class Backend(NamedTuple):
     """The two steps that a CPU and a GPU do differently: `pad_clip` and
     `AudioFrontend._clip_log_mel`, or `pad_batch` and `AudioFrontend._batch_log_mel`."""
 
@@ -131,7 +131,7 @@ class AudioFrontend(nn.Module):
         return self._run(self._spectrogram, shape, waveform, length, seed)
 
     def clips(self, waveform: Tensor, length: Tensor, seed: int | None = None) -> Tensor:
-        """What `forward` hears: [B, clip_samples], padded, noisy, stretched, louder."""
+        """The waveforms that `forward` transforms, padded and augmented: [B, clip_samples]."""
         return self._run(self._clip, (self.clip_samples,), waveform, length, seed)
 
     @torch.no_grad()
@@ -143,34 +143,36 @@ class AudioFrontend(nn.Module):
         length: Tensor,
         seed: int | None,
     ) -> Tensor:
-        """A stage of the front end, [B, *shape], by the way that suits the device."""
+        """A stage of the front end, [B, *shape], on the back end of the device."""
         batch = (waveform.float(), length)
         if seed is not None and self.augmentation is not None:
             batch += (self.augmentation.draw(len(waveform), seed),)
         with torch.autocast(waveform.device.type, enabled=False):
             if waveform.device.type == "cpu":
-                way = Way(pad_clip, self._clip_log_mel)
-                return for_each_clip(partial(stage, way), shape, *batch)
-            return stage(Way(pad_batch, self._batch_log_mel), *batch)
+                backend = Backend(pad_clip, self._clip_log_mel)
+                return for_each_clip(partial(stage, backend), shape, *batch)
+            return stage(Backend(pad_batch, self._batch_log_mel), *batch)
 
-    def _clip(self, way: Way, waveform: Tensor, length: Tensor, plan: Plan | None = None) -> Tensor:
+    def _clip(
+        self, backend: Backend, waveform: Tensor, length: Tensor, plan: Plan | None = None
+    ) -> Tensor:
         shape = {"samples": self.clip_samples, "pad_type": self.audio.pad_type, "fade": self.fade}
-        clip = way.pad(waveform, length, **shape)
+        clip = backend.pad(waveform, length, **shape)
         if plan is not None:
             self.augmentation.noise(clip, plan)
             rows, stretched, filled = self.augmentation.speed(clip, plan)
             if len(rows):
-                clip[rows] = way.pad(stretched, filled, **shape)
+                clip[rows] = backend.pad(stretched, filled, **shape)
             self.augmentation.loudness(clip, plan)
         return clip
 
     def _spectrogram(
-        self, way: Way, waveform: Tensor, length: Tensor, plan: Plan | None = None
+        self, backend: Backend, waveform: Tensor, length: Tensor, plan: Plan | None = None
     ) -> Tensor:
-        clip = self._clip(way, waveform, length, plan)  # [B, clip_samples]
+        clip = self._clip(backend, waveform, length, plan)  # [B, clip_samples]
         if plan is None:
-            return self._fitted(self.normalise(way.log_mel(clip)))
-        mel = self.normalise(way.log_mel(clip, self._warped_banks(plan)))  # [B, T, F]
+            return self._fitted(self.normalise(backend.log_mel(clip)))
+        mel = self.normalise(backend.log_mel(clip, self._warped_banks(plan)))  # [B, T, F]
         return self._fitted(self.augmentation.mask(mel, plan))
 
     def normalise(self, mel: Tensor) -> Tensor:
@@ -194,7 +196,7 @@ class AudioFrontend(nn.Module):
         return dict(zip(rows.tolist(), banks, strict=True))
 
     def _batch_log_mel(self, clip: Tensor, banks: dict[int, Tensor] | None = None) -> Tensor:
-        """[B, S] -> [B, T, F], all clips at once, as a GPU likes it.
+        """[B, S] -> [B, T, F], batched, for the GPU.
 
         banks: mel bank [F, K] of each row that has one of its own.
         """
@@ -290,7 +292,7 @@ def for_each_clip(
     with torch.inference_mode(False):  # other threads may not write to an inference tensor
         out = torch.empty(clips, *shape)
 
-    def one(clip: int) -> None:  # each thread frees what it took: keeping it costs page faults
+    def one(clip: int) -> None:  # a thread's memory, freed by itself, is reused without page faults
         out[clip] = function(*(part[clip : clip + 1] for part in batch))[0]
 
     if min(threads, clips) < 2:

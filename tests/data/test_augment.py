@@ -55,7 +55,7 @@ def _peak_frequency(clip: torch.Tensor) -> float:
     return torch.fft.rfft(clip * window).abs().argmax().item() * RATE / len(clip)
 
 
-def test_nothing_happens_when_nothing_is_chosen_or_every_factor_is_neutral():
+def test_neutral_factors_change_nothing():
     clips = _noise(3)
     plain = _frontend()(clips, _full(clips))
     assert torch.equal(_frontend()(clips, _full(clips), seed=5), plain)
@@ -77,7 +77,7 @@ def test_no_seed_means_no_augmentation():
     assert torch.equal(_frontend(**ON)(clips, _full(clips)), plain(clips, _full(clips)))
 
 
-def test_same_seed_same_batch_other_seed_another_and_global_generator_untouched():
+def test_the_seed_alone_decides():
     clips, frontend = _noise(4), _frontend(**ON)
     before = clips.clone()
     torch.manual_seed(3)
@@ -90,7 +90,7 @@ def test_same_seed_same_batch_other_seed_another_and_global_generator_untouched(
     assert torch.equal(clips, before)
 
 
-def test_what_a_clip_becomes_does_not_depend_on_its_neighbours():
+def test_clips_do_not_depend_on_their_neighbours():
     clips, frontend = _noise(6), _frontend(**dict.fromkeys(ON, 0.5))
     length = torch.tensor([32000, 20000, 9000, 300, 31999, 1])
     first = frontend(clips, length, seed=3)
@@ -102,7 +102,7 @@ def test_what_a_clip_becomes_does_not_depend_on_its_neighbours():
     assert not (again[changed] == first[changed]).flatten(1).all(dim=1).any()
 
 
-def test_switching_one_transform_off_leaves_the_others_choices():
+def test_switching_one_off_leaves_the_others():
     some = {name: 0.1 for name in OFF}
     all_on, no_speed = augmentation(**some), augmentation(**some | {"speed_probability": 0.0})
     a, b = all_on.draw(64, seed=1), no_speed.draw(64, seed=1)
@@ -192,7 +192,7 @@ def test_stretch_moves_events_to_their_new_times(rate):
     assert power.sum() / clip.square().sum() == pytest.approx(1 / rate, rel=0.05)
 
 
-def test_stretch_keeps_the_level_of_noise_and_silence_silent():
+def test_stretch_keeps_the_level_of_noise():
     clips = torch.cat([_noise(2), torch.zeros(1, 32000)])
     out, length = time_stretch(clips, torch.tensor([0.9, 1.1, 1.1]), RATE)
     for clip, row, n in zip(clips[:2], out, length, strict=False):

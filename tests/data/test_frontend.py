@@ -13,7 +13,7 @@ from torchaudio.compliance.kaldi import fbank
 from data.audio import read_recording, resample
 from data.augment import Augmentation
 from data.config import AudioConfig, AugmentConfig
-from data.frontend import AudioFrontend, Way, pad_batch, pad_clip
+from data.frontend import AudioFrontend, Backend, pad_batch, pad_clip
 
 SECONDS = 1.5
 PAPER = dict(frame_length_ms=40.0, frame_shift_ms=10.0, low_freq=100.0, high_freq=8000.0)
@@ -148,14 +148,16 @@ def test_threads_do_not_change_the_result(inference):
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-def test_augmenting_clip_by_clip_is_augmenting_the_batch():
+def test_augmenting_clips_is_augmenting_the_batch():
     """What a CPU does against what a GPU does; the noise samples alone may differ."""
     clips = torch.stack(list(_signals(16000).values()))
     length = torch.full((len(clips),), 9000)
     every = {f"{name}_probability": 0.5 for name in ("speed", "loudness", "vtlp", "specaugment")}
     frontend = make(clip_seconds=SECONDS, augment=every | {"noise_probability": 0.0})
     plan = frontend.augmentation.draw(len(clips), seed=1)
-    batched = frontend._spectrogram(Way(pad_batch, frontend._batch_log_mel), clips, length, plan)
+    batched = frontend._spectrogram(
+        Backend(pad_batch, frontend._batch_log_mel), clips, length, plan
+    )
     assert torch.allclose(frontend(clips, length, seed=1), batched, atol=1e-4)
 
 

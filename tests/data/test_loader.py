@@ -113,7 +113,7 @@ def test_balanced_draws_all_classes_alike():
     assert np.abs(share - 0.25).max() < 0.02
 
 
-def test_batch_holds_the_stores_samples_and_nothing_behind_them(data):
+def test_a_batch_holds_the_samples_of_the_store(data):
     rows = np.array([7, 0, 31, 12])
     batch = data.batch(rows)
     limit = data.max_samples

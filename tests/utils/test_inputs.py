@@ -84,7 +84,7 @@ def count_prefixes(monkeypatch) -> list[int]:
     return rows
 
 
-def test_every_clip_is_computed_once_and_when_it_is_asked_for(tmp_path, monkeypatch):
+def test_every_clip_is_computed_once_when_needed(tmp_path, monkeypatch):
     rows = count_prefixes(monkeypatch)
     config = tiny_config("ast", **options(tmp_path, 0, None))
     trainer = tiny_trainer(config, tmp_path / "run")

@@ -51,12 +51,12 @@ TINY: dict[str, Any] = {
     "training.device": "cpu",
     "mlflow.enabled": False,
 }
-#: Augmentation that touches most clips, so that a test of exactness would see it go astray.
+#: Augmentation that touches most clips, so that a test of exactness would notice it.
 LIVELY: dict[str, Any] = {
     f"augment.{name}_probability": 0.5
     for name in ("noise", "speed", "loudness", "vtlp", "specaugment")
 }
-#: Nothing random beside the order of the cycles.
+#: Nothing random apart from the order of the cycles.
 QUIET: dict[str, Any] = {"augment.enabled": False, "models.*.dropout": 0.0}
 
 

@@ -35,7 +35,7 @@ class Inputs:
         self.frontend, self.runtime, self.data = frontend.to(runtime.device), runtime, data
 
     def prepare(self, rows: np.ndarray) -> None:
-        """Called with the rows [n] that will be asked for; nothing to do here."""
+        """Called with the rows [n] that will be read; nothing to do here."""
 
     def batches(self, parts: Iterable[np.ndarray]) -> Iterator[Batch]:
         """One batch per array of row numbers, on the device, in order, read ahead of use."""
@@ -64,9 +64,9 @@ class FrozenInputs(Inputs):
     """Rows -> the frozen prefix's tokens [B, N, D], computed once per clip and stored on disk.
 
     The store is one file per (waveforms, front end, frozen weights, precision) and a table with a
-    CRC-32 of every clip in it. Rows are computed when they are first asked for, so that the test
-    half is not read before its time; what was stored before is checked at that moment, and
-    computed again if it is damaged: 0.8 ms per clip of 1214 x 768 tokens, once per process.
+    CRC-32 of every clip in it. Rows are computed when they are first needed, so that the test
+    part is not read before its time; what was stored before is checked at that moment (0.8 ms per
+    clip of 1214 x 768 tokens, once per process) and computed again if it is damaged.
     """
 
     DTYPE = torch.bfloat16  # half the disk and reading time; the residual stream stays in fp32
