@@ -1,0 +1,1 @@
+"""One module per training method (docs/adding_a_method.md)."""
