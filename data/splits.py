@@ -46,7 +46,7 @@ class Split:
 def patients_in_both_halves(table: pd.DataFrame) -> list[int]:
     """Patients with cycles in both halves of the official split (156 and 218 in ICBHI 2017)."""
     halves = table.groupby("PID")["Split"].nunique()
-    return sorted(int(pid) for pid in halves.index[halves > 1])
+    return sorted(halves.index[halves > 1].tolist())
 
 
 def split_cycles(
@@ -110,7 +110,7 @@ def assign_folds(table: pd.DataFrame) -> np.ndarray:
         target = left.sum().to_numpy() / (N_FOLDS - number)
         chosen = _choose(left, target, FOLD_SEED + number, leave=N_FOLDS - 1 - number)
         if not chosen and len(left):  # fewer patients than folds: one each as long as they last
-            chosen = [int(left.index[0])]
+            chosen = [left.index[0]]
         fold.update(dict.fromkeys(chosen, number))
         left = left.drop(index=chosen)
     return table["PID"].map(fold).to_numpy(np.int64)
@@ -211,7 +211,7 @@ def _choose(
             by a patient who is not chosen.
         leave: least number of patients that are left over.
     """
-    patients = [int(pid) for pid in counts.index]
+    patients = counts.index.tolist()
     rows = counts.to_numpy(np.float64)  # [P, K]
     holds = pd.DataFrame(index=counts.index) if holds is None else holds.astype(np.int64)
     spare = np.maximum(holds.sum().to_numpy(np.int64) - 1, 0)  # [H], holders who may go

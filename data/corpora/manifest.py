@@ -1,0 +1,278 @@
+"""One's own recordings: a CSV with one row per cycle -> the cycle table.
+
+Columns `file, start, end, crackle, wheeze, patient` are required; `device, site, age, bmi, sex,
+split, recording` are optional, and an empty cell is unknown. Times in s, age in years, BMI in
+kg/m2, split train or test; paths are relative to the CSV. Any names of devices and sites will do:
+the vocabulary comes from the training rows.
+
+    python -m data.corpora.manifest --icbhi DIR --output FILE.csv
+
+writes the manifest of an ICBHI folder, and FILE.yaml, the configuration that reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import soundfile
+
+from data.corpora.icbhi import read_cycles
+from data.cycle_table import COLUMNS
+from data.splits import assign_folds
+from utils.common.cli import command
+from utils.common.errors import UserError
+from utils.common.files import write_text
+
+log = logging.getLogger(__name__)
+
+REQUIRED = ("file", "start", "end", "crackle", "wheeze", "patient")
+OPTIONAL = ("device", "site", "age", "bmi", "sex", "split", "recording")
+_NUMBERS = ("start", "end", "age", "bmi")
+#: Column of the manifest -> column of the cycle table.
+_NAMES = {
+    "patient": "PID",
+    "start": "CycleStart",
+    "end": "CycleEnd",
+    "crackle": "Crackles",
+    "wheeze": "Wheezes",
+    "split": "Split",
+    "device": "Device",
+    "age": "Age",
+    "sex": "Sex",
+    "bmi": "BMI",
+    "site": "AuscLoc",
+    "recording": "Filename",
+}
+_TOLERANCE = 0.01  # s, a cycle may end this much after the recording
+
+
+def read_manifest(
+    path: str | Path,
+    *,
+    allow_shared_patients: bool = False,
+    allow_overlaps: bool = False,
+    check_audio: bool = True,
+) -> pd.DataFrame:
+    """Cycle table of a manifest: `data.cycle_table.COLUMNS` and `Recording`.
+
+    Args:
+        path: CSV file.
+        allow_shared_patients: accept patients in both halves (a warning names them).
+        allow_overlaps: accept cycles of a recording that overlap, as events do.
+        check_audio: open every recording's header to check that its cycles lie inside.
+
+    Raises:
+        UserError: the file or a row is faulty; the row and the remedy are named.
+    """
+    path = Path(path).expanduser()
+    rows = _read(path)
+    where = _Where(path)
+    _check_cells(rows, where)
+    files = _resolved(rows["file"], path)
+    if check_audio:
+        _check_audio(rows, files, where)
+    rows["recording"] = rows["recording"].where(rows["recording"] != "", _stems(rows["file"]))
+    _check_recordings(rows, files, where)
+    if not allow_overlaps:
+        _check_overlaps(rows, where)
+    _check_halves(rows, where, allow_shared_patients)
+    table = rows.rename(columns=_NAMES)
+    for name in ("Device", "AuscLoc", "Sex"):
+        table[name] = table[name].astype(object).where(table[name] != "", None)
+    if rows["patient"].str.fullmatch("0|[1-9][0-9]{0,17}").all():
+        table["PID"] = table["PID"].astype(np.int64)  # as ICBHI's, so that equal data split alike
+    table = table.sort_values(["Filename", "CycleStart", "CycleEnd"], kind="stable")
+    table["Recording"] = [files[name] for name in table["file"]]
+    table = table.reset_index(drop=True)
+    table["CycleIndex"] = table.groupby("Filename").cumcount()
+    table["Duration"] = (table["CycleEnd"] - table["CycleStart"]).round(6)
+    table = table.assign(CW=np.nan, CH=np.nan, Disease=None, BMIDerived=table["BMI"])
+    table["Fold"] = assign_folds(table)
+    return table[[*COLUMNS, "Recording"]]
+
+
+class _Where(str):
+    """Names a row of the manifest in an error."""
+
+    def __new__(cls, path: Path):
+        return super().__new__(cls, path)
+
+    def fail(self, row: int, problem: str) -> None:
+        raise UserError(f"{self}, row {row + 2}: {problem}")
+
+    def refuse(self, bad: np.ndarray | pd.Series, problem) -> None:
+        """Fail at the first True of `bad` [N]; problem: a text, or a function of the row."""
+        found = np.flatnonzero(bad)
+        if len(found):
+            row = int(found[0])
+            self.fail(row, problem(row) if callable(problem) else problem)
+
+
+def _read(path: Path) -> pd.DataFrame:
+    try:
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"no manifest {path}; set dataset.data_folder to a CSV file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as CSV ({error}); save it as UTF-8 CSV") from None
+    rows = rows.rename(columns=str.strip)
+    missing = [name for name in REQUIRED if name not in rows]
+    if missing:
+        raise UserError(f"{path} lacks the column {', '.join(missing)}; add it")
+    unknown = sorted(set(rows) - {*REQUIRED, *OPTIONAL})
+    if unknown:
+        log.warning("%s: columns without a meaning here: %s", path, ", ".join(unknown))
+    if rows.empty:
+        raise UserError(f"{path} has no rows")
+    rows = rows.reindex(columns=[*REQUIRED, *OPTIONAL], fill_value="")
+    return rows.apply(lambda column: column.str.strip())
+
+
+def _check_cells(rows: pd.DataFrame, where: _Where) -> None:
+    """Numbers become numbers, labels 0 or 1; each fault names its row."""
+    for name in ("file", "patient"):
+        where.refuse(rows[name] == "", f"{name} is empty; fill it in")
+    for name in _NUMBERS:
+        values = pd.to_numeric(rows[name], errors="coerce").astype(float)
+        text = rows[name]
+        wrong = (~np.isfinite(values)) & ((text != "") | (name in ("start", "end")))
+        where.refuse(wrong, lambda row, n=name, t=text: f"{n} is {t[row]!r}; a number is needed")
+        rows[name] = values
+    for name in ("crackle", "wheeze"):
+        text = rows[name]
+        bad = ~text.isin(["0", "1"])
+        where.refuse(bad, lambda row, n=name, t=text: f"{n} is {t[row]!r}; write 0 or 1")
+        rows[name] = text.astype(int)
+    where.refuse(
+        (rows["start"] < 0) | (rows["end"] <= rows["start"]),
+        lambda row: (
+            f"the cycle runs from {rows['start'][row]:g} to {rows['end'][row]:g} s; "
+            "the end must lie after the start, neither before 0"
+        ),
+    )
+    rows["split"] = rows["split"].str.lower()
+    bad = ~rows["split"].isin(["train", "test", ""])
+    where.refuse(bad, lambda row: f"split is {rows['split'][row]!r}; write train, test or nothing")
+    some = rows["split"] != ""
+    if some.any():
+        where.refuse(~some, "split is empty here but not in other rows; fill in all or none")
+    twice = rows.duplicated(["file", "start", "end"])
+    where.refuse(twice, "the same cycle stands in an earlier row; remove one")
+
+
+def _resolved(names: pd.Series, path: Path) -> dict[str, str]:
+    """File cell -> path, relative to the manifest."""
+    outside = [name for name in names.unique() if ".." in Path(name).parts]
+    if outside:
+        log.warning("%s: %d files lie outside its folder (..)", path, len(outside))
+    files = {}
+    for name in names.unique():
+        if Path(name).is_absolute():
+            where = int(np.flatnonzero(names == name)[0])
+            _Where(path).fail(where, f"{name} is an absolute path; write it relative to the CSV")
+        files[name] = str(path.parent / name)
+    return files
+
+
+def _stems(names: pd.Series) -> pd.Series:
+    return names.map(lambda name: Path(name).with_suffix("").as_posix())
+
+
+def _check_audio(rows: pd.DataFrame, files: dict[str, str], where: _Where) -> None:
+    lengths = {}
+    for name, file in files.items():
+        row = int(np.flatnonzero(rows["file"] == name)[0])
+        if not Path(file).is_file():
+            where.fail(row, f"there is no file {file}; correct the path or remove the row")
+        try:
+            lengths[name] = soundfile.info(file).duration
+        except (soundfile.LibsndfileError, RuntimeError) as error:
+            where.fail(row, f"{file} cannot be read as audio ({error}); convert it to wav")
+    length = rows["file"].map(lengths)
+    where.refuse(
+        rows["end"] > length + _TOLERANCE,
+        lambda row: (
+            f"the cycle ends at {rows['end'][row]:g} s, after the end of the recording "
+            f"({length[row]:.3f} s); correct it"
+        ),
+    )
+
+
+def _check_recordings(rows: pd.DataFrame, files: dict[str, str], where: _Where) -> None:
+    """A recording is one file of one patient."""
+    for name in ("file", "patient"):
+        per = rows.groupby("recording")[name].transform("nunique")
+        where.refuse(
+            per > 1,
+            lambda row, n=name: f"recording {rows['recording'][row]} has more than one {n}",
+        )
+
+
+def _check_overlaps(rows: pd.DataFrame, where: _Where) -> None:
+    ordered = rows.sort_values(["file", "start", "end"])
+    previous = ordered.groupby("file")["end"].shift()
+    late = ordered.index[(ordered["start"] < previous - 1e-9).to_numpy()]
+    if len(late):
+        where.fail(
+            int(late[0]),
+            "the cycle overlaps an earlier one of the same recording; correct the times, or set "
+            "dataset.allow_overlaps=true for events",
+        )
+
+
+def _check_halves(rows: pd.DataFrame, where: _Where, allowed: bool) -> None:
+    halves = rows.groupby("patient")["split"].transform("nunique")
+    shared = sorted(rows.loc[halves > 1, "patient"].unique())
+    if shared and not allowed:
+        where.fail(
+            int(np.flatnonzero(halves > 1)[0]),
+            f"patient {shared[0]} is in train and in test ({len(shared)} in all); separate them, "
+            "or set dataset.allow_shared_patients=true",
+        )
+    if shared:
+        log.warning("patients in both halves: %s", ", ".join(shared))
+
+
+def write_icbhi_manifest(data_folder: str | Path, output: str | Path) -> Path:
+    """ICBHI's own manifest, with derived BMI, and the YAML that reads it.
+
+    Returns:
+        path of the YAML file.
+    """
+    output = Path(output)
+    table = read_cycles(data_folder)
+    folder = output.resolve().parent
+    files = [os.path.relpath(Path(p).resolve(), folder) for p in table["Recording"]]
+    rows = pd.DataFrame({name: table[column] for name, column in _NAMES.items()})
+    rows = rows.assign(file=files, bmi=table["BMIDerived"])
+    write_text(output, rows[[*REQUIRED, *OPTIONAL]].to_csv(index=False, lineterminator="\n"))
+    yaml = output.with_suffix(".yaml")
+    write_text(
+        yaml,
+        "# ICBHI read through its manifest; patients 156 and 218 are in both halves.\n"
+        "dataset:\n  name: manifest\n"
+        f"  data_folder: {output}\n  cycle_metadata_path: null\n  allow_shared_patients: true\n",
+    )
+    return yaml
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m data.corpora.manifest", description=__doc__)
+    parser.add_argument("--icbhi", required=True, metavar="DIR", help="folder of the database")
+    parser.add_argument("--output", required=True, metavar="FILE.csv", help="manifest to write")
+    options = parser.parse_args(arguments)
+    yaml = write_icbhi_manifest(options.icbhi, options.output)
+    print(f"wrote {options.output} and {yaml}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
