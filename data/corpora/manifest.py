@@ -34,9 +34,8 @@ log = logging.getLogger(__name__)
 
 REQUIRED = ("file", "start", "end", "crackle", "wheeze", "patient")
 OPTIONAL = ("device", "site", "age", "bmi", "sex", "split", "recording")
-_NUMBERS = ("start", "end", "age", "bmi")
 #: Column of the manifest -> column of the cycle table.
-_NAMES = {
+NAMES = {
     "patient": "PID",
     "start": "CycleStart",
     "end": "CycleEnd",
@@ -49,6 +48,7 @@ _NAMES = {
     "bmi": "BMI",
     "site": "AuscLoc",
     "recording": "Filename",
+    "duration": "Duration",
 }
 _TOLERANCE = 0.01  # s, a cycle may end this much after the recording
 
@@ -72,9 +72,10 @@ def read_manifest(
         UserError: the file or a row is faulty; the row and the remedy are named.
     """
     path = Path(path).expanduser()
-    rows = _read(path)
-    where = _Where(path)
-    _check_cells(rows, where)
+    rows = read_rows(path)
+    where = Where(path)
+    check_cells(rows, where, ("start", "end"))
+    _check_times(rows, where)
     files = _resolved(rows["file"], path)
     if check_audio:
         _check_audio(rows, files, where)
@@ -82,23 +83,26 @@ def read_manifest(
     _check_recordings(rows, files, where)
     if not allow_overlaps:
         _check_overlaps(rows, where)
-    _check_halves(rows, where, allow_shared_patients)
-    table = rows.rename(columns=_NAMES)
+    check_halves(rows, where, allow_shared_patients)
+    rows["duration"] = (rows["end"] - rows["start"]).round(6)
+    rows["Recording"] = [files[name] for name in rows["file"]]
+    return cycle_table(rows.sort_values(["recording", "start", "end"], kind="stable"))
+
+
+def cycle_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Checked rows of a manifest in their final order -> `COLUMNS` and every capitalised column."""
+    table = rows.rename(columns=NAMES).reset_index(drop=True)
     for name in ("Device", "AuscLoc", "Sex"):
         table[name] = table[name].astype(object).where(table[name] != "", None)
     if rows["patient"].str.fullmatch("0|[1-9][0-9]{0,17}").all():
         table["PID"] = table["PID"].astype(np.int64)  # as ICBHI's, so that equal data split alike
-    table = table.sort_values(["Filename", "CycleStart", "CycleEnd"], kind="stable")
-    table["Recording"] = [files[name] for name in table["file"]]
-    table = table.reset_index(drop=True)
     table["CycleIndex"] = table.groupby("Filename").cumcount()
-    table["Duration"] = (table["CycleEnd"] - table["CycleStart"]).round(6)
     table = table.assign(CW=np.nan, CH=np.nan, Disease=None, BMIDerived=table["BMI"])
     table["Fold"] = assign_folds(table)
-    return table[[*COLUMNS, "Recording"]]
+    return table[[*COLUMNS, *(n for n in table if n[0].isupper() and n not in COLUMNS)]]
 
 
-class _Where(str):
+class Where(str):
     """Names a row of the manifest in an error."""
 
     def __new__(cls, path: Path):
@@ -115,7 +119,10 @@ class _Where(str):
             self.fail(row, problem(row) if callable(problem) else problem)
 
 
-def _read(path: Path) -> pd.DataFrame:
+def read_rows(
+    path: Path, required: Sequence[str] = REQUIRED, optional: Sequence[str] = OPTIONAL
+) -> pd.DataFrame:
+    """The cells of a manifest as text, one column per name, "" where empty or absent."""
     try:
         rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except FileNotFoundError:
@@ -123,26 +130,29 @@ def _read(path: Path) -> pd.DataFrame:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as CSV ({error}); save it as UTF-8 CSV") from None
     rows = rows.rename(columns=str.strip)
-    missing = [name for name in REQUIRED if name not in rows]
+    missing = [name for name in required if name not in rows]
     if missing:
         raise UserError(f"{path} lacks the column {', '.join(missing)}; add it")
-    unknown = sorted(set(rows) - {*REQUIRED, *OPTIONAL})
+    unknown = sorted(set(rows) - {*required, *optional})
     if unknown:
         log.warning("%s: columns without a meaning here: %s", path, ", ".join(unknown))
     if rows.empty:
         raise UserError(f"{path} has no rows")
-    rows = rows.reindex(columns=[*REQUIRED, *OPTIONAL], fill_value="")
+    rows = rows.reindex(columns=[*required, *optional], fill_value="")
     return rows.apply(lambda column: column.str.strip())
 
 
-def _check_cells(rows: pd.DataFrame, where: _Where) -> None:
-    """Numbers become numbers, labels 0 or 1; each fault names its row."""
-    for name in ("file", "patient"):
-        where.refuse(rows[name] == "", f"{name} is empty; fill it in")
-    for name in _NUMBERS:
+def check_cells(rows: pd.DataFrame, where: Where, needed: Sequence[str]) -> None:
+    """Numbers become numbers, labels 0 or 1; each fault names its row.
+
+    Args:
+        needed: number columns that may not be empty.
+    """
+    where.refuse(rows["patient"] == "", "patient is empty; fill it in")
+    for name in {*needed, "age", "bmi", "duration"} & set(rows):
         values = pd.to_numeric(rows[name], errors="coerce").astype(float)
         text = rows[name]
-        wrong = (~np.isfinite(values)) & ((text != "") | (name in ("start", "end")))
+        wrong = (~np.isfinite(values)) & ((text != "") | (name in needed))
         where.refuse(wrong, lambda row, n=name, t=text: f"{n} is {t[row]!r}; a number is needed")
         rows[name] = values
     for name in ("crackle", "wheeze"):
@@ -150,6 +160,16 @@ def _check_cells(rows: pd.DataFrame, where: _Where) -> None:
         bad = ~text.isin(["0", "1"])
         where.refuse(bad, lambda row, n=name, t=text: f"{n} is {t[row]!r}; write 0 or 1")
         rows[name] = text.astype(int)
+    rows["split"] = rows["split"].str.lower()
+    bad = ~rows["split"].isin(["train", "test", ""])
+    where.refuse(bad, lambda row: f"split is {rows['split'][row]!r}; write train, test or nothing")
+    some = rows["split"] != ""
+    if some.any():
+        where.refuse(~some, "split is empty here but not in other rows; fill in all or none")
+
+
+def _check_times(rows: pd.DataFrame, where: Where) -> None:
+    where.refuse(rows["file"] == "", "file is empty; fill it in")
     where.refuse(
         (rows["start"] < 0) | (rows["end"] <= rows["start"]),
         lambda row: (
@@ -157,12 +177,6 @@ def _check_cells(rows: pd.DataFrame, where: _Where) -> None:
             "the end must lie after the start, neither before 0"
         ),
     )
-    rows["split"] = rows["split"].str.lower()
-    bad = ~rows["split"].isin(["train", "test", ""])
-    where.refuse(bad, lambda row: f"split is {rows['split'][row]!r}; write train, test or nothing")
-    some = rows["split"] != ""
-    if some.any():
-        where.refuse(~some, "split is empty here but not in other rows; fill in all or none")
     twice = rows.duplicated(["file", "start", "end"])
     where.refuse(twice, "the same cycle stands in an earlier row; remove one")
 
@@ -176,7 +190,7 @@ def _resolved(names: pd.Series, path: Path) -> dict[str, str]:
     for name in names.unique():
         if Path(name).is_absolute():
             where = int(np.flatnonzero(names == name)[0])
-            _Where(path).fail(where, f"{name} is an absolute path; write it relative to the CSV")
+            Where(path).fail(where, f"{name} is an absolute path; write it relative to the CSV")
         files[name] = str(path.parent / name)
     return files
 
@@ -185,7 +199,7 @@ def _stems(names: pd.Series) -> pd.Series:
     return names.map(lambda name: Path(name).with_suffix("").as_posix())
 
 
-def _check_audio(rows: pd.DataFrame, files: dict[str, str], where: _Where) -> None:
+def _check_audio(rows: pd.DataFrame, files: dict[str, str], where: Where) -> None:
     lengths = {}
     for name, file in files.items():
         row = int(np.flatnonzero(rows["file"] == name)[0])
@@ -205,7 +219,7 @@ def _check_audio(rows: pd.DataFrame, files: dict[str, str], where: _Where) -> No
     )
 
 
-def _check_recordings(rows: pd.DataFrame, files: dict[str, str], where: _Where) -> None:
+def _check_recordings(rows: pd.DataFrame, files: dict[str, str], where: Where) -> None:
     """A recording is one file of one patient."""
     for name in ("file", "patient"):
         per = rows.groupby("recording")[name].transform("nunique")
@@ -215,7 +229,7 @@ def _check_recordings(rows: pd.DataFrame, files: dict[str, str], where: _Where) 
         )
 
 
-def _check_overlaps(rows: pd.DataFrame, where: _Where) -> None:
+def _check_overlaps(rows: pd.DataFrame, where: Where) -> None:
     ordered = rows.sort_values(["file", "start", "end"])
     previous = ordered.groupby("file")["end"].shift()
     late = ordered.index[(ordered["start"] < previous - 1e-9).to_numpy()]
@@ -227,7 +241,7 @@ def _check_overlaps(rows: pd.DataFrame, where: _Where) -> None:
         )
 
 
-def _check_halves(rows: pd.DataFrame, where: _Where, allowed: bool) -> None:
+def check_halves(rows: pd.DataFrame, where: Where, allowed: bool) -> None:
     halves = rows.groupby("patient")["split"].transform("nunique")
     shared = sorted(rows.loc[halves > 1, "patient"].unique())
     if shared and not allowed:
@@ -250,7 +264,7 @@ def write_icbhi_manifest(data_folder: str | Path, output: str | Path) -> Path:
     table = read_cycles(data_folder)
     folder = output.resolve().parent
     files = [os.path.relpath(Path(p).resolve(), folder) for p in table["Recording"]]
-    rows = pd.DataFrame({name: table[column] for name, column in _NAMES.items()})
+    rows = pd.DataFrame({name: table[column] for name, column in NAMES.items()})
     rows = rows.assign(file=files, bmi=table["BMIDerived"])
     write_text(output, rows[[*REQUIRED, *OPTIONAL]].to_csv(index=False, lineterminator="\n"))
     yaml = output.with_suffix(".yaml")

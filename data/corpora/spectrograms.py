@@ -1,0 +1,198 @@
+"""Ready-made spectrograms: one array and a manifest whose `row` stands for file, start and end.
+
+A corpus is a folder with `spectrograms.npy`, [cycles, bands, frames] of any number type, and
+`manifest.csv` with the columns `row, crackle, wheeze, patient` and, optionally, `device, site,
+age, bmi, sex, split, recording, duration` (s). There is no sound: store and front end are
+replaced, waveform augmentation is off, SpecAugment stays.
+
+    python -m data.corpora.spectrograms --from DIR --output DIR
+
+unpacks a folder that holds the array xz-compressed (`*.npy.xz`, uint8 levels of 80 dB below the
+cycle's maximum) with an `index.csv` into such a corpus.
+"""
+
+from __future__ import annotations
+
+import argparse
+import lzma
+import shutil
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from data.corpora.manifest import (
+    NAMES,
+    OPTIONAL,
+    Where,
+    check_cells,
+    check_halves,
+    cycle_table,
+    read_rows,
+)
+from utils.common.cli import command
+from utils.common.errors import UserError
+from utils.common.files import atomic_write, write_text
+
+ARRAY, MANIFEST = "spectrograms.npy", "manifest.csv"
+REQUIRED = ("row", "crackle", "wheeze", "patient")
+
+
+def read_spectrograms(folder: str | Path, *, allow_shared_patients: bool = False) -> pd.DataFrame:
+    """Cycle table of a spectrogram corpus: `COLUMNS` and `Row`, place in the array.
+
+    CycleStart is 0 and CycleEnd the duration; both and Duration are NaN where it is not given.
+
+    Raises:
+        UserError: the manifest or the array is missing or faulty.
+    """
+    path = Path(folder).expanduser() / MANIFEST
+    rows, where = read_rows(path, REQUIRED, (*OPTIONAL, "duration")), Where(path)
+    check_cells(rows, where, ("row",))
+    total = len(open_array(path.parent))
+    outside = (rows["row"] < 0) | (rows["row"] >= total) | (rows["row"] % 1 != 0)
+    where.refuse(outside, lambda n: f"row is {rows['row'][n]:g}; the array has 0 to {total - 1}")
+    where.refuse(rows["row"].duplicated(), "the same row of the array stands above; remove one")
+    check_halves(rows, where, allow_shared_patients)
+    unnamed = rows["recording"] == ""
+    rows["recording"] = rows["recording"].where(~unnamed, "row " + rows["row"].astype(int).map(str))
+    rows = rows.rename(columns={"row": "Row"}).astype({"Row": np.int64})
+    rows = rows.assign(start=0.0 * rows["duration"], end=rows["duration"])
+    return cycle_table(rows)
+
+
+def open_array(folder: str | Path) -> np.ndarray:
+    """The array [cycles, bands, frames] of a corpus, mapped from the disk.
+
+    Raises:
+        UserError: it is missing, damaged, or of another shape.
+    """
+    path = Path(folder).expanduser() / ARRAY
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); unpack or write it again") from None
+    if array.ndim != 3 or array.dtype.kind not in "iuf":
+        raise UserError(f"{path} is {array.dtype} {array.shape}; [cycles, bands, frames] is needed")
+    return array
+
+
+@dataclass
+class SpectrogramStore:
+    """Spectrograms of a cycle table's rows.
+
+    Attributes:
+        array: [cycles, bands, frames] on disk.
+        rows: [N] int64, place of each row of the table in the array.
+        mean, std: of the training rows' values; `read` returns (x - mean) / (2 std), the scale
+            that the waveform front end has.
+    """
+
+    array: np.ndarray
+    rows: np.ndarray
+    mean: float = 0.0
+    std: float = 0.5
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(bands, frames)."""
+        return self.array.shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def fitted(self, train: np.ndarray) -> SpectrogramStore:
+        """This store, normalised by the values of the given rows [n].
+
+        Raises:
+            UserError: the training rows hold a value that is not finite, or one value only.
+        """
+        total, squares, count = 0.0, 0.0, 0
+        for start in range(0, len(train), 256):
+            values = self.array[np.sort(self.rows[train[start : start + 256]])].astype(np.float64)
+            total, count = total + values.sum(), count + values.size
+            squares += np.square(values).sum()
+        mean = total / max(count, 1)
+        variance = squares / max(count, 1) - mean**2
+        if not np.isfinite(variance) or variance <= 0:
+            raise UserError("the training spectrograms are constant or not finite; check the array")
+        return SpectrogramStore(self.array, self.rows, float(mean), float(np.sqrt(variance)))
+
+    def read(self, cycles: np.ndarray) -> np.ndarray:
+        """Normalised spectrograms [n, bands, frames] float32 of the given rows of the table."""
+        values = self.array[self.rows[cycles]].astype(np.float32)
+        return (values - np.float32(self.mean)) / np.float32(2 * self.std)
+
+    def checksums(self) -> np.ndarray:
+        """crc32 [N] of each row's values, to recognise changed data."""
+        return np.array([zlib.crc32(self.array[r].tobytes()) for r in self.rows], np.uint32)
+
+
+def unpack(source: str | Path, output: str | Path) -> Path:
+    """Unpack an xz-compressed array with its `index.csv` into a corpus folder.
+
+    Raises:
+        UserError: a file is missing or not what it should be.
+    """
+    source, output = Path(source), Path(output)
+    packed = sorted(source.glob("*.npy.xz"))
+    if len(packed) != 1 or not (source / "index.csv").is_file():
+        raise UserError(f"{source} does not hold one .npy.xz and an index.csv")
+    index = pd.read_csv(source / "index.csv")
+    renamed = {
+        "crackles": "crackle",
+        "wheezes": "wheeze",
+        "split_official": "split",
+    }
+    missing = {*renamed, "recording", "cycle_index", "start", "end", "patient"} - set(index)
+    if missing:
+        raise UserError(f"{source / 'index.csv'} lacks {', '.join(sorted(missing))}")
+    table = index.rename(columns=renamed).assign(
+        row=np.arange(len(index)), duration=(index["end"] - index["start"]).round(6)
+    )
+    table["bmi"] = _derived_bmi(index)
+    table = table.sort_values(["recording", "cycle_index"])
+    names = [n for n in (*REQUIRED, *(n for n in NAMES if n not in ("start", "end"))) if n in table]
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with lzma.open(packed[0]) as file, atomic_write(output / ARRAY) as target:
+            shutil.copyfileobj(file, target, 1 << 20)
+    except lzma.LZMAError as error:
+        raise UserError(f"{packed[0]} is damaged ({error}); copy it again") from None
+    if len(open_array(output)) != len(table):
+        raise UserError(f"{packed[0]} and index.csv differ in length")
+    unique = list(dict.fromkeys(names))
+    write_text(output / MANIFEST, table[unique].to_csv(index=False, lineterminator="\n"))
+    return output
+
+
+def _derived_bmi(index: pd.DataFrame) -> pd.Series:
+    """Adult BMI, else from a child's weight (kg) and height (cm), as `cycle_table.derive_bmi`."""
+    if not {"bmi", "child_weight", "child_height"} <= set(index):
+        return index.get("bmi", pd.Series(np.nan, index.index))
+    derived = index["child_weight"] / (index["child_height"] / 100.0) ** 2
+    return index["bmi"].fillna(derived.where(derived.between(10.0, 60.0)).round(6))
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.corpora.spectrograms", description=__doc__
+    )
+    parser.add_argument("--from", dest="source", required=True, metavar="DIR")
+    parser.add_argument("--output", required=True, metavar="DIR", help="corpus folder to write")
+    options = parser.parse_args(arguments)
+    folder = unpack(options.source, options.output)
+    shape = open_array(folder).shape
+    print(f"wrote {folder}: {shape[0]} cycles of {shape[1]} bands x {shape[2]} frames; train with")
+    print(f"  dataset.name=spectrograms dataset.data_folder={folder}", end=" ")
+    print(f"dataset.h={shape[1]} dataset.w={shape[2]} dataset.allow_shared_patients=true")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
