@@ -74,7 +74,7 @@ def open_array(folder: str | Path) -> np.ndarray:
     path = Path(folder).expanduser() / ARRAY
     try:
         array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} cannot be read ({error}); unpack or write it again") from None
     if array.ndim != 3 or array.dtype.kind not in "iuf":
         raise UserError(f"{path} is {array.dtype} {array.shape}; [cycles, bands, frames] is needed")
@@ -161,7 +161,7 @@ def unpack(source: str | Path, output: str | Path) -> Path:
     try:
         with lzma.open(packed[0]) as file, atomic_write(output / ARRAY) as target:
             shutil.copyfileobj(file, target, 1 << 20)
-    except lzma.LZMAError as error:
+    except (lzma.LZMAError, EOFError) as error:
         raise UserError(f"{packed[0]} is damaged ({error}); copy it again") from None
     if len(open_array(output)) != len(table):
         raise UserError(f"{packed[0]} and index.csv differ in length")
