@@ -206,7 +206,10 @@ class AST(nn.Module):
                 f"spectrogram {tuple(spectrogram.shape)}, expected [B, 1, F, T] with "
                 f"F, T = {self.input_size}"
             )
-        patches = self.patch_embed(spectrogram)
+        return self.position(self.patch_embed(spectrogram))
+
+    def position(self, patches: Tensor) -> Tensor:
+        """Patch tokens [B, f t, D] -> tokens with CLS, DIST and positions [B, N, D]."""
         b = patches.shape[0]
         special = (self.cls_token.expand(b, -1, -1), self.dist_token.expand(b, -1, -1))
         return torch.cat([*special, patches], dim=1) + self.pos_embed

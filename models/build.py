@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from models.ast import AST
 from models.conditioned_ast import ConditionedAST, Head
 from models.config import BackboneConfig, ModelConfig
+from models.method import Methods
 from models.pretrained import load_into, read_weights
-from models.registry import VARIANTS
+from models.registry import METHODS, VARIANTS
 
 
 def build_model(
@@ -21,6 +23,7 @@ def build_model(
     n_outputs: int,
     device_counts: Sequence[float] | None = None,
     site_counts: Sequence[float] | None = None,
+    methods: Mapping[str, Any] | None = None,
     layer_norm_eps: float = 1e-6,
 ) -> ConditionedAST:
     """Build a variant with its pretrained backbone and its frozen part frozen.
@@ -36,6 +39,7 @@ def build_model(
         n_outputs: logits K.
         device_counts, site_counts: training cycles per value, as long as the vocabularies with
             their unknown entry.
+        methods: name -> section `methods.<name>`, in the order in which they act.
         layer_norm_eps: of the backbone where no pretrained weights decide it.
 
     Raises:
@@ -54,4 +58,7 @@ def build_model(
         device_counts=device_counts,
         site_counts=site_counts,
     )
-    return ConditionedAST(ast, conditioner, head, backbone.trainable_blocks)
+    n_devices = max(len(device_counts or ()) - 1, 1)
+    sizes = {"embed_dim": backbone.embed_dim, "n_devices": n_devices, "n_outputs": n_outputs}
+    added = Methods(METHODS[name].build(keys, **sizes) for name, keys in (methods or {}).items())
+    return ConditionedAST(ast, conditioner, head, backbone.trainable_blocks, added)

@@ -17,10 +17,12 @@ from models.conditioner import (
     ConditionState,
     Features,
     ModelOutput,
+    Modulation,
     ParameterGroup,
 )
 from models.config import ModelConfig
 from models.encoders import activation
+from models.method import Methods, Step
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:
@@ -46,6 +48,15 @@ class Head(nn.Sequential):
         )
 
 
+def _repeated(
+    modulation: tuple[Modulation | None, ...], rows: int
+) -> tuple[Modulation | None, ...]:
+    """Modulations [B, G, D] for `rows` rows per clip, one row of all clips after the other."""
+    if rows == 1:
+        return modulation
+    return tuple(m and Modulation(*(part.repeat(rows, 1, 1) for part in m)) for m in modulation)
+
+
 class ConditionedAST(nn.Module):
     """logits = head(fuse(AST(spectrogram, modulation(metadata)), metadata)).
 
@@ -56,10 +67,16 @@ class ConditionedAST(nn.Module):
     """
 
     def __init__(
-        self, backbone: AST, conditioner: Conditioner, head: nn.Module, trainable_blocks: int
+        self,
+        backbone: AST,
+        conditioner: Conditioner,
+        head: nn.Module,
+        trainable_blocks: int,
+        methods: Methods | None = None,
     ):
         super().__init__()
         self.backbone, self.conditioner, self.head = backbone, conditioner, head
+        self.methods = methods if methods is not None else Methods()
         backbone.freeze(trainable_blocks)
         self.cut: Cut | None = None
         if backbone.frozen_blocks is not None:
@@ -69,18 +86,49 @@ class ConditionedAST(nn.Module):
 
     # ------------------------------------------------------------------ forward
 
-    def forward(self, features: Features | Tensor, metadata: Metadata) -> ModelOutput:
+    def forward(
+        self, features: Features | Tensor, metadata: Metadata, step: Step | None = None
+    ) -> ModelOutput:
         """Spectrograms [B, 1, F, T] or `Features` -> logits [B, K] float32 and the regularisation
-        term."""
+        term.
+
+        step: of the training methods (`Methods.draw`); the spectrograms are then [V B, 1, F, T],
+            one view after the other, and the methods' losses are part of the regularisation.
+        """
+        if step is not None:
+            return self._forward_with_methods(features, metadata, step)
         _, fused = self.embed(features, metadata)
         with full_precision(fused):
             return ModelOutput(self.head(fused), self.conditioner.regularisation())
+
+    def _forward_with_methods(
+        self, features: Features | Tensor, metadata: Metadata, step: Step
+    ) -> ModelOutput:
+        """All views and mixes go through the backbone as one batch of R B rows."""
+        values, from_prefix = features if isinstance(features, Features) else Features(features)
+        methods, clips = self.methods, len(metadata)
+        with full_precision(values):
+            state = self.conditioner.encode(metadata)
+            values, evidence = methods.filter(values)
+        if methods.whole_input:
+            patches = methods.mix(self.backbone.patch_embed(values), clips, step)
+            tokens = methods.keep(self.backbone.position(patches), step)
+            rows = len(tokens) // clips
+            pooled = self.backbone.resume(tokens, _repeated(state.modulation, rows))
+        else:
+            pooled = self._pool(values, from_prefix, state)
+        pooled = pooled.float().unflatten(0, (-1, clips))  # [R, B, D]
+        with full_precision(pooled):
+            logits = self.head(self.conditioner.fuse(pooled[0], state))
+            added = methods.loss(pooled, step, evidence)
+            return ModelOutput(logits, self.conditioner.regularisation() + added)
 
     def embed(self, features: Features | Tensor, metadata: Metadata) -> tuple[Tensor, Tensor]:
         """Representations [B, D] float32 before and after `Conditioner.fuse`."""
         values, from_prefix = features if isinstance(features, Features) else Features(features)
         with full_precision(values):
             state = self.conditioner.encode(metadata)
+            values, _ = self.methods.filter(values)
         pooled = self._pool(values, from_prefix, state).float()
         with full_precision(pooled):
             return pooled, self.conditioner.fuse(pooled, state)
@@ -100,7 +148,7 @@ class ConditionedAST(nn.Module):
     def cacheable(self) -> bool:
         """Whether there is a frozen, unconditioned prefix that is the same for a clip in every
         epoch (given the same spectrogram)."""
-        return self.cut is not None
+        return self.cut is not None and not self.methods.whole_input
 
     def frozen_prefix(self, spectrogram: Tensor) -> Tensor:
         """[B, 1, F, T] -> [B, N, D] tokens at the cut; [B, 2, D] when the cut lies behind the last
@@ -131,4 +179,4 @@ class ConditionedAST(nn.Module):
             ParameterGroup(name, [p for p in part.parameters() if p.requires_grad])
             for name, part in (("backbone", self.backbone), ("head", self.head))
         ]
-        return groups + self.conditioner.parameter_groups()
+        return groups + self.conditioner.parameter_groups() + self.methods.parameter_groups()

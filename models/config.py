@@ -214,6 +214,22 @@ class Variant(NamedTuple):
         return importlib.import_module(self.module).build
 
 
+class MethodType(NamedTuple):
+    """One method; a module in `models/methods/` that holds one as `METHOD` is discovered.
+
+    Attributes:
+        name: key under `methods` in a configuration, such as patchmix_cl.
+        title: name in tables, such as Patch-Mix CL.
+        config_class: dataclass of the keys of `methods.<name>`.
+        build: build(config, *, embed_dim, n_devices, n_outputs) -> `models.method.Method`.
+    """
+
+    name: str
+    title: str
+    config_class: type
+    build: Callable[..., Any]
+
+
 _HOME = "models.conditioners"
 SHIPPED: tuple[Variant, ...] = (
     Variant(

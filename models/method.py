@@ -10,13 +10,13 @@ K logits, V views and mixes (V B rows go through the backbone as one batch).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from data.batch import Batch
 from models.conditioner import ParameterGroup
 
 Plan = Mapping[str, Tensor]  # what `Method.draw` gave: small tensors, fixed names and shapes
@@ -38,28 +38,22 @@ class Aside(NamedTuple):
     patient: Tensor
 
 
-@dataclass
-class MethodConfig:
-    """Base of the keys of `methods.<name>`."""
-
-
 class Method(nn.Module):
     """Base class: a method that changes nothing.
 
     Attributes:
         views: augmentation draws per clip and step; more than one adds (views - 1) B rows.
         filters: whether `filter` changes the spectrogram (the frozen prefix is not cached then).
-        mixes: whether `mix` adds B rows.
+        mixes: whether `mix` does anything.
+        adds_mix: whether the mixed rows are added to the clean ones, not put in their place.
+        drops: whether `keep` drops tokens.
     """
 
     views: int = 1
     filters: bool = False
     mixes: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Rows per clip that go through the backbone in training."""
-        return self.views + self.mixes
+    adds_mix: bool = False
+    drops: bool = False
 
     def draw(self, clips: int, tokens: int, seed: int) -> dict[str, Tensor]:
         """All randomness of a step, on the CPU: a pure function of its arguments."""
@@ -70,9 +64,9 @@ class Method(nn.Module):
         evidence [B, K] for `loss`, or None."""
         return spectrogram, None
 
-    def mix(self, patches: Tensor, plan: Plan) -> Tensor | None:
-        """Patch tokens [B, N, D] before positions -> B further rows [B, N, D], or None."""
-        return None
+    def mix(self, patches: Tensor, plan: Plan) -> Tensor:
+        """Patch tokens [B, N, D] before positions -> mixed ones [B, N, D], where `mixes`."""
+        return patches
 
     def keep(self, tokens: Tensor, plan: Plan) -> Tensor:
         """Tokens with positions [R, N, D] -> those that the blocks see, in training."""
@@ -128,22 +122,100 @@ def no_loss(module: nn.Module, features: Tensor) -> Tensor:
     return features.sum() * 0.0 + sum((p.sum() * 0.0 for p in module.parameters()), start=0.0)
 
 
-class MethodType(NamedTuple):
-    """One method; a module in `models/methods/` that holds one as `METHOD` is discovered.
-
-    Attributes:
-        name: key under `methods` in a configuration, such as patchmix_cl.
-        title: name in tables, such as Patch-Mix CL.
-        config_class: dataclass of the keys of `methods.<name>`.
-        build: build(config, *, embed_dim, n_devices, n_outputs) -> Method.
-    """
-
-    name: str
-    title: str
-    config_class: type[Any]
-    build: Callable[..., Method]
-
-
 def generator(seed: int) -> torch.Generator:
     """CPU generator of a step's draws."""
     return torch.Generator().manual_seed(seed)
+
+
+class Step(NamedTuple):
+    """What the configured methods need of one training step.
+
+    Attributes:
+        aside: labels, devices and patients of the clips.
+        plans: one per method, in their order.
+    """
+
+    aside: Aside
+    plans: tuple[dict[str, Tensor], ...]
+
+
+class Methods(nn.ModuleList):
+    """The configured methods as one; empty, it changes nothing."""
+
+    def __init__(self, methods: Iterable[Method] = ()):
+        super().__init__(methods)
+        self.views = max((m.views for m in self), default=1)
+        self.adds_mix = any(m.adds_mix for m in self)
+        self.whole_input = any(m.filters or m.mixes or m.drops for m in self) or self.views > 1
+
+    def draw(self, batch: Batch, tokens: int, seed: int) -> Step | None:
+        """The randomness of a step and the batch's side information, on the batch's device."""
+        if not len(self):
+            return None
+        device = batch.label.device
+        plans = (m.draw(len(batch), tokens, seed + n) for n, m in enumerate(self))
+        metadata = batch.metadata
+        return Step(
+            Aside(batch.label, metadata.device, metadata.known[:, 0], batch.patient),
+            tuple({k: v.to(device, non_blocking=True) for k, v in plan.items()} for plan in plans),
+        )
+
+    def filter(self, spectrogram: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """Every method's input filter in turn, and their evidence."""
+        evidence = []
+        for method in self:
+            spectrogram, found = method.filter(spectrogram)
+            evidence.append(found)
+        return spectrogram, evidence
+
+    def mix(self, patches: Tensor, clips: int, step: Step) -> Tensor:
+        """Patches [V B, N, D] of all views -> with the mixed rows added or put in place."""
+        for method, plan in zip(self, step.plans, strict=True):
+            if method.mixes:
+                mixed = method.mix(patches[:clips], plan)
+                patches = torch.cat([patches, mixed]) if method.adds_mix else mixed
+        return patches
+
+    def keep(self, tokens: Tensor, step: Step) -> Tensor:
+        """Tokens with positions -> those that the blocks see."""
+        for method, plan in zip(self, step.plans, strict=True):
+            tokens = method.keep(tokens, plan)
+        return tokens
+
+    def loss(self, features: Tensor, step: Step, evidence: list[Tensor | None]) -> Tensor:
+        """Sum of the methods' losses; features [V, B, D]."""
+        total = features.new_zeros(())
+        for method, plan, found in zip(self, step.plans, evidence, strict=True):
+            loss = method.loss(features, step.aside, plan, found)
+            total = total if loss is None else total + loss
+        return total
+
+    def task_losses(
+        self,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        logits: Tensor,
+        label: Tensor,
+        step: Step | None,
+    ) -> Tensor:
+        """Task losses [B] of logits [B, K]: `loss(logits, label)` as the methods change it."""
+        if step is None:
+            return loss(logits, label)
+        for method in self:
+            logits = method.logits(logits, step.aside)
+        targets = [(1.0, label)]
+        for method, plan in zip(self, step.plans, strict=True):
+            targets = [(w * v, y) for w, t in targets for v, y in method.targets(t, plan)]
+        losses = sum(weight * loss(logits, target) for weight, target in targets)
+        for method in self:
+            losses = method.weigh(losses, step.aside)
+        return losses
+
+    def on_step(self, progress: float) -> None:
+        for method in self:
+            method.on_step(progress)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return [group for method in self for group in method.parameter_groups()]
+
+    def diagnostics(self) -> dict[str, float]:
+        return {key: value for method in self for key, value in method.diagnostics().items()}

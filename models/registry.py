@@ -1,4 +1,4 @@
-"""The variants there are: the shipped ones, and every further module in `models/conditioners/`.
+"""The variants and methods there are: the shipped ones, and every further module beside them.
 
 A new variant is one new file with a `VARIANT`; nothing here or elsewhere names it
 (docs/adding_a_variant.md).
@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 
-from models import conditioners
-from models.config import SHIPPED, Variant
+from models import conditioners, methods
+from models.config import SHIPPED, MethodType, Variant
 
-__all__ = ["VARIANTS", "Variant"]
+__all__ = ["METHODS", "VARIANTS", "Variant"]
 
 
 class Registry(Mapping):
@@ -50,4 +51,24 @@ class Registry(Mapping):
         return len(self._load())
 
 
+class MethodRegistry(Mapping):
+    """Name -> `MethodType` of every module in `models/methods/`; imported at the first look."""
+
+    @cached_property
+    def _methods(self) -> dict[str, MethodType]:
+        files = pkgutil.iter_modules(methods.__path__)
+        modules = (importlib.import_module(f"{methods.__name__}.{file.name}") for file in files)
+        return {module.METHOD.name: module.METHOD for module in modules}
+
+    def __getitem__(self, name: str) -> MethodType:
+        return self._methods[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._methods)
+
+    def __len__(self) -> int:
+        return len(self._methods)
+
+
 VARIANTS = Registry()
+METHODS = MethodRegistry()

@@ -1,1 +1,1 @@
-"""One module per training method (docs/adding_a_method.md)."""
+"""One module per training method: its settings, its class and `METHOD`."""

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.method import Method, MethodConfig, MethodType
+from models.config import MethodType
+from models.method import Method
 from utils.common.settings import setting
 
 
 @dataclass
-class DATConfig(MethodConfig):
+class DATConfig:
     """Keys of `methods.dat`."""
 
     weight: float = setting(1.0, low=0)  # of the device loss

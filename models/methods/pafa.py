@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from models.method import Method, MethodConfig, MethodType
+from models.config import MethodType
+from models.method import Method
 from utils.common.settings import setting
 
 
 @dataclass
-class PAFAConfig(MethodConfig):
+class PAFAConfig:
     """Keys of `methods.pafa`; the defaults are the authors' for the AST."""
 
     pcsl_weight: float = setting(5.0, low=0)  # patient cohesion and separation

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.method import Method, MethodConfig, MethodType, Plan, Projector, generator, no_loss
+from models.config import MethodType
+from models.method import Method, Plan, Projector, generator, no_loss
 from utils.common.settings import setting
 
 
 @dataclass
-class PatchMixConfig(MethodConfig):
+class PatchMixConfig:
     """Keys of `methods.patchmix_cl`."""
 
     loss: str = setting("contrast", choices=("contrast", "ce"))  # CL, or Patch-Mix CE
@@ -54,11 +55,13 @@ class PatchMix(Method):
     The authors' position embeddings are transposed; ours are not.
     """
 
+    mixes = True
+
     def __init__(self, config: PatchMixConfig, embed_dim: int):
         super().__init__()
         self.config = config
-        self.mixes = config.loss == "contrast"
-        self.projector = Projector(embed_dim) if self.mixes else None
+        self.adds_mix = config.loss == "contrast"
+        self.projector = Projector(embed_dim) if self.adds_mix else None
 
     def draw(self, clips: int, tokens: int, seed: int) -> dict[str, Tensor]:
         rng = generator(seed)
@@ -75,13 +78,13 @@ class PatchMix(Method):
         return mix_tokens(patches, plan["order"], plan["taken"])
 
     def targets(self, label: Tensor, plan: Plan) -> list[tuple[Tensor | float, Tensor]]:
-        if self.mixes:
+        if self.adds_mix:
             return [(1.0, label)]
         kept = plan["kept"]
         return [(kept, label), (1 - kept, label[plan["order"]])]
 
     def loss(self, features, aside, plan, evidence):
-        if not self.mixes:
+        if not self.adds_mix:
             return None
         clean, mixed = features[0], features[-1]
         if len(clean) < 2:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.method import Method, MethodConfig, MethodType, Projector, no_loss
+from models.config import MethodType
+from models.method import Method, Projector, no_loss
 from utils.common.settings import setting
 
 
 @dataclass
-class SGSCLConfig(MethodConfig):
+class SGSCLConfig:
     """Keys of `methods.sg_scl`."""
 
     temperature: float = setting(0.06, low=0, ends="()")
