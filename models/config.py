@@ -222,12 +222,14 @@ class MethodType(NamedTuple):
         title: name in tables, such as Patch-Mix CL.
         config_class: dataclass of the keys of `methods.<name>`.
         build: build(config, *, embed_dim, n_devices, n_outputs) -> `models.method.Method`.
+        adds_rows: whether views or mixes make the batch longer; at most one method may.
     """
 
     name: str
     title: str
     config_class: type
     build: Callable[..., Any]
+    adds_rows: bool = False
 
 
 _HOME = "models.conditioners"

@@ -100,4 +100,5 @@ METHOD = MethodType(
     "Patch-Mix CL",
     PatchMixConfig,
     lambda config, *, embed_dim, **_: PatchMix(config, embed_dim),
+    adds_rows=True,
 )

@@ -68,5 +68,9 @@ class SGSCL(Method):
 
 
 METHOD = MethodType(
-    "sg_scl", "SG-SCL", SGSCLConfig, lambda config, *, embed_dim, **_: SGSCL(config, embed_dim)
+    "sg_scl",
+    "SG-SCL",
+    SGSCLConfig,
+    lambda config, *, embed_dim, **_: SGSCL(config, embed_dim),
+    adds_rows=True,
 )

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from data.config import AudioConfig, AugmentConfig, DatasetConfig
 from data.task import Task
 from models.config import BackboneConfig
-from models.registry import VARIANTS
+from models.registry import METHODS, VARIANTS
 from utils.common.errors import UserError
 from utils.common.settings import MAX_COUNT, MAX_SEED, MAX_SIZE, paths, setting
 from utils.config.merge import (
@@ -96,13 +96,14 @@ class MLflowConfig:
 
 @dataclass
 class RunConfig:
-    """The whole of a run; `models` holds exactly one variant's section."""
+    """The whole of a run; `models` holds exactly one variant's section, `methods` any number."""
 
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     models: dict[str, Any] = field(default_factory=dict)
+    methods: dict[str, Any] = field(default_factory=dict)  # act in this order
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mlflow: MLflowConfig = field(default_factory=MLflowConfig)
 
@@ -184,8 +185,8 @@ def config_from_dict(
     values = copy.deepcopy(values)
     if not interpolate:
         _refuse_interpolations(values)
-    models = values.pop("models", None) or {}
-    _check_sections(values, models)
+    models, methods = (values.pop(key, None) or {} for key in ("models", "methods"))
+    _check_sections(values, models, methods)
     wildcard = models.pop(ANY_VARIANT, None) or {}
     name = _the_variant(models, variant, VARIANTS)
     schema = OmegaConf.structured(RunConfig)
@@ -199,6 +200,7 @@ def config_from_dict(
     section = merge(section, OmegaConf.create(models.get(name) or {}), "", prefix=f"models.{name}")
     schema = merge(schema, OmegaConf.create(values), "")
     schema.models = {name: section}
+    schema.methods = {name: _method(name, given) for name, given in methods.items()}
     config = _resolved(schema)
     # YAML and the command line make a truth value of `true`, OmegaConf the text "True" of that
     config.training.compile = config.training.compile.lower()
@@ -221,6 +223,8 @@ def config_hash(config: RunConfig) -> str:
     """Eight hex digits over every key that can change a run's result."""
     values = config_to_dict(config)
     values.pop("mlflow")
+    if not values["methods"]:  # runs of the time before methods keep their names
+        del values["methods"]
     for section, keys in NOT_HASHED.items():
         for key in keys:
             values[section].pop(key)
@@ -271,12 +275,23 @@ def _refuse_interpolations(values: dict[str, Any]) -> None:
             )
 
 
-def _check_sections(values: dict[str, Any], models: Any) -> None:
+def _method(name: str, given: dict[str, Any] | None) -> DictConfig:
+    """Section `methods.<name>`, of which an empty one stands for the defaults."""
+    if name not in METHODS:
+        raise UserError(unknown_key(f"methods.{name}", list(METHODS)))
+    section = OmegaConf.structured(METHODS[name].config_class)
+    return merge(section, OmegaConf.create(given or {}), "", prefix=f"methods.{name}")
+
+
+def _check_sections(values: dict[str, Any], models: Any, methods: Any) -> None:
     """Sections must be sections before they can be merged."""
     if not isinstance(models, dict):
         raise UserError("models must be a section that holds one variant, such as models.ast_film")
+    if not isinstance(methods, dict):
+        raise UserError("methods must be a section of methods, such as methods.patchmix_cl")
     sections = {name: values[name] for name in RunConfig.__dataclass_fields__ if name in values}
     sections |= {f"models.{name}": section or {} for name, section in models.items()}
+    sections |= {f"methods.{name}": section or {} for name, section in methods.items()}
     for name, section in sections.items():
         if not isinstance(section, dict):
             raise UserError(f"{name} must be a section of keys, not {section!r}")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from models.registry import METHODS
+from utils.common.errors import UserError
 from utils.common.settings import check_section, refuse
 from utils.tracking import check_tracking_uri
 
@@ -18,12 +20,32 @@ def validate(config: Any) -> None:
     prefix = f"models.{config.variant}"
     check_section(config.model, prefix)
     config.model.check(prefix, config.backbone.depth)
+    for name, section in config.methods.items():
+        check_section(section, f"methods.{name}")
+    _check_methods(config)
     if config.training.loss == "ce" and config.dataset.n_cls != 4:
         _refuse(config, "training.loss", "ce is over the four classes; set dataset.n_cls=4 or bce")
     check_tracking_uri(config.mlflow.tracking_uri)
     _check_shapes(config)
     _check_audio(config)
     _check_training(config)
+
+
+def _check_methods(config: Any) -> None:
+    adding = [name for name in config.methods if METHODS[name].adds_rows]
+    if len(adding) > 1:
+        raise UserError(
+            f"methods.{' and methods.'.join(adding)} cannot run together: each adds rows to the "
+            "batch; name one of them"
+        )
+    clips = config.dataset.batch_size // config.training.accumulation_steps
+    if adding and clips < 4:
+        refuse(
+            "training.accumulation_steps",
+            config.training.accumulation_steps,
+            f"methods.{adding[0]} contrasts the clips of a micro-batch, of which {clips} are left; "
+            "leave at least 4",
+        )
 
 
 def _check_shapes(config: Any) -> None:
