@@ -82,7 +82,7 @@ class Batch(TensorRecord):
         cycle: [B] int64, row number of the cycle in the run's cycle table.
         patient: [B] int64, number of the patient in the run's cycle table.
         features: what was computed before and replaces the waveform, or None: the tokens
-            [B, N, D] of a frozen backbone.
+            [B, N, D] of a frozen backbone, or ready-made spectrograms [B, F, T].
     """
 
     waveform: Tensor

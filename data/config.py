@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from omegaconf import MISSING
 
 from utils.common.settings import MAX_SEED, MAX_SIZE, setting
 
+CORPORA = ("icbhi", "manifest", "sprsound", "spectrograms")
 STRATEGIES = ("official", "official_disjoint", "foldwise", "random")
 
 
@@ -15,7 +17,7 @@ STRATEGIES = ("official", "official_disjoint", "foldwise", "random")
 class DatasetConfig:
     """What is read, how it is split, what a batch is."""
 
-    name: str = setting("icbhi", choices=("icbhi",))  # the one dataset there is
+    name: str = setting("icbhi", choices=CORPORA)  # icbhi | manifest | sprsound | spectrograms
     data_folder: str = setting(MISSING, path=True)  # folder that holds wavs, annotations and tables
     # icbhi_metadata.csv: written if absent, else checked
     cycle_metadata_path: str | None = setting(None, path=True)
@@ -42,6 +44,9 @@ class DatasetConfig:
     on_bad_recording: str = setting("error", choices=("error", "skip"))
     # processes that build the waveform store; 0: one per core
     store_workers: int = setting(0, low=0, high=1024)
+    allow_shared_patients: bool = False  # manifest: accept patients in both halves
+    allow_overlaps: bool = False  # manifest: accept overlapping cycles, as events are
+    label_map: dict[str, Any] = setting({})  # sprsound: event type -> [crackle, wheeze]
 
 
 @dataclass

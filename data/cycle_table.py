@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from data.task import CLASSES
 from utils.common.errors import UserError
 from utils.common.files import write_text
 
@@ -151,3 +153,32 @@ def _differences(table: pd.DataFrame, file: pd.DataFrame, place: np.ndarray) -> 
             f"row {number + 2} ({table['Filename'].iloc[row]}): {name} is {file[name].iloc[row]}, "
             f"should be {table[name].iloc[row]}"
         )
+
+
+class Completeness(NamedTuple):
+    """How a cycle table compares with the whole corpus.
+
+    Attributes:
+        partial: True when the corpus is not all there, or not what published figures are made on.
+        message: one line for a prominent warning; empty when nothing is missing.
+        counts: this table's counts, as `count_cycles` gives them.
+    """
+
+    partial: bool
+    message: str
+    counts: dict[str, int]
+
+
+def count_cycles(table: pd.DataFrame) -> dict[str, int]:
+    """Cycles, recordings, patients and cycles per class of the published halves and of all."""
+    classes = classes_of(table)
+    counts: dict[str, int] = {}
+    for part in ("train", "test", "all"):
+        here = slice(None) if part == "all" else (table["Split"] == part).to_numpy()
+        rows = table[here]
+        counts[f"{part}_cycles"] = len(rows)
+        counts[f"{part}_recordings"] = int(rows["Filename"].nunique())
+        counts[f"{part}_patients"] = int(rows["PID"].nunique())
+        for number, name in enumerate(CLASSES):
+            counts[f"{part}_{name}"] = int((classes[here] == number).sum())
+    return counts

@@ -24,7 +24,8 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from data.corpora.icbhi import BASE_URL, TABLES, Completeness, completeness, find_table, read_cycles
+from data.corpora.icbhi import BASE_URL, TABLES, completeness, find_table, read_cycles
+from data.cycle_table import Completeness
 from utils.common.cli import command
 from utils.common.errors import UserError
 from utils.common.files import atomic_write, write_error

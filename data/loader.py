@@ -18,7 +18,8 @@ import pandas as pd
 import torch
 
 from data.batch import Batch, Metadata
-from data.corpora.icbhi import Completeness
+from data.corpora.spectrograms import SpectrogramStore
+from data.cycle_table import Completeness
 from data.splits import Split
 from data.statistics import MetadataStatistics
 from data.store import WaveformStore
@@ -36,9 +37,9 @@ class Cycles:
         split: row numbers of the train, val and test parts.
         statistics: fitted on the training rows (or taken from a checkpoint).
         metadata: `Metadata` of all rows.
-        store: waveforms of all rows, 16 kHz.
+        store: waveforms of all rows, 16 kHz, or ready-made spectrograms.
         task: what is classified.
-        completeness: whether this is all of ICBHI.
+        completeness: whether this is all of its corpus.
         max_samples: samples a clip has at most.
     """
 
@@ -46,7 +47,7 @@ class Cycles:
     split: Split
     statistics: MetadataStatistics
     metadata: Metadata
-    store: WaveformStore
+    store: WaveformStore | SpectrogramStore
     task: Task
     completeness: Completeness
     max_samples: int
@@ -62,14 +63,26 @@ class Cycles:
 
     def batch(self, rows: np.ndarray, *, waveforms: bool = True) -> Batch:
         """The given cycles as one `Batch` on the CPU; without waveforms S is 0."""
+        if isinstance(self.store, SpectrogramStore):
+            return self._batch(rows, features=torch.from_numpy(self.store.read(rows)))
         lengths = np.minimum(self.store.lengths[rows], self.max_samples)
         waveform = np.zeros((len(rows), int(lengths.max()) if waveforms else 0), np.float32)
         if waveforms:
             self.store.read(rows, waveform)
+        return self._batch(rows, torch.from_numpy(waveform), torch.from_numpy(lengths))
+
+    def _batch(
+        self,
+        rows: np.ndarray,
+        waveform: torch.Tensor | None = None,
+        length: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+    ) -> Batch:
         index = torch.from_numpy(rows)
         return Batch(
-            waveform=torch.from_numpy(waveform),
-            length=torch.from_numpy(lengths),
+            waveform=torch.zeros(len(rows), 0) if waveform is None else waveform,
+            length=torch.zeros_like(index) if length is None else length,
+            features=features,
             metadata=self.metadata[index],
             label=self.label[index],
             cycle=index,

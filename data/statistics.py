@@ -38,6 +38,7 @@ class MetadataStatistics:
             training cycles do not differ.
         device_counts: training cycles per device, the last entry counts the unknown ones.
         site_counts: the same per site.
+        level: mean and std of ready-made spectrograms over the training cycles; None with audio.
         devices, sites: the corpus' vocabularies; an index is a position there, and the index
             after the last name means unknown.
     """
@@ -49,12 +50,21 @@ class MetadataStatistics:
     site_counts: tuple[int, ...]
     devices: tuple[str, ...]
     sites: tuple[str, ...]
+    level: tuple[float, float] | None = None
 
     @classmethod
     def fit(
-        cls, train_table: pd.DataFrame, devices: Sequence[str], sites: Sequence[str]
+        cls,
+        train_table: pd.DataFrame,
+        devices: Sequence[str] | None = None,
+        sites: Sequence[str] | None = None,
     ) -> MetadataStatistics:
-        """Statistics of the training cycles (rows of the cycle table)."""
+        """Statistics of the training cycles (rows of the cycle table).
+
+        devices, sites: vocabularies of the corpus; None: the names that the training cycles have.
+        """
+        devices = _names(train_table["Device"]) if devices is None else devices
+        sites = _names(train_table["AuscLoc"]) if sites is None else sites
         values = _scalars(train_table)  # [N, 3]
         medians = [
             float(np.median(v[~np.isnan(v)])) if (~np.isnan(v)).any() else 0.0 for v in values.T
@@ -103,7 +113,8 @@ class MetadataStatistics:
 
     def to_dict(self) -> dict:
         """Plain lists, numbers and strings, fit for `torch.load(weights_only=True)` and JSON."""
-        return {"scalars": list(SCALARS)} | {key: list(v) for key, v in vars(self).items()}
+        values = {key: list(value) for key, value in vars(self).items() if value is not None}
+        return {"scalars": list(SCALARS)} | values
 
     @classmethod
     def from_dict(cls, content: dict) -> MetadataStatistics:
@@ -120,6 +131,7 @@ class MetadataStatistics:
         expected = {
             **{"medians": 3, "mean": 3, "std": 3},
             **{"device_counts": n["devices"] + 1, "site_counts": n["sites"] + 1},
+            **({"level": 2} if "level" in content else {}),
         }
         least = {"std": 1e-9, "device_counts": 0, "site_counts": 0}
         wrong = [key for key in n if n[key] == 0]
@@ -138,6 +150,11 @@ class MetadataStatistics:
                 "checkpoint written by this version of the code"
             )
         return cls(**{key: tuple(content[key]) for key in (*expected, *n)})
+
+
+def _names(column: pd.Series) -> tuple[str, ...]:
+    """Distinct names in alphabetical order; one that nothing has where all are unknown."""
+    return tuple(sorted(column.dropna().astype(str).unique())) or ("unnamed",)
 
 
 def _scalars(table: pd.DataFrame) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Corpora: from files to the one cycle table (`data.cycle_table`).
 
-A corpus is one module here and one entry in `READERS`: a function (folder, report) -> cycle table
-with the column Recording, and the names of its devices and sites in the order of their embeddings.
+A corpus is one module here and one entry in `CORPORA`: a function (section `dataset`, report) ->
+cycle table with the column Recording, and its devices and sites in the order of their embeddings.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import NamedTuple
 import pandas as pd
 
 from data.config import DatasetConfig
-from data.corpora import icbhi
-from data.cycle_table import check_metadata, write_metadata
+from data.corpora import icbhi, manifest, spectrograms, sprsound
+from data.cycle_table import Completeness, check_metadata, count_cycles, write_metadata
 from utils.common.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -25,16 +25,50 @@ class Corpus(NamedTuple):
     """What the rest of the code needs to know of a corpus.
 
     Attributes:
-        read: (folder, report=...) -> cycle table; calls `report` with each problem.
-        devices, sites: vocabularies; their order is part of every checkpoint.
+        read: (section `dataset`, report=...) -> cycle table; calls `report` with each problem.
+        completeness: cycle table -> how it compares with the whole corpus.
+        devices, sites: vocabularies, whose order is part of every checkpoint; None: the names
+            that the training rows have, in alphabetical order.
     """
 
     read: Callable[..., pd.DataFrame]
-    devices: tuple[str, ...]
-    sites: tuple[str, ...]
+    completeness: Callable[[pd.DataFrame], Completeness]
+    devices: tuple[str, ...] | None = None
+    sites: tuple[str, ...] | None = None
 
 
-CORPORA: dict[str, Corpus] = {"icbhi": Corpus(icbhi.read_cycles, icbhi.DEVICES, icbhi.SITES)}
+def _read_icbhi(dataset: DatasetConfig, **report) -> pd.DataFrame:
+    return icbhi.read_cycles(dataset.data_folder, **report)
+
+
+def _read_manifest(dataset: DatasetConfig, **_) -> pd.DataFrame:
+    return manifest.read_manifest(
+        dataset.data_folder,
+        allow_shared_patients=dataset.allow_shared_patients,
+        allow_overlaps=dataset.allow_overlaps,
+    )
+
+
+def _read_sprsound(dataset: DatasetConfig, **report) -> pd.DataFrame:
+    return sprsound.read_sprsound(dataset.data_folder, label_map=dataset.label_map, **report)
+
+
+def _read_spectrograms(dataset: DatasetConfig, **_) -> pd.DataFrame:
+    return spectrograms.read_spectrograms(
+        dataset.data_folder, allow_shared_patients=dataset.allow_shared_patients
+    )
+
+
+def _complete(table: pd.DataFrame) -> Completeness:
+    return Completeness(False, "", count_cycles(table))
+
+
+CORPORA: dict[str, Corpus] = {
+    "icbhi": Corpus(_read_icbhi, icbhi.completeness, icbhi.DEVICES, icbhi.SITES),
+    "manifest": Corpus(_read_manifest, _complete),
+    "sprsound": Corpus(_read_sprsound, sprsound.completeness),
+    "spectrograms": Corpus(_read_spectrograms, spectrograms.completeness),
+}
 
 
 def read_corpus(
@@ -58,8 +92,8 @@ def read_corpus(
         report(problem)
 
     read, path = CORPORA[dataset.name].read, dataset.cycle_metadata_path
-    table = read(dataset.data_folder, **({"report": leave_out} if report else {}))
-    if path is None:
+    table = read(dataset, **({"report": leave_out} if report else {}))
+    if path is None or dataset.name != "icbhi":  # the file is ICBHI's
         return table
     if Path(path).exists():
         return check_metadata(table, path, whole=not problems)

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import pandas as pd
 
@@ -28,7 +28,7 @@ from data.corpora.icbhi_tables import (
     parse_split,
     read_text,
 )
-from data.cycle_table import COLUMNS, classes_of, derive
+from data.cycle_table import COLUMNS, Completeness, count_cycles, derive
 from data.splits import assign_folds
 from data.task import CLASSES
 from utils.common.errors import UserError
@@ -59,20 +59,6 @@ FULL_COUNTS: dict[str, int] = {
     }.items()
     for name, count in zip(("cycles", "recordings", "patients", *CLASSES), counts, strict=True)
 }
-
-
-class Completeness(NamedTuple):
-    """How the cycle table compares with the whole database.
-
-    Attributes:
-        partial: True when any count differs from `FULL_COUNTS`.
-        message: one line for a prominent warning; empty when nothing is missing.
-        counts: this table's counts, keys as in `FULL_COUNTS`.
-    """
-
-    partial: bool
-    message: str
-    counts: dict[str, int]
 
 
 def _fail(problem: str) -> NoReturn:
@@ -144,14 +130,7 @@ def read_cycles(
 
 def completeness(table: pd.DataFrame) -> Completeness:
     """Compare a cycle table's counts with the whole database's."""
-    counts: dict[str, int] = {}
-    for part in ("train", "test", "all"):
-        rows = table if part == "all" else table[table["Split"] == part]
-        counts[f"{part}_cycles"] = len(rows)
-        counts[f"{part}_recordings"] = int(rows["Filename"].nunique())
-        counts[f"{part}_patients"] = int(rows["PID"].nunique())
-        for number, name in enumerate(CLASSES):
-            counts[f"{part}_{name}"] = int((classes_of(rows) == number).sum())
+    counts = count_cycles(table)
     if counts == FULL_COUNTS:
         return Completeness(False, "", counts)
     fewer = counts["all_recordings"] < FULL_COUNTS["all_recordings"]

@@ -34,6 +34,7 @@ from data.corpora.manifest import (
     cycle_table,
     read_rows,
 )
+from data.cycle_table import Completeness, count_cycles
 from utils.common.cli import command
 from utils.common.errors import UserError
 from utils.common.files import atomic_write, write_text
@@ -81,6 +82,13 @@ def open_array(folder: str | Path) -> np.ndarray:
     return array
 
 
+def completeness(table: pd.DataFrame) -> Completeness:
+    """Whatever its counts, a table of ready-made spectrograms is not comparable with audio."""
+    counts = count_cycles(table)
+    message = f"READY-MADE SPECTROGRAMS: {counts['all_cycles']:,} cycles without audio; "
+    return Completeness(True, message + "not comparable with figures on audio", counts)
+
+
 @dataclass
 class SpectrogramStore:
     """Spectrograms of a cycle table's rows.
@@ -105,8 +113,8 @@ class SpectrogramStore:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def fitted(self, train: np.ndarray) -> SpectrogramStore:
-        """This store, normalised by the values of the given rows [n].
+    def level(self, train: np.ndarray) -> tuple[float, float]:
+        """Mean and standard deviation of the values of the given rows [n].
 
         Raises:
             UserError: the training rows hold a value that is not finite, or one value only.
@@ -120,7 +128,7 @@ class SpectrogramStore:
         variance = squares / max(count, 1) - mean**2
         if not np.isfinite(variance) or variance <= 0:
             raise UserError("the training spectrograms are constant or not finite; check the array")
-        return SpectrogramStore(self.array, self.rows, float(mean), float(np.sqrt(variance)))
+        return float(mean), float(np.sqrt(variance))
 
     def read(self, cycles: np.ndarray) -> np.ndarray:
         """Normalised spectrograms [n, bands, frames] float32 of the given rows of the table."""

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from data.cycle_table import COLUMNS
+from data.cycle_table import COLUMNS, Completeness, count_cycles
 from data.splits import assign_folds
 from utils.common.errors import UserError
 
@@ -97,20 +97,17 @@ def read_sprsound(
     return table[[*COLUMNS, "Recording", "Part"]]
 
 
-def completeness_message(table: pd.DataFrame) -> str:
-    """One prominent line when the table does not hold the whole release; else empty."""
-    counts = {
-        "recordings": table["Filename"].nunique(),
-        "events": len(table),
-        "patients": table["PID"].nunique(),
-    }
-    # recordings of poor quality have no events, so only the others can be counted in the table
-    if counts["events"] >= FULL_COUNTS["events"] and counts["patients"] >= FULL_COUNTS["patients"]:
-        return ""
-    return (
-        f"PARTIAL DATA: {counts['events']:,} of {FULL_COUNTS['events']:,} SPRSound events, "
-        f"{counts['patients']} of {FULL_COUNTS['patients']} children; not comparable"
+def completeness(table: pd.DataFrame) -> Completeness:
+    """Compare a table with the release; recordings without an event are not in the table."""
+    counts = count_cycles(table)
+    events, children = counts["all_cycles"], counts["all_patients"]
+    if (events, children) == (FULL_COUNTS["events"], FULL_COUNTS["patients"]):
+        return Completeness(False, "", counts)
+    message = (
+        f"PARTIAL DATA: {events:,} of {FULL_COUNTS['events']:,} SPRSound events, "
+        f"{children} of {FULL_COUNTS['patients']} children; not comparable"
     )
+    return Completeness(True, message, counts)
 
 
 def _stems(folder: Path, suffix: str, report: Callable[[str], None]) -> dict[str, Path]:

@@ -36,7 +36,9 @@ def test_rows_name_places_in_the_array(folder):
 
 
 def test_normalised_by_the_training_rows(folder):
-    store = SpectrogramStore(open_array(folder), np.arange(6)).fitted(np.array([4, 1, 2]))
+    array, rows = open_array(folder), np.arange(6)
+    level = SpectrogramStore(array, rows).level(np.array([4, 1, 2]))
+    store = SpectrogramStore(array, rows, *level)
     values = store.read(np.array([1, 2, 4]))
     assert values.mean() == pytest.approx(0, abs=1e-6)
     assert values.std() == pytest.approx(0.5, rel=1e-5)
@@ -69,7 +71,7 @@ def test_constant_training_rows_are_refused(tmp_path):
     np.save(tmp_path / "spectrograms.npy", np.ones((3, 2, 2)))
     store = SpectrogramStore(open_array(tmp_path), np.arange(3))
     with pytest.raises(UserError, match="constant"):
-        store.fitted(np.arange(3))
+        store.level(np.arange(3))
 
 
 def index(n):

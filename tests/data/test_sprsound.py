@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import soundfile
 
-from data.corpora.sprsound import completeness_message, read_sprsound
+from data.corpora.sprsound import completeness, read_sprsound
 from utils.common.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "sprsound"
@@ -94,4 +94,4 @@ def test_real_folder(caplog):
     expected = {"Normal": 320, "Fine Crackle": 72, "Wheeze": 14, "Rhonchi": 3, "Coarse Crackle": 2}
     assert kinds == expected
     assert (len(table), table["Wheezes"].sum(), table["Crackles"].sum()) == (411, 17, 74)
-    assert "PARTIAL DATA: 411 of 9,089" in completeness_message(table)
+    assert "PARTIAL DATA: 411 of 9,089" in completeness(table).message

@@ -130,6 +130,9 @@ NOT_HASHED = {
     "training": {"resume", "output_dir", "checkpoint_dir", "checkpoint_minutes"},
 }
 
+#: Keys that came after the first release, left out of the hash at their default.
+LATER = {"dataset": {"allow_shared_patients": False, "allow_overlaps": False, "label_map": {}}}
+
 
 def load_config(
     files: Sequence[str | Path],
@@ -223,7 +226,11 @@ def config_hash(config: RunConfig) -> str:
     """Eight hex digits over every key that can change a run's result."""
     values = config_to_dict(config)
     values.pop("mlflow")
-    if not values["methods"]:  # runs of the time before methods keep their names
+    for section, keys in LATER.items():  # older runs keep their names
+        for key, default in keys.items():
+            if values[section][key] == default:
+                del values[section][key]
+    if not values["methods"]:
         del values["methods"]
     for section, keys in NOT_HASHED.items():
         for key in keys:

@@ -16,9 +16,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from data.augment import Augmentation
 from data.batch import Batch
 from data.frontend import AudioFrontend
-from data.loader import Cycles, read_ahead
+from data.loader import Cycles, derived_seed, read_ahead
 from models.build import ConditionedAST
 from models.conditioner import Features
 from utils.common.files import atomic_write, write_error
@@ -58,6 +59,29 @@ class Inputs:
         seed: of the augmentation; None: none.
         """
         return Features(self.frontend(batch.waveform, batch.length, seed))
+
+    def views(self, batch: Batch, seed: int, count: int) -> Features:
+        """`count` independent augmentation draws of a batch, one after the other: [V B, ...]."""
+        if count == 1:
+            return self(batch, seed)
+        seeds = [seed, *(derived_seed(seed, view) for view in range(1, count))]
+        return Features(torch.cat([self(batch, one).values for one in seeds]))
+
+
+class SpectrogramInputs(Inputs):
+    """Rows -> batches of ready-made spectrograms -> [B, 1, F, T], with SpecAugment in training."""
+
+    def __init__(self, augmentation: Augmentation | None, runtime: Runtime, data: Cycles):
+        self.augmentation, self.runtime, self.data = augmentation, runtime, data
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, seed: int | None) -> Features:
+        values = batch.features
+        if seed is not None and self.augmentation is not None:
+            plan = self.augmentation.draw(len(batch), seed)
+            frames = values.transpose(1, 2).contiguous()  # [B, T, F]
+            values = self.augmentation.mask(frames, plan).transpose(1, 2)
+        return Features(values.unsqueeze(1).contiguous())
 
 
 class FrozenInputs(Inputs):
