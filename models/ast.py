@@ -143,13 +143,14 @@ class AST(nn.Module):
             grid_size(n_frames, config.patch_size, config.time_stride),
         )
         self.gradient_checkpointing = config.gradient_checkpointing
+        self.n_patches = self.grid[0] * self.grid[1]
         self.frozen_blocks: int | None = None  # None: nothing is frozen; else also the embedding
         self.patch_embed = PatchEmbed(
             embed_dim, config.patch_size, config.freq_stride, config.time_stride
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        n_tokens = N_SPECIAL + self.grid[0] * self.grid[1]
+        n_tokens = N_SPECIAL + self.n_patches
         self.pos_embed = nn.Parameter(torch.zeros(1, n_tokens, embed_dim))
         self.blocks = nn.ModuleList(
             [

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from data.corpora.icbhi import completeness, read_cycles
+from data.corpora import read_corpus
+from data.cycle_table import count_cycles
 from data.loader import Cycles
 from data.synthetic.corpus import is_synthetic
 from models.build import ConditionedAST
@@ -169,11 +170,11 @@ class Run:
     def _check_unchanged(self) -> None:
         """Refuse to show a finished run as the result of data that have changed since."""
         try:
-            table = read_cycles(self.config.dataset.data_folder)
+            table = read_corpus(self.config.dataset)
         except UserError as error:
             logger.warning("the data of this finished run can not be read now: %s", error)
             return
-        counts = completeness(table).counts
+        counts = count_cycles(table)
         if counts != load_checkpoint(self.folder.best).counts.get("data"):
             raise UserError(
                 f"{self.folder.path} was finished on other data than "

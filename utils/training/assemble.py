@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,24 @@ import numpy as np
 import pandas as pd
 import torch
 
+from data.augment import Augmentation
 from data.corpora import CORPORA, read_corpus
-from data.corpora.icbhi import completeness
+from data.corpora.spectrograms import SpectrogramStore, open_array
 from data.loader import Cycles
 from data.splits import Split, split_cycles
 from data.statistics import MetadataStatistics
+from data.store import WaveformStore
 from data.store_build import open_store
 from data.synthetic.corpus import is_synthetic
 from models.build import ConditionedAST
+from utils.common.errors import UserError
 from utils.config.schema import RunConfig, config_to_dict
 from utils.tracking import Tracker
 from utils.training.build import build_frontend, build_model
 from utils.training.checkpointer import Checkpointer
 from utils.training.device import Runtime
 from utils.training.fingerprint import fingerprint
-from utils.training.inputs import FrozenInputs, Inputs
+from utils.training.inputs import FrozenInputs, Inputs, SpectrogramInputs
 from utils.training.runfolder import run_name
 from utils.training.trainer import Trainer
 
@@ -58,6 +61,28 @@ def build_data(config: RunConfig, statistics: MetadataStatistics | None = None) 
     """
     dataset = config.dataset
     table, split = build_split(config)
+    corpus, ready_made = CORPORA[dataset.name], dataset.name == "spectrograms"
+    if not ready_made:
+        store, split = _waveforms(config, table, split)
+    if statistics is None:
+        statistics = MetadataStatistics.fit(table.iloc[split.train], corpus.devices, corpus.sites)
+    if ready_made:
+        store, statistics = _spectrograms(config, table, split, statistics)
+    return Cycles(
+        table=table,
+        split=split,
+        statistics=statistics,
+        metadata=statistics.transform(table),
+        store=store,
+        task=config.task,
+        completeness=corpus.completeness(table),
+        max_samples=round(config.audio.clip_seconds * config.audio.sample_rate),
+    )
+
+
+def _waveforms(config: RunConfig, table: pd.DataFrame, split: Split) -> tuple[WaveformStore, Split]:
+    """The store of a table, and the split without the recordings that had to be left out."""
+    dataset = config.dataset
     store = open_store(
         table,
         cache_dir=dataset.cache_dir,
@@ -69,26 +94,34 @@ def build_data(config: RunConfig, statistics: MetadataStatistics | None = None) 
     for line in store.report:
         logger.warning("%s", line)
     parts = (split.train, split.val, split.test)
-    split = Split(*(rows[~np.asarray(store.bad)[rows]] for rows in parts))
-    if statistics is None:
-        corpus = CORPORA[dataset.name]
-        statistics = MetadataStatistics.fit(table.iloc[split.train], corpus.devices, corpus.sites)
-    return Cycles(
-        table=table,
-        split=split,
-        statistics=statistics,
-        metadata=statistics.transform(table),
-        store=store,
-        task=config.task,
-        completeness=completeness(table),
-        max_samples=round(config.audio.clip_seconds * config.audio.sample_rate),
-    )
+    return store, Split(*(rows[~np.asarray(store.bad)[rows]] for rows in parts))
+
+
+def _spectrograms(
+    config: RunConfig, table: pd.DataFrame, split: Split, statistics: MetadataStatistics
+) -> tuple[SpectrogramStore, MetadataStatistics]:
+    """The store of ready-made spectrograms, and the statistics with the training rows' level."""
+    dataset = config.dataset
+    store = SpectrogramStore(open_array(dataset.data_folder), table["Row"].to_numpy())
+    if store.shape != (dataset.h, dataset.w):
+        h, w = store.shape
+        raise UserError(
+            f"dataset.h={dataset.h} and dataset.w={dataset.w} cannot be: the spectrograms of "
+            f"{dataset.data_folder} are {h} x {w}; set dataset.h={h} dataset.w={w}"
+        )
+    if statistics.level is None:
+        statistics = replace(statistics, level=store.level(split.train))
+    return replace(store, mean=statistics.level[0], std=statistics.level[1]), statistics
 
 
 def build_inputs(
     config: RunConfig, data: Cycles, model: ConditionedAST, runtime: Runtime
 ) -> Inputs:
     """Log-mels per batch; or stored features where a frozen backbone allows them."""
+    if config.dataset.name == "spectrograms":
+        augment = config.augment
+        masking = Augmentation(augment, config.audio.sample_rate) if augment.enabled else None
+        return SpectrogramInputs(masking, runtime, data)
     frontend = build_frontend(config)
     enabled = config.training.frozen_cache and not config.augment.enabled
     if not (enabled and model.cacheable):

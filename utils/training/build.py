@@ -30,5 +30,6 @@ def build_model(
         n_outputs=len(config.task.outputs),
         device_counts=statistics.device_counts,
         site_counts=statistics.site_counts,
+        methods=config.methods,
         layer_norm_eps=layer_norm_eps,
     )

@@ -142,6 +142,13 @@ class Trainer:
         self.model.load_state_dict(self.best)
         return self.progress
 
+    @property
+    def finished(self) -> float:
+        """Share of the training's steps that are done, 0..1."""
+        progress = self.progress
+        done = progress.epoch * self.steps_per_epoch + progress.step
+        return done / (self.training.epochs * self.steps_per_epoch)
+
     def _is_over(self) -> bool:
         """Whether every epoch is done, or early stopping was triggered."""
         patience = self.training.early_stopping_patience
@@ -259,13 +266,17 @@ class Trainer:
 
     def step(self, parts: list[MicroBatch], batches: Iterator[Batch]) -> Tensor:
         """One optimiser step; returns a scalar on the device, 1 if the gradient was not finite."""
-        runtime, total = self.runtime, torch.zeros((), device=self.runtime.device)
+        runtime, methods = self.runtime, self.model.methods
+        methods.on_step(self.finished)
+        total = torch.zeros((), device=runtime.device)
         for part in parts:
             batch = next(batches)
             with runtime.exchange(self.wrapped, when=part is parts[-1]):
+                drawn = methods.draw(batch, self.model.backbone.n_patches, part.seed)
                 with runtime.autocast():
-                    output = self.wrapped(self.inputs(batch, part.seed), batch.metadata)
-                losses = self.loss(output.logits, batch.label)  # [B]
+                    features = self.inputs.views(batch, part.seed, methods.views)
+                    output = self.wrapped(features, batch.metadata, drawn)
+                losses = methods.task_losses(self.loss, output.logits, batch.label, drawn)  # [B]
                 share = part.weight * len(batch)
                 loss = losses.sum() * part.weight + output.regularisation * share
                 runtime.backward(loss)
@@ -338,7 +349,9 @@ class Trainer:
             row[f"{name}_loss"] = loss
             row |= {f"{name}_{key}": value for key, value in figures.items()}
         row |= {
-            f"model_{key}": value for key, value in self.model.conditioner.diagnostics().items()
+            f"model_{key}": value
+            for part in (self.model.conditioner, self.model.methods)
+            for key, value in part.diagnostics().items()
         }
         row = {key: float(value) for key, value in row.items()}
         progress.history.append(row)
