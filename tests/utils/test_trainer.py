@@ -113,7 +113,7 @@ def test_a_step_never_waits_for_the_device(variant, tmp_path):
     trainer = tiny_trainer(tiny_config(variant, **options), tmp_path)
     batch = trainer.data.batch(trainer.rows[:8])
     spectrogram = trainer.inputs(batch, 1)
-    trainer.inputs = lambda *_: spectrogram
+    trainer.inputs.views = lambda *_: spectrogram
     trainer.model.train()
     signals = Signals(trainer.runtime.device, 1, 1e9)
     with Questions() as questions:
