@@ -103,16 +103,9 @@ def test_real_table_layout(real):
     assert real.index.equals(real.sort_values(["Filename", "CycleIndex"]).index)
     assert list(real.index) == list(range(6898))
     assert (real.groupby("Filename")["CycleIndex"].min() == 0).all()
+    assert (real.groupby("PID")["Device"].nunique() == 1).sum() == 122
     alias = real[real["Filename"] == "226_1b1_Pl_sc_LittC2SE"]
     assert set(alias["Split"]) == {"train"}
-
-
-@pytest.mark.real
-def test_real_devices_and_patients(real):
-    assert (real.groupby("PID")["Device"].nunique() == 1).sum() == 122
-    folds = real.groupby("PID")["Fold"].nunique()
-    assert (folds == 1).all()
-    assert set(real["Fold"]) == {0, 1, 2, 3, 4}
 
 
 @pytest.mark.real

@@ -94,12 +94,6 @@ def test_a_cycle_that_training_would_cut_is_no_problem(icbhi_folder):
         assert len(inspect_folder(icbhi_folder)[1]) == problems
 
 
-def test_annotations_alone_can_be_inspected(make_icbhi, tmp_path):
-    table, problems = inspect_folder(make_icbhi(tmp_path / "data", audio=False))
-    assert problems == []
-    assert "annotations only" in describe(table, problems)
-
-
 def test_many_problems_are_cut_short(icbhi_folder):
     text = describe(read_cycles(icbhi_folder), [f"problem {n}" for n in range(70)])
     assert "- problem 49" in text
