@@ -25,9 +25,10 @@ from data.splits import patients_in_both_halves, split_cycles
 from data.store import StorePlan
 from data.store_build import cut_cycles
 from data.task import CLASSES
-from utils.common.cli import WIDTH, command
+from utils.common.cli import command
 from utils.common.errors import UserError
 
+WIDTH = 100  # columns of the text
 PARTS = ("train", "test")
 _SHOWN = 50  # problems that are printed
 
