@@ -203,10 +203,8 @@ def replay(folder: Path, tracking_uri: str | None = None) -> str:
             store = _Store(uri, folder, record)
             store.complete(record, _read_epochs(folder))
     except Exception as error:
-        raise UserError(
-            f"{folder} did not reach MLflow at {uri}: {_reason(error)}; try again when it answers, "
-            "or give another --tracking-uri"
-        ) from error
+        problem = f"{folder} did not reach MLflow at {uri}: {_reason(error)}"
+        raise UserError(f"{problem}; try again, or give another --tracking-uri") from error
     return f"{folder}: complete as run {store.run_id} at {uri}"
 
 
@@ -297,10 +295,9 @@ def check_tracking_uri(uri: str) -> None:
     secret = re.search(r"(pass|pwd|token|secret|key)\w*=", parts.query.lower())
     if parts.password or (parts.username and web) or secret:
         raise UserError(
-            "mlflow.tracking_uri holds credentials, which would be stored with every run; take "
-            "them out of the address and set MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) in the environment; for a "
-            "database its own means, such as PGPASSWORD or ~/.pgpass"
+            "mlflow.tracking_uri holds credentials, which would be stored with every run; set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) in "
+            "the environment instead; for a database its own means, such as ~/.pgpass"
         )
     server = web or parts.scheme.partition("+")[0] in ("postgresql", "mysql", "mssql")
     if not (server and parts.hostname) and not re.match("sqlite:///.", uri):
