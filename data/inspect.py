@@ -32,6 +32,8 @@ WIDTH = 100  # columns of the text
 PARTS = ("train", "test")
 _SHOWN = 50  # problems that are printed
 
+WIDTH = 100  # columns of the report
+
 
 def inspect_folder(data_folder: str | Path) -> tuple[pd.DataFrame, list[str]]:
     """Read as much of the folder as can be read.
