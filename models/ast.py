@@ -37,8 +37,8 @@ def modulate(tokens: Tensor, modulation: Modulation) -> Tensor:
 
     Args:
         tokens: [B, N, D], or [B, 2, D] when only CLS and DIST are there.
-        modulation: scale and shift [B, G, D]; G = 1: all tokens alike; G = 2: group 0 for CLS and
-            DIST, group 1 for the patches.
+        modulation: scale and shift [B, G, D]; G = 1: the same for all tokens; G = 2: group
+            0 for CLS and DIST, group 1 for the patches.
     """
     scale, shift = modulation
     if scale.shape[1] == 1:
@@ -162,7 +162,7 @@ class AST(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Truncated normal (sd .02) and zero biases, as DeiT starts (arXiv 2012.12877)."""
+        """Truncated normal (sd 0.02) and zero biases, as DeiT starts (arXiv 2012.12877)."""
         for parameter in (self.cls_token, self.dist_token, self.pos_embed):
             trunc_normal_(parameter, std=0.02)
         for module in self.blocks.modules():
@@ -220,7 +220,7 @@ class AST(nn.Module):
         return N_SPECIAL if index == self.depth - 1 and not all_tokens else None
 
     def prefix(self, spectrogram: Tensor, cut: Cut = Cut()) -> Tensor:  # noqa: B008 (immutable)
-        """Everything before `cut`, unmodulated: [B, N, D], or [B, 2, D] behind the last attention.
+        """Everything before `cut`, unmodulated: [B, N, D], or [B, 2, D] after the last attention.
 
         `resume(prefix(x, cut), modulation, cut)` equals `forward(x, modulation)` bit for bit when
         no block before the cut is modulated.
@@ -239,7 +239,7 @@ class AST(nn.Module):
         cut: Cut = Cut(),  # noqa: B008 (immutable)
         all_tokens: bool = False,
     ) -> Tensor:
-        """Everything behind `cut`: tokens [B, N, D] -> pooled [B, D], mean of CLS and DIST after
+        """Everything after `cut`: tokens [B, N, D] -> pooled [B, D], mean of CLS and DIST after
         the final LN; or with `all_tokens` all of them, [B, N, D]."""
         if modulation and len(modulation) != self.depth:
             raise ValueError(f"{len(modulation)} modulations for {self.depth} blocks")

@@ -151,7 +151,7 @@ class ConditionedAST(nn.Module):
         return self.cut is not None and not self.methods.whole_input
 
     def frozen_prefix(self, spectrogram: Tensor) -> Tensor:
-        """[B, 1, F, T] -> [B, N, D] tokens at the cut; [B, 2, D] when the cut lies behind the last
+        """[B, 1, F, T] -> [B, N, D] tokens at the cut; [B, 2, D] when the cut lies after the last
         block's attention, of whose result only CLS and DIST are read. Never differentiated."""
         if self.cut is None:
             raise ValueError("nothing is frozen, so there is no frozen prefix")

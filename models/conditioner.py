@@ -2,7 +2,7 @@
 
 The loop and the backbone call the methods below on every variant and know none of them by name;
 the plain AST has the conditioner that does nothing. Shapes: B batch, D width, L blocks,
-G token groups (1: all tokens alike; 2: group 0 is CLS and DIST, group 1 the patches).
+G token groups (1: one for all tokens; 2: group 0 is CLS and DIST, group 1 the patches).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from data.batch import Metadata
 
 
 class Features(NamedTuple):
-    """What the model computes from, apart from the metadata.
+    """What the model computes from, in addition to the metadata.
 
     Attributes:
         values: spectrograms [B, 1, F, T], or tokens [B, N, D] from `ConditionedAST.frozen_prefix`.
@@ -129,7 +129,7 @@ class Conditioner(nn.Module):
     def controls(
         self, *, lr: float, steps: int, steps_per_epoch: int, schedule: Callable[[int], float]
     ) -> dict[str, float]:
-        """What the trained conditioner's diagnostics must be judged against, computed once, behind
+        """What the trained conditioner's diagnostics must be judged against, computed once, after
         the training.
 
         Args:

@@ -68,10 +68,11 @@ class ModelConfig:
 class ConditionedConfig(ModelConfig):
     """Keys that every metadata-conditioned variant has."""
 
-    dev_embed_dim: int = setting(8, low=1, high=MAX_SIZE)  # width of the device embedding
+    # width of the device embedding (a LayerNorm over one feature would erase it)
+    dev_embed_dim: int = setting(8, low=2, high=MAX_SIZE)
     # width of the auscultation-site embedding
-    site_embed_dim: int = setting(8, low=1, high=MAX_SIZE)
-    rest_dim: int = 3  # scalars: age, BMI, duration; checked
+    site_embed_dim: int = setting(8, low=2, high=MAX_SIZE)
+    rest_dim: int = setting(3, choices=(len(SCALARS),))  # scalars: age, BMI, duration; checked
     # probability per field and clip of hiding it in training
     metadata_dropout: float = setting(0.0, low=0, high=1, ends="[)")
     # fields that are conditioned on; a subset is a factor ablation
@@ -91,13 +92,6 @@ class ConditionedConfig(ModelConfig):
                 f"{prefix}.metadata_fields",
                 self.metadata_fields,
                 f"name at least one of {', '.join(FIELDS)}",
-            )
-        if self.rest_dim != len(SCALARS):
-            refuse(
-                f"{prefix}.rest_dim",
-                self.rest_dim,
-                f"there are {len(SCALARS)} scalars ({', '.join(SCALARS)}); metadata_fields "
-                "selects among them",
             )
 
 

@@ -14,7 +14,6 @@ from data.batch import Metadata
 from data.task import FIELDS, SCALARS
 from models.conditioner import Conditioner
 from models.config import ConditionedConfig
-from utils.common.errors import UserError
 
 #: The three metadata factors; "rest" is the vector of scalars.
 FACTORS: tuple[str, ...] = ("device", "site", "rest")
@@ -40,7 +39,7 @@ class MetadataEmbeddings(nn.Module):
     Args:
         config: widths, dropout and the enabled fields; nothing is built for the others.
         device_counts, site_counts: training cycles per value, as long as the vocabularies with
-            their unknown entry; None: all values alike.
+            their unknown entry; None: all values equally often.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class MetadataEmbeddings(nn.Module):
     def forward(self, metadata: Metadata) -> dict[str, Tensor]:
         """Factor name -> [B, E] (device, site) or [B, S] (rest); enabled factors only.
 
-        A field that `known` says is missing is unknown whatever value stands beside it.
+        A field that `known` says is missing is unknown whatever its value.
         """
         known = metadata.known
         if self.training and self.dropout > 0:
@@ -109,11 +108,6 @@ class FactorEncoder(nn.Module):
 
     def __init__(self, width: int, hidden: int, *, dropout: float, act: str, norm: bool = True):
         super().__init__()
-        if norm and width == 1:
-            raise UserError(
-                "models.*.dev_embed_dim, site_embed_dim: 1 leaves a LayerNorm with one feature, "
-                "whose output does not depend on it; use 2 or more"
-            )
         self.net = nn.Sequential(
             nn.LayerNorm(width) if norm else nn.Identity(),
             nn.Linear(width, hidden),

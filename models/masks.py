@@ -21,7 +21,7 @@ ANNEALING_START, ANNEALING_END = 5, 0.2  # epochs at the first temperature; last
 
 
 class SoftMasks(nn.Module):
-    """w_k = sigmoid(a_k / max(tau, .1)), independent of each other, or a softmax over factors.
+    """w_k = sigmoid(a_k / max(tau, 0.1)), independent of each other, or a softmax over factors.
 
     a_k starts at +init_scale on the factor's own third of the D dimensions and at -init_scale
     elsewhere; thirds belong to (device, site, rest) also when a factor is switched off.

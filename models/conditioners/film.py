@@ -16,7 +16,7 @@ class FiLM(ModulatingConditioner):
     """u <- (1 + dg_l) * u + b_l, [dg_l; b_l] = G_l h_m (Perez et al., AAAI 2018, arXiv 1709.07871).
 
     h_m = act(W2 Drop(act(W1 LN(m)))), m = [e_dev; e_site; rest32], rest32 from `ScalarEncoder`.
-    All tokens of a conditioned block l are modulated alike, after LN2 and before the MLP. The
+    All tokens of a conditioned block l get the same modulation, after LN2 and before the MLP. The
     generators G_l start at zero, so training starts from the plain AST.
     """
 

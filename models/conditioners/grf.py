@@ -1,4 +1,4 @@
-"""GRF-AST: gated residual fusion of metadata behind the transformer."""
+"""GRF-AST: gated residual fusion of metadata after the transformer."""
 
 from __future__ import annotations
 

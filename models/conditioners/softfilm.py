@@ -20,7 +20,7 @@ class SoftFiLM(ModulatingConditioner):
 
     [dg_{k,l}; b_{k,l}] = G_{k,l} h_k, h_k = act(W2 Drop(act(W1 LN(e_k)))), without that LN for the
     three raw z-scored scalars (it would erase their scale). w_k: `SoftMasks`. Generators start
-    Xavier-uniform with gain .1: at zero the masks would get no gradient. Loss = task +
+    Xavier-uniform with gain 0.1: at zero the masks would get no gradient. Loss = task +
     mask_overlap_lambda * mean of the pairwise mean(w_i w_j)
     + mask_coverage_lambda * mean(1 - max_k w_k).
     """

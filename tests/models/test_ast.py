@@ -180,7 +180,7 @@ def test_full_size_grid_and_parameter_count():
 
 
 def test_random_weights_start_as_deit_does(make_model):
-    """Truncated normal of sd .02 and zero biases; LN eps of DeiT."""
+    """Truncated normal of sd 0.02 and zero biases; LN eps of DeiT."""
     backbone = make_model("ast", embed_dim=96, trainable_blocks=12).backbone
     assert {m.eps for m in backbone.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
     for linear in [m for m in backbone.modules() if isinstance(m, nn.Linear)]:

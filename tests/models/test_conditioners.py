@@ -194,7 +194,7 @@ def test_head_follows_its_formula(act, function, make_model):
 
 
 def test_softfilm_starts_small_but_not_at_zero(make_model):
-    """Xavier-uniform with gain .1 in every block: |G| up to .1 sqrt(6 / (H + 2 D))."""
+    """Xavier-uniform with gain 0.1 in every block: |G| up to 0.1 sqrt(6 / (H + 2 D))."""
     soft = make_model("ast_softfilm", {"film_hidden_dim": 32}).conditioner
     bound = 0.1 * (6 / (32 + 2 * 48)) ** 0.5
     for generators in soft.generators.values():

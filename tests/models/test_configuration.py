@@ -1,4 +1,4 @@
-"""Configuration of the variants: every key reaches the model, what can not work is refused."""
+"""Configuration of the variants: every key reaches the model, what cannot work is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DROPOUTS = {"ast": 2, "ast_grf": 2 + 1, "ast_film": 2 + 1 + 4, "ast_tafilm": 7, 
 
 
 @pytest.mark.parametrize("variant", DROPOUTS)
-def test_dropout_and_activation_are_everywhere_alike(variant, make_model):
+def test_dropout_and_activation_are_the_same_everywhere(variant, make_model):
     for config, p, kind in (
         ({}, 0.4, "ReLU"),
         ({"dropout": 0.1, "activation": "gelu"}, 0.1, "GELU"),

@@ -70,7 +70,7 @@ def test_finalise_disturbs_neither_optimiser_nor_random_numbers(make_model, make
 def test_any_combination_of_missing_fields_is_answered(
     variant, make_model, make_metadata, make_spectrogram
 ):
-    """The value beside known = False must not matter, and the answer equals that for a cycle
+    """The value where known is False must not matter, and the answer equals that for a cycle
     which has the unknown index or z = 0 there."""
     model = make_model(variant).eval()
     with torch.no_grad():

@@ -100,7 +100,7 @@ def test_the_prefix_ends_where_something_trains_or_is_conditioned(
 def test_a_prefix_in_half_precision_is_accepted(
     variant, n, make_model, make_spectrogram, make_metadata
 ):
-    """It may be stored in half precision; the computation goes on in full."""
+    """It may be stored in half precision; the computation continues in full precision."""
     model = make_model(variant, trainable_blocks=n).eval()
     x, metadata = make_spectrogram(4), make_metadata(4)
     half = model.frozen_prefix(x).bfloat16()

@@ -80,7 +80,7 @@ def test_names_of_the_published_file_are_understood(transformers_folder):
     assert f"{prefix}intermediate.dense.bias" in keys
 
 
-def test_safetensors_file_reads_the_configuration_beside_it(transformers_folder, make_model):
+def test_safetensors_file_reads_the_configuration_next_to_it(transformers_folder, make_model):
     folder, _ = transformers_folder
     path = str(folder / "model.safetensors")
     assert make_model("ast", weights="audioset", weights_path=path).backbone.norm.eps == 1e-12

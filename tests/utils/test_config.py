@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,6 +147,12 @@ def test_later_files_and_overrides_win(tmp_path):
         ("training.lr=inf", ["training.lr=inf", "finite"]),
         ("augment.noise_snr_db=[nan,1]", ["augment.noise_snr_db", "finite"]),
         ("training.seed=99999999999999999999", ["training.seed", "4294967295"]),
+        ("dataset.store_workers=1000000000000", ["store_workers", "at most 1024"]),
+        ("training.epochs=1000000000000", ["training.epochs", "at most 1000000"]),
+        ("dataset.h=1000000", ["dataset.h=1000000", "at most 4096"]),
+        ("models.*.head_hidden_dim=10000000", ["head_hidden_dim=10000000", "at most 65536"]),
+        ("models.*.dev_embed_dim=1", ["models.ast_film.dev_embed_dim=1", "at least 2"]),
+        ("training.output_dir=~nobody_here/runs", ["training.output_dir", "home directory"]),
         ("dataset.val_fraction=1", ["dataset.val_fraction=1.0", "below 1"]),
         ("models.ast_film.dropout=1", ["models.ast_film.dropout=1.0", "below 1"]),
         ("models.ast_film.film_hidden_dim=-3", ["film_hidden_dim=-3", "at least 1"]),
@@ -210,6 +218,26 @@ def test_only_files_and_the_command_line_may_refer_to_other_values(monkeypatch):
 def test_a_script_refuses_another_variants_configuration():
     with pytest.raises(UserError, match=r"this script trains ast, but .* ast_film"):
         load_config([ROOT / "configs" / "ast_film_config.yaml"], variant="ast")
+
+
+def test_tilde_is_the_home_directory_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    keys = ("dataset.data_folder", "dataset.cache_dir", "backbone.weights_path",
+            "training.output_dir", "training.checkpoint_dir")  # fmt: skip
+    flat = flatten(config_to_dict(shipped("ast", *(f"{key}=~/x" for key in keys))))
+    assert all(flat[key] == "/home/me/x" for key in keys)
+    assert flat["dataset.cycle_metadata_path"] == "/home/me/x/icbhi_metadata.csv"
+
+
+def test_reading_a_configuration_imports_nothing_heavy():
+    code = (
+        "import sys; from utils.config.schema import load_config;"
+        "load_config(['configs/ast_film_soft_config.yaml', 'configs/demo.yaml']);"
+        "heavy = ['torch', 'timm', 'pandas', 'scipy', 'sklearn', 'transformers'];"
+        "sys.exit(str([name for name in heavy if name in sys.modules] or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip() == ""
 
 
 def test_data_folder_must_be_set():

@@ -118,7 +118,7 @@ def refused(config: RunConfig, folder: Path) -> str:
     raise AssertionError("a configuration with this value must not even load")
 
 
-# key: (second value, probe, what must hold besides for the key to matter)
+# key: (second value, probe, what else must hold for the key to matter)
 KEYS: dict[str, tuple] = {
     "dataset.name": ("other", refused, {}),
     "dataset.data_folder": ("elsewhere", read, {}),
@@ -259,11 +259,11 @@ def test_no_key_is_forgotten():
 
 def variant_with(key: str) -> str:
     leaf = key.rpartition(".")[2]
-    wanted = "ast_grf" if leaf == "gate_init" else "ast_softfilm"
+    variant = "ast_grf" if leaf == "gate_init" else "ast_softfilm"
     assert (
-        not key.startswith("models.") or leaf in VARIANTS[wanted].config_class.__dataclass_fields__
+        not key.startswith("models.") or leaf in VARIANTS[variant].config_class.__dataclass_fields__
     )
-    return wanted
+    return variant
 
 
 @pytest.fixture(scope="module")

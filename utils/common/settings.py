@@ -1,4 +1,4 @@
-"""Keys of the configuration: default, range and choices beside each other, checked in one place.
+"""Keys of the configuration: default, range and choices in one line, checked in one place.
 
 A section is a dataclass whose fields are made by `setting`; it imports nothing heavy.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from utils.common.errors import UserError
@@ -27,7 +27,7 @@ class Limits:
         ends: as intervals are written: "[" and "]" include a bound, "(" and ")" exclude it.
         choices: the only values; empty: any.
         interval: the value is a list [low, high] with low <= high.
-        path: `~` is the home directory.
+        path: a leading `~` means the home directory.
     """
 
     low: float | None = None
@@ -78,22 +78,19 @@ def refuse(key: str, value: Any, remedy: str) -> None:
 
 
 def check_section(section: Any, prefix: str) -> None:
-    """Refuse the first value that is outside its key's limits.
+    """Refuse the first value that is outside its key's limits; expand `~` in paths.
 
     Raises:
         UserError: names `prefix`.key, the value and what is allowed.
     """
     for one in fields(section):
         value = getattr(section, one.name)
-        problem = "" if value is None else _limits(one).problem(value)
+        limits = one.metadata.get("limits", Limits())
+        problem = "" if value is None else limits.problem(value)
         if problem:
             refuse(f"{prefix}.{one.name}", value, problem)
-
-
-def paths(section: type) -> Iterable[str]:
-    """Names of the keys that are paths."""
-    return [one.name for one in fields(section) if _limits(one).path]
-
-
-def _limits(one: Any) -> Limits:
-    return one.metadata.get("limits", Limits())
+        if limits.path and str(value).startswith("~"):
+            try:
+                setattr(section, one.name, str(Path(value).expanduser()))
+            except RuntimeError:
+                refuse(f"{prefix}.{one.name}", value, "that home directory is not known here")

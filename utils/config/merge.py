@@ -1,7 +1,7 @@
-"""Reading and merging of YAML files and `key=value` words, with complaints that name the key.
+"""Reading and merging of YAML files and `key=value` words, with errors that name the key.
 
-OmegaConf does the merging and the strictness; here its errors become sentences, and the later word
-wins between a wildcard and a variant's name.
+OmegaConf merges strictly; here its errors become readable, and the later of a wildcard and a
+variant's name wins.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def parse_override(override: str) -> DictConfig:
         return OmegaConf.from_dotlist([override])
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise UserError(
-            f"the value of {override!r} can not be read ({first_line(error)}); it is YAML: put "
+            f"the value of {override!r} cannot be read ({first_line(error)}); it is YAML: put "
             "quotes around what holds special characters"
         ) from None
 
 
 def without_overruled(base: DictConfig, new: DictConfig) -> DictConfig:
-    """`base` without the wildcard keys that `new` sets by a variant's name: the later word wins."""
+    """`base` without the wildcard keys that `new` sets by a variant's name: the later one wins."""
     wildcard = OmegaConf.select(base, f"models.{ANY_VARIANT}")
     for name, section in (new.get("models") or {}).items():
         if name != ANY_VARIANT and wildcard and isinstance(section, DictConfig):
@@ -80,7 +80,7 @@ def without_overruled(base: DictConfig, new: DictConfig) -> DictConfig:
 
 
 def merge(base: DictConfig, new: Any, where: str, prefix: str = "") -> DictConfig:
-    """OmegaConf.merge whose complaints are sentences about a key.
+    """OmegaConf.merge whose errors name the key.
 
     Args:
         where: where `new` comes from, for messages: "in FILE"; may be empty.
@@ -106,7 +106,7 @@ def merge(base: DictConfig, new: Any, where: str, prefix: str = "") -> DictConfi
         if expected := EXPECTED.get(type(default)):
             example = "" if isinstance(default, bool) else f", such as {default}"
             problem = f"{expected} is expected{example}"
-        raise UserError(f"{key}={given} can not be{where and f' {where}'}: {problem}") from None
+        raise UserError(f"{key}={given} cannot be{where and f' {where}'}: {problem}") from None
 
 
 def _culprit(base: Any, new: Any) -> str:

@@ -24,7 +24,7 @@ from data.task import Task
 from models.config import BackboneConfig
 from models.registry import METHODS, VARIANTS
 from utils.common.errors import UserError
-from utils.common.settings import MAX_COUNT, MAX_SEED, MAX_SIZE, paths, setting
+from utils.common.settings import MAX_COUNT, MAX_SEED, MAX_SIZE, setting
 from utils.config.merge import (
     ANY_VARIANT,
     first_line,
@@ -42,9 +42,9 @@ class TrainingConfig:
     """The loop."""
 
     epochs: int = setting(100, low=1, high=MAX_COUNT)  # passes over the training cycles
-    lr: float = setting(3e-5, low=0, ends="(]")  # of AdamW, at the top of the schedule
-    warmup_epochs: float = setting(10, low=0)  # linear, per step; then cosine to 0
-    weight_decay: float = setting(0.01, low=0)  # of AdamW
+    lr: float = setting(3e-5, low=0, high=100, ends="(]")  # of AdamW, at the top of the schedule
+    warmup_epochs: float = setting(10, low=0, high=MAX_COUNT)  # linear, per step; then cosine to 0
+    weight_decay: float = setting(0.01, low=0, high=100)  # of AdamW
     # times negatives / positives is BCE's pos_weight
     sensitivity_bias: float = setting(1.5, low=0, ends="(]")
     grad_clip: float = setting(1.0, low=0)  # gradient norm; 0: off
@@ -207,7 +207,6 @@ def config_from_dict(
     config = _resolved(schema)
     # YAML and the command line make a truth value of `true`, OmegaConf the text "True" of that
     config.training.compile = config.training.compile.lower()
-    _expand_paths(config)
     validate(config)
     return config
 
@@ -250,7 +249,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _resolved(schema: DictConfig) -> RunConfig:
-    """The object behind a merged schema, every ${...} replaced by what it names."""
+    """The object of a merged schema, every ${...} replaced by what it names."""
     try:
         for key in sorted(OmegaConf.missing_keys(schema)):
             raise UserError(
@@ -260,25 +259,16 @@ def _resolved(schema: DictConfig) -> RunConfig:
         return OmegaConf.to_object(schema)
     except OmegaConfBaseException as error:
         raise UserError(
-            f"{error.full_key} can not be resolved: {first_line(error)}; name a key or variable "
+            f"{error.full_key} cannot be resolved: {first_line(error)}; name a key or variable "
             "that exists, or write the value itself"
         ) from None
-
-
-def _expand_paths(config: RunConfig) -> None:
-    """`~` is the home directory in every path key."""
-    for section in (config.dataset, config.backbone, config.training):
-        for key in paths(type(section)):
-            value = getattr(section, key)
-            if value and value.startswith("~"):
-                setattr(section, key, str(Path(value).expanduser()))
 
 
 def _refuse_interpolations(values: dict[str, Any]) -> None:
     for key, value in flatten(values).items():
         if "${" in str(value):
             raise UserError(
-                f"{key}={value} can not be: a stored configuration holds plain values; restore it"
+                f"{key}={value} cannot be: a stored configuration holds plain values; restore it"
             )
 
 
@@ -304,15 +294,15 @@ def _check_sections(values: dict[str, Any], models: Any, methods: Any) -> None:
             raise UserError(f"{name} must be a section of keys, not {section!r}")
 
 
-def _the_variant(models: dict[str, Any], wanted: str | None, variants: dict[str, Any]) -> str:
+def _the_variant(models: dict[str, Any], expected: str | None, variants: dict[str, Any]) -> str:
     for name in models:
         if name not in variants:
             raise UserError(unknown_key(f"models.{name}", list(variants)))
     if len(models) > 1:
         raise UserError(f"models holds {' and '.join(models)}; a run has exactly one variant")
-    if not models and wanted is None:
+    if not models and expected is None:
         raise UserError("models holds no variant; add a section such as models.ast_film")
-    name = next(iter(models), wanted)
-    if wanted is not None and name != wanted:
-        raise UserError(f"this script trains {wanted}, but the configuration is for {name}")
+    name = next(iter(models), expected)
+    if expected is not None and name != expected:
+        raise UserError(f"this script trains {expected}, but the configuration is for {name}")
     return name

@@ -1,6 +1,6 @@
 """Contradictions in a configuration, found before anything is read.
 
-Each complaint names the key, its value and the remedy.
+Each message names the key, its value and the remedy.
 """
 
 from __future__ import annotations
@@ -55,13 +55,9 @@ def _check_shapes(config: Any) -> None:
         ("input_fdim", config.dataset.h, f"dataset.h={config.dataset.h}"),
         ("input_tdim", config.dataset.w, f"dataset.w={config.dataset.w}"),
     ):
-        given = getattr(config.model, key)
-        if given is not None and given != derived:
-            _refuse(
-                config,
-                f"model.{key}",
-                f"{source} makes it {derived}; leave it out, or make them agree",
-            )
+        if getattr(config.model, key) not in (None, derived):
+            remedy = f"{source} makes it {derived}; leave it out, or make them agree"
+            _refuse(config, f"model.{key}", remedy)
     backbone = config.backbone
     if backbone.embed_dim % backbone.num_heads:
         _refuse(config, "backbone.embed_dim", f"{backbone.num_heads} heads do not divide it")
@@ -69,8 +65,8 @@ def _check_shapes(config: Any) -> None:
         if getattr(config.dataset, key) < backbone.patch_size:
             _refuse(config, f"dataset.{key}", f"a patch is {backbone.patch_size} wide")
     if int(backbone.embed_dim * backbone.mlp_ratio) < 1:
-        _refuse(config, "backbone.mlp_ratio", f"of backbone.embed_dim={backbone.embed_dim} it "
-                "leaves no hidden unit")  # fmt: skip
+        remedy = f"of backbone.embed_dim={backbone.embed_dim} it leaves no hidden unit"
+        _refuse(config, "backbone.mlp_ratio", remedy)
     if backbone.weights == "audioset" and not backbone.weights_path:
         _refuse(config, "backbone.weights_path", "name the AudioSet checkpoint (hub, folder, .pth)")
 
