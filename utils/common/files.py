@@ -26,7 +26,7 @@ def atomic_write(path: str | Path, *, needed_bytes: int | None = None) -> Iterat
         needed_bytes: size to name in the message when the disk is full.
 
     Raises:
-        UserError: the disk is full or the folder can not be written; `path` is as it was.
+        UserError: the disk is full or the folder cannot be written; `path` is as it was.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -80,10 +80,10 @@ def write_error(path: Path, error: OSError, needed_bytes: int | None = None) -> 
         folder = next((p for p in (path.parent, *path.parents) if p.is_dir()), Path("/"))
         free = shutil.disk_usage(folder).free
         return UserError(
-            f"the disk is full: {path} can not be written; {need} needed, "
+            f"the disk is full: {path} cannot be written; {need} needed, "
             f"{_size(free)} are free; make room or choose another folder"
         )
-    return UserError(f"{path} can not be written ({error.strerror or error}); check the folder")
+    return UserError(f"{path} cannot be written ({error.strerror or error}); check the folder")
 
 
 def _size(n: int) -> str:
