@@ -2,8 +2,7 @@
 
     python -m data.download --output DIR [--zip FILE]
 
-Interrupted downloads are resumed, sizes are checked, the archive is unpacked and the counts of the
-database are verified. The data are for research, under the database's own terms.
+Interrupted downloads are resumed; sizes and counts are checked. The database's own terms apply.
 """
 
 from __future__ import annotations
