@@ -11,15 +11,14 @@ torchaudio's, both against torchaudio in float64. Real recordings are taken from
 
 from __future__ import annotations
 
-import argparse
 import math
 
 import torch
 from torch import Tensor
 from torchaudio.compliance.kaldi import fbank
 
-from benchmarks.harness import interleave, print_result, spread
-from benchmarks.recordings import clips_for_benchmark, paper_frontend
+from benchmarks.data import clips_for_benchmark, paper_frontend
+from benchmarks.harness import interleave, options, print_result, spread
 from data.frontend import AudioFrontend
 
 
@@ -56,47 +55,43 @@ def errors(frontend: AudioFrontend, clips: Tensor, device: str) -> list[tuple[fl
     return found
 
 
+def measure(device: str, batch: int, rounds: int) -> dict[str, float | str]:
+    """Our log-mel, torchaudio's on the CPU and the whole front end, in turn."""
+    on_cpu, source = clips_for_benchmark(batch)
+    clips = on_cpu.to(device)
+    length = torch.full((batch,), clips.shape[1], device=device)
+    frontend = paper_frontend().to(device)
+    calls = {
+        "": lambda: frontend.log_mel(clips),
+        "torchaudio_": lambda: [torchaudio_log_mel(clip) for clip in on_cpu],
+        "forward_": lambda: frontend(clips, length),
+    }
+    times = interleave(calls, rounds=rounds)
+    ratio = times[""].faster(times["torchaudio_"])
+    # both exact (silence) counts as 1
+    worst = max(
+        1.0 if mine == other else mine / max(other, 1e-12)
+        for mine, other, _ in errors(frontend, on_cpu, device)
+    )
+    return {
+        "clips": source,
+        **{f"{name}clips_per_s": batch / own.clock.median for name, own in times.items()},
+        **{
+            f"{name}cpu_ms_per_clip": 1000 * times[name].processor.median / batch
+            for name in ("", "torchaudio_")
+        },
+        "ratio": ratio.median,
+        "ratio_spread": spread(ratio),
+        "error_ratio": worst,
+    }
+
+
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    for name, default in (("batch", 16), ("threads", 2), ("rounds", 20)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args()
+    args = options(__doc__, device="cpu", batch=16, threads=2, rounds=20)
     torch.set_num_threads(args.threads)
-
-    clips, source = clips_for_benchmark(args.batch)
-    clips = clips.to(args.device)
-    length = torch.full((args.batch,), clips.shape[1], device=args.device)
-    frontend = paper_frontend().to(args.device)
-    times = interleave(
-        {
-            "ours": lambda: frontend.log_mel(clips),
-            "torchaudio": lambda: [torchaudio_log_mel(clip) for clip in clips],
-            "forward": lambda: frontend(clips, length),
-        },
-        rounds=args.rounds,
-    )
-    ours, theirs = times["ours"], times["torchaudio"]
-    ratio = ours.faster(theirs)
-    print_result(
-        {
-            **{key: getattr(args, key) for key in ("device", "threads", "batch")},
-            "clips": source,
-            "clips_per_s": args.batch / ours.clock.median,
-            "forward_clips_per_s": args.batch / times["forward"].clock.median,
-            "torchaudio_clips_per_s": args.batch / theirs.clock.median,
-            "cpu_ms_per_clip": 1000 * ours.processor.median / args.batch,
-            "torchaudio_cpu_ms_per_clip": 1000 * theirs.processor.median / args.batch,
-            "ratio": ratio.median,
-            "ratio_spread": spread(ratio),
-            # both exact (silence) counts as 1
-            "error_ratio": max(
-                1.0 if mine == other else mine / max(other, 1e-12)
-                for mine, other, _ in errors(frontend, clips, args.device)
-            ),
-        }
-    )
+    found = measure(args.device, args.batch, args.rounds)
+    print_result({key: value for key, value in vars(args).items() if key != "rounds"} | found)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ round. Rounds are kept as `torch.utils.benchmark.Measurement`, whose timer waits
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -56,6 +57,19 @@ def interleave(
                 times[name].append((own if isinstance(own, float) else seconds, processor))
     columns = {name: zip(*rows, strict=True) for name, rows in times.items()}
     return {name: Rounds(*map(measurement, column)) for name, column in columns.items()}
+
+
+def options(description: str, **defaults: Any) -> argparse.Namespace:
+    """The command line: one option per keyword, of its default's type; a list has the choices."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    for name, default in defaults.items():
+        kind: dict[str, Any] = {"type": type(default)}
+        if isinstance(default, list):
+            kind = {"nargs": "+", "choices": default}
+        elif default is False:
+            kind = {"action": "store_true"}
+        parser.add_argument(f"--{name}", default=default, **kind)
+    return parser.parse_args()
 
 
 def rounded(value: Any) -> Any:

@@ -12,7 +12,6 @@ left out: drawing them takes longer than the run.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import json
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import table
+from benchmarks.harness import options, table
 from data.synthetic.corpus import write_corpus
 from utils.common.files import TEMPORARY, write_text
 from utils.training.checkpoint import load_checkpoint
@@ -172,19 +171,15 @@ def kill_and_compare(
 
 def main() -> int:
     """Measure, print, and write the results where that is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
-    parser.add_argument("--output", type=Path, help="folder for kill_resume.json and .md")
-    args = parser.parse_args()
+    args = options(__doc__, kills=100, seed=0, output="")
     with tempfile.TemporaryDirectory() as folder:
         result = kill_and_compare(args.kills, Commands(Path(folder)), seed=args.seed)
     command = f"python -m benchmarks.kill_resume --kills {args.kills} --seed {args.seed}"
     page = f"# Killed and resumed, {date.today()}\n\n`{command}`\n\n"
     page += table({key: {"": value} for key, value in result.items()}) + "\n"
     if args.output:
-        write_text(args.output / "kill_resume.md", page)
-        write_text(args.output / "kill_resume.json", json.dumps(result, indent=1) + "\n")
+        write_text(Path(args.output, "kill_resume.md"), page)
+        write_text(Path(args.output, "kill_resume.json"), json.dumps(result, indent=1) + "\n")
     print(f"\n{page}\n{json.dumps(result)}")
     return int(bool(result["differences"]))
 

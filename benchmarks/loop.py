@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import tempfile
 from dataclasses import replace
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.harness import interleave, print_result, spread
+from benchmarks.harness import interleave, options, print_result, spread
 from data.loader import Cycles
 from data.splits import Split
 from data.synthetic.corpus import write_corpus
@@ -146,13 +145,12 @@ def cache(
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", default=["overhead"], choices=("overhead", "cache"))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clips", type=int, default=4, help="in an epoch of `cache`")
-    parser.add_argument("--cases", nargs="+", choices=CACHE_CASES, default=list(CACHE_CASES))
-    args = parser.parse_args()
+    args = options(
+        __doc__,
+        parts=["overhead", "cache"],
+        cases=list(CACHE_CASES),
+        **{"rounds": 9, "threads": 1, "clips": 4},
+    )
     logging.getLogger().setLevel(logging.ERROR)
     torch.set_num_threads(args.threads)
     runtime = Runtime("cpu", "fp32", "false")
@@ -163,9 +161,8 @@ def main() -> None:
         data = corpus(config)
         if "overhead" in args.parts:
             result |= overhead(config, data, runtime, args.rounds)
-        if "cache" in args.parts:
-            for case in args.cases:
-                result |= cache(case, folder, data, runtime, args.clips, args.rounds)
+        for case in args.cases if "cache" in args.parts else ():
+            result |= cache(case, folder, data, runtime, args.clips, args.rounds)
     print_result(result)
 
 

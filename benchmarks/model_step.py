@@ -14,7 +14,6 @@ ratios hold, `of_matmul` suffers.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import json
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ASTConfig, ASTForAudioClassification
 
-from benchmarks.harness import interleave, rounded, spread, table
+from benchmarks.harness import interleave, options, rounded, spread, table
 from data.batch import Metadata
 from data.corpora.icbhi import DEVICES, SITES
 from data.task import FIELDS
@@ -256,55 +255,42 @@ def compare(
     return rows
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, default=1, help="clips per step")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
-    parser.add_argument("--depth", type=int, default=12, help="blocks; fewer for a quick look")
-    for name, values in (
-        ("precision", ["fp32", "bf16"]),
-        ("kind", ["forward", "step"]),
-        ("groups", list(BASE)),
-    ):
-        parser.add_argument(f"--{name}", nargs="+", default=values, choices=values)
-    parser.add_argument("--compile", action="store_true", help="torch.compile for all contestants")
-    parser.add_argument("--tf32", action="store_true", help="let fp32 products use TF32 (CUDA)")
-    return parser.parse_args(arguments)
-
-
 def main() -> None:
     """Measure, print one table per comparison, and all of them as JSON in the last line."""
-    options = parse()
+    args = options(
+        __doc__,
+        **{"batch": 1, "rounds": 5, "warmup": 1, "depth": 12, "compile": False, "tf32": False},
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        threads=torch.get_num_threads(),
+        precision=["fp32", "bf16"],
+        kind=["forward", "step"],
+        groups=list(BASE),
+    )
     torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = options.tf32
-    torch.backends.cudnn.allow_tf32 = options.tf32
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = args.tf32
+    torch.backends.cudnn.allow_tf32 = args.tf32
+    torch.set_num_threads(args.threads)
     result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        **{key: getattr(options, key) for key in ("batch", "depth", "compile", "rounds")},
+        **{key: getattr(args, key) for key in ("batch", "depth", "compile", "rounds")},
     }
-    for group in options.groups:
-        for name in options.precision:
-            for kind in options.kind:
+    for group in args.groups:
+        for name in args.precision:
+            for kind in args.kind:
                 rows = compare(
                     group,
                     kind,
                     name,
-                    Size(depth=options.depth),
-                    options.batch,
-                    options.device,
-                    rounds=options.rounds,
-                    warmup=options.warmup,
-                    compiled=None if options.compile else (),
+                    Size(depth=args.depth),
+                    args.batch,
+                    args.device,
+                    rounds=args.rounds,
+                    warmup=args.warmup,
+                    compiled=None if args.compile else (),
                 )
                 result[f"{group}_{kind}_{name}"] = rows
-                title = f"{group}, {kind}, {name}, batch {options.batch}, base {BASE[group]}"
+                title = f"{group}, {kind}, {name}, batch {args.batch}, base {BASE[group]}"
                 print(f"\n{title}\n\n{table(rows)}", flush=True)
     print(json.dumps(rounded(result)))
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import interleave, print_result, spread
+from benchmarks.harness import interleave, options, print_result, spread
 from benchmarks.loop import ROOT, configure, corpus, rates, some_rows
 from utils.training.assemble import build_data, build_trainer
 from utils.training.device import Runtime
@@ -30,13 +30,13 @@ from utils.training.device import Runtime
 def worker(args: argparse.Namespace) -> None:
     """Train some epochs in this process (and its peers); the first process writes the rate."""
     torch.set_num_threads(1)
-    size = (f"backbone.embed_dim={args.width}", f"backbone.depth={args.depth}")
-    config = configure("ast", args.folder, "augment.enabled=false", "training.epochs=3", *size)
+    words = ("augment.enabled=false", "training.epochs=3", f"backbone.embed_dim={args.width}")
+    config = configure("ast", Path(args.folder), *words, f"backbone.depth={args.depth}")
     runtime = Runtime("cpu", "fp32", "false")
     found = rates(build_trainer(config, some_rows(build_data(config), args.clips), runtime))
     if runtime.is_main:
         content = {"processes": runtime.world, "clips_per_s": statistics.harmonic_mean(found)}
-        (args.folder / "rate.json").write_text(json.dumps(content))
+        Path(args.folder, "rate.json").write_text(json.dumps(content))
     if runtime.world > 1:
         torch.distributed.destroy_process_group()
 
@@ -49,25 +49,21 @@ def seconds_per_clip(processes: int, args: argparse.Namespace) -> float:
         command += [f"--{name}", str(getattr(args, name))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stderr=subprocess.DEVNULL)
-    found = json.loads((args.folder / "rate.json").read_text())
+    found = json.loads(Path(args.folder, "rate.json").read_text())
     if found["processes"] != processes:
         raise RuntimeError(f"{found['processes']} processes trained, not {processes}")
     return 1 / found["clips_per_s"]
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("rounds", 3), ("clips", 32), ("width", 384), ("depth", 6)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.folder:  # started by `seconds_per_clip`
+    """Measure and print; --folder: called by `seconds_per_clip`."""
+    args = options(__doc__, rounds=3, clips=32, width=384, depth=6, folder="")
+    if args.folder:
         worker(args)
         return
     with tempfile.TemporaryDirectory() as folder:
-        args.folder = Path(folder)
-        corpus(configure("ast", args.folder))  # the store is built once
+        args.folder = folder
+        corpus(configure("ast", Path(folder)))  # the store is built once
         calls = {str(n): lambda n=n: seconds_per_clip(n, args) for n in (1, 2)}
         times = interleave(calls, rounds=args.rounds, warmup=0)
     speed_up = times["2"].faster(times["1"])

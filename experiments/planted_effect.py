@@ -32,11 +32,11 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from benchmarks.harness import table
 from data.batch import Batch
 from data.loader import Cycles
 from data.synthetic.corpus import CorpusReport, write_corpus
 from data.synthetic.planted import SECOND_GROUP
-from experiments.planted_effect_report import OFF, REMARKS, to_markdown
 from models.conditioner import Features
 from models.conditioners.softfilm import SoftFiLM
 from models.registry import VARIANTS
@@ -44,7 +44,8 @@ from utils.common.cli import command
 from utils.common.files import write_text
 from utils.config.schema import RunConfig, config_from_dict, config_hash
 from utils.evaluation.metadata_test import conditions
-from utils.metrics.bootstrap import patient_tables
+from utils.metrics.bootstrap import over_seeds, paired_bootstrap, patient_tables
+from utils.metrics.score import metrics_of
 from utils.training.assemble import build_data, build_frontend, build_trainer, count_parts
 from utils.training.device import Runtime
 from utils.training.inputs import Inputs
@@ -55,6 +56,20 @@ SETTINGS = Path(__file__).with_suffix(".yaml")
 #: Every variant with the effect in the first field; in the others only this one.
 ATTRIBUTED = "ast_softfilm"
 SHUFFLES = 3
+OFF = "off"
+#: What stands below this line in an existing file is kept: a person's remarks on the figures.
+REMARKS = "<!-- Below this line: written by hand, kept by the command. -->"
+#: Metadata fields of each factor of SoftFiLM.
+MEMBERS = {"device": ["device"], "site": ["site"], "rest": ["age", "bmi", "duration"]}
+INTRODUCTION = """Synthetic sounds of invented patients (docs/data.md); the figures \
+say whether a variant can use metadata, nothing about patients. ICBHI Score in percent, four \
+classes, test part, thresholds 0.5; mean ± sd over n seeds. Differences are in points, with 95 % \
+intervals over resampled test patients and resampled seeds (both paired). With few seeds the \
+latter part is too narrow, and they do not cover what other training patients would change."""
+SHARE = """Share: norm of each factor's masked scale and shift minus its mean over the test \
+cycles, summed over blocks; what every cycle receives equally carries no information."""
+
+Record = dict[str, Any]
 
 
 class Job(NamedTuple):
@@ -173,18 +188,140 @@ def tables(trainer: Trainer, rows: np.ndarray, every: bool = False) -> dict[str,
     """{condition: patient tables [P, C, C] of each prediction}: under real metadata, and for
     `every` condition of the permutation test if the model uses metadata."""
     data, task = trainer.data, trainer.data.task
-    table = data.table.iloc[rows]
+    cycles = data.table.iloc[rows]
     asked = [("real", data.metadata[torch.from_numpy(rows)])]
     if every and trainer.model.conditioner.parameter_groups():
-        asked = list(conditions(table, data.statistics.transform, shuffles=SHUFFLES, seed=0))
+        asked = list(conditions(cycles, data.statistics.transform, shuffles=SHUFFLES, seed=0))
     logits = trainer.predictor.under(rows, [metadata for _, metadata in asked])
     found: dict[str, list] = {}
     for (name, _), values in zip(asked, logits, strict=True):
         pred = task.predicted_classes(task.probabilities(values), task.default_thresholds)
-        classes, patients = data.classes(rows), table["PID"].to_numpy()
+        classes, patients = data.classes(rows), cycles["PID"].to_numpy()
         counts = patient_tables(classes, pred, patients, len(task.classes))[1]
         found.setdefault(name, []).append(counts.tolist())
     return found
+
+
+def stacked(records: Sequence[Record], condition: str = "real") -> np.ndarray:
+    """Patient tables [R, P, C, C] of all runs on the test part; shufflings count as runs."""
+    return np.concatenate([np.asarray(record["test"][condition]) for record in records])
+
+
+def scores(records: Sequence[Record], condition: str = "real", metric: str = "score") -> list:
+    """A metric (percent) of each run; shufflings are averaged."""
+    return [float(metrics_of(stacked([r], condition).sum(axis=1))[metric].mean()) for r in records]
+
+
+def mean(values: Sequence[float]) -> str:
+    """Mean ± sd."""
+    found = over_seeds(values)
+    spread = "" if np.isnan(found.sd) else f" ± {found.sd:.1f}"
+    return f"{found.mean:.1f}{spread}" if found.n else ""
+
+
+def minus(records: Sequence[Record], base: Sequence[Record], condition: str = "real") -> str:
+    """Score of `records` under a condition minus that of `base`, over the seeds both have, on the
+    same resampled test patients and seeds."""
+    common = sorted({r["seed"] for r in records} & {r["seed"] for r in base})
+    if not common or records is base:
+        return ""
+    a, b = ([{r["seed"]: r for r in group}[s] for s in common] for group in (base, records))
+    seeds = len(common)
+    found = paired_bootstrap(stacked(a), stacked(b, condition), training_seeds=seeds)["score"]
+    return f"{found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
+
+
+def by_variant(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Runs of each variant, in the registry's order."""
+    found = {name: [r for r in records if r["variant"] == name] for name in VARIANTS}
+    return {name: runs for name, runs in found.items() if runs}
+
+
+def variants_table(records: Sequence[Record], reachable: float | None) -> str:
+    """One row per variant; `reachable`: best Score with metadata where they decide."""
+    found, rows = by_variant(records), {}
+    base = found.get("ast", [])
+    for name, runs in found.items():
+        row = {"n": len(runs), "Score": mean(scores(runs))}
+        row |= {k: mean(scores(runs, metric=k.lower())) for k in ("Sp", "Se")}
+        train = [np.asarray(r["train"][0]).sum(axis=0) for r in runs]
+        row["training Score"] = mean([float(metrics_of(t)["score"]) for t in train])
+        row["minus plain AST"] = minus(runs, base)
+        if reachable and base:
+            start = np.mean(scores(base))
+            way = (np.mean(scores(runs)) - start) / (reachable - start)
+            row["of the way to the best"] = "" if runs is base else f"{100 * way:.0f} %"
+        rows[VARIANTS[name].title] = row
+    return table(rows)
+
+
+def metadata_table(records: Sequence[Record]) -> str:
+    """Score of the trained models when their metadata are wrong or missing."""
+    found, rows = by_variant(records), {}
+    base = found.pop("ast", [])
+    for name, runs in found.items():
+        row = {"n": len(runs)}
+        row |= {c: mean(scores(runs, c)) for c in ("real", "shuffled", "all unknown")}
+        for condition in ("shuffled", "all unknown"):
+            row[f"{condition} minus plain AST"] = minus(runs, base, condition)
+        rows[VARIANTS[name].title] = row
+    return table(rows)
+
+
+def attribution_table(runs: Sequence[Record], off: Sequence[Record]) -> str:
+    """Which factor SoftFiLM used, by size of modulation and by what is lost without it.
+
+    Args:
+        off: its runs with nothing planted, whose shares are what the planted ones must exceed.
+    """
+    rows = {}
+    for factor in runs[0]["shares"]:
+        lost = []
+        for name in MEMBERS[factor]:
+            pairs = zip(scores(runs), scores(runs, f"{name} unknown"), strict=True)
+            lost.append(f"{name} {mean([real - hidden for real, hidden in pairs])}")
+        rows[factor] = {
+            "share of the modulation, %": mean([r["shares"][factor] for r in runs]),
+            "share with nothing planted, %": mean([r["shares"][factor] for r in off]),
+            "Score lost when unknown, points": "; ".join(lost),
+        }
+    return table(rows)
+
+
+def to_markdown(records: Sequence[Record], best: dict[str, dict | None], head: str) -> str:
+    """The whole page from finished runs; best: corpus -> `CorpusReport.best_score`; head: title and
+    command."""
+    if not records:
+        return f"{head}\n"
+    threads, seconds = records[0]["threads"], np.median([r["cpu_seconds"] for r in records])
+    sizes = [
+        f"{v['cycles']} {k} cycles of {v['patients']} patients"
+        for k, v in records[0]["counts"].items()
+    ]
+    time = f"A run took {seconds:.0f} s of processor time (median) with {threads} thread(s)."
+    parts = [head, INTRODUCTION, f"{', '.join(sizes)}. {time}"]
+    off = [r for r in records if r["corpus"] == OFF]
+    for place, name in enumerate(dict.fromkeys(r["corpus"] for r in records if r["corpus"] != OFF)):
+        runs, reach = [r for r in records if r["corpus"] == name], best[name]["test"]["4"]
+        parts += [
+            f"## Effect planted in the field {name}",
+            f"Best reachable Score on this test part: {reach['sound']:.1f} by sound alone, "
+            f"{reach['sound_and_field']:.1f} by sound and field, {reach['field']:.1f} by the field "
+            "alone.",
+        ]
+        if place == 0:
+            parts += [variants_table(runs, reach["sound_and_field"])]
+            parts += ["### Metadata real, shuffled, unknown", metadata_table(runs)]
+        if soft := by_variant(runs).get("ast_softfilm"):
+            parts.append(f"### Which factor SoftFiLM used (n = {len(soft)})")
+            parts += [attribution_table(soft, by_variant(off).get("ast_softfilm", [])), SHARE]
+    if off:
+        parts += [
+            "## No effect planted",
+            "Annotations say what is heard.",
+            variants_table(off, None),
+        ]
+    return "\n\n".join(parts) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

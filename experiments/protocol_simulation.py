@@ -14,7 +14,6 @@ Writes protocol_simulation.json and .md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -25,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmarks.harness import table
+from benchmarks.harness import options, table
 from data.corpora.icbhi import read_cycles
 from data.task import CLASSES, Task
 from utils.common.files import write_text
@@ -42,15 +41,13 @@ PAGE = f"""# Protocol simulation
 `{{command}}`, {{date}}, {{seconds:.0f}} s. {{repetitions}} repetitions per row; counts compared \
 with the annotations: {{checked}}.
 
-Structure: the 49 test patients (2,756 cycles) and 79 training patients (4,142 cycles) of the \
-official split with their real cycles per class. The predictions are simulated, so these are no \
-results of any model.
+Simulated predictions on the real structure of the official split; no results of any model. How to \
+read the tables: docs/protocol.md.
 
 ## Coverage of the 95 % interval
 
-A two-class model with Sp {100 * SPECIFICITY:g} and Se {100 * SENSITIVITY:g} whose rates vary \
-between patients, with the given correlation within a patient; bootstrap over patients or cycles, \
-width in points.
+Two classes, Sp {100 * SPECIFICITY:g}, Se {100 * SENSITIVITY:g}, rates that vary between patients; \
+bootstrap over patients or cycles, width in points.
 
 {{covered}}
 
@@ -91,31 +88,22 @@ def draw_tables(structure: np.ndarray, correlation: float, rng: np.random.Genera
     figures are the means.
     """
     total = 1 / correlation - 1
-    rates = np.stack(
-        [rng.beta(m * total, (1 - m) * total, len(structure)) for m in (SPECIFICITY, SENSITIVITY)],
-        axis=1,
-    )
-    right = rng.binomial(structure, rates)
+    means = (SPECIFICITY, SENSITIVITY)
+    rates = [rng.beta(m * total, (1 - m) * total, len(structure)) for m in means]
+    right = rng.binomial(structure, np.stack(rates, axis=1))
     wrong = structure - right
     cells = [right[:, 0], wrong[:, 0], wrong[:, 1], right[:, 1]]
     return np.stack(cells, axis=1).reshape(-1, 2, 2)
 
 
-def cycle_bootstrap(
-    table: np.ndarray, *, resamples: int = 2000, seed: int = 0
-) -> dict[str, Interval]:
-    """95 % percentile intervals over resampled cycles: too narrow, here to show by how much.
-
-    Args:
-        table: [C, C] confusion matrix of all cycles, whose cells are all that resampling changes.
-    """
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(table.sum(), (table / table.sum()).ravel(), size=resamples)
-    samples = metrics_of(draws.reshape(resamples, *table.shape))
-    return {
-        name: Interval(float(value), *percentiles(samples[name], 0.95))
-        for name, value in metrics_of(table).items()
-    }
+def cycle_bootstrap(confusion: np.ndarray, *, resamples: int, seed: int) -> dict[str, Interval]:
+    """95 % percentile intervals over resampled cycles, of which only the cells of their confusion
+    matrix [C, C] change: too narrow, here to show by how much."""
+    rng, n = np.random.default_rng(seed), confusion.sum()
+    draws = rng.multinomial(n, (confusion / n).ravel(), size=resamples)
+    samples = metrics_of(draws.reshape(resamples, *confusion.shape))
+    values = metrics_of(confusion).items()
+    return {name: Interval(float(v), *percentiles(samples[name], 0.95)) for name, v in values}
 
 
 def coverage(correlation: float, *, repetitions: int, resamples: int, seed: int = 0) -> dict:
@@ -123,30 +111,21 @@ def coverage(correlation: float, *, repetitions: int, resamples: int, seed: int 
     structure = read_structure("test")
     truth = {"sp": 100 * SPECIFICITY, "se": 100 * SENSITIVITY}
     truth["score"] = (truth["sp"] + truth["se"]) / 2
-    rng, found = np.random.default_rng(seed), []
+    rng, rows = np.random.default_rng(seed), []
     for repetition in range(repetitions):
         tables = draw_tables(structure, correlation, rng)
         options = {"resamples": resamples, "seed": repetition}
-        intervals = {
-            "patient": patient_bootstrap(tables, **options),
-            "cycle": cycle_bootstrap(tables.sum(axis=0), **options),
-        }
-        found += [
-            (
-                kind,
-                name,
-                own[name].low <= truth[name] <= own[name].high,
-                own[name].high - own[name].low,
-            )
-            for kind, own in intervals.items()
-            for name in METRICS
-        ]
-    frame = pd.DataFrame(found, columns=["kind", "name", "coverage", "width"])
+        for kind, found in (
+            ("patient", patient_bootstrap(tables, **options)),
+            ("cycle", cycle_bootstrap(tables.sum(axis=0), **options)),
+        ):
+            for name in METRICS:
+                low, high = found[name].low, found[name].high
+                rows.append((kind, name, low <= truth[name] <= high, high - low))
+    frame = pd.DataFrame(rows, columns=["kind", "name", "coverage", "width"])
     means = frame.groupby(["kind", "name"], sort=False).mean()
-    return {
-        kind: rows.droplevel(0).to_dict("index")
-        for kind, rows in means.groupby(level=0, sort=False)
-    }
+    kinds = means.groupby(level=0, sort=False)
+    return {kind: part.droplevel(0).to_dict("index") for kind, part in kinds}
 
 
 # --- selection ----------------------------------------------------------------------------------
@@ -220,11 +199,7 @@ def selection(
 
 def main() -> None:
     """Run both simulations and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repetitions", type=int, default=1000)
-    parser.add_argument("--resamples", type=int, default=1000)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    args = parser.parse_args()
+    args = options(__doc__, repetitions=1000, resamples=1000, output="benchmarks/results")
     start, n, checked = time.time(), args.repetitions, "annotations not present"
     folder = Path(os.environ.get("ICBHI_ROOT", "../shared/icbhi")) / "annotations"
     if folder.is_dir():
@@ -248,8 +223,8 @@ def main() -> None:
     result |= {"checked": checked, "coverage": covered, "selection": selected}
     result["seconds"] = time.time() - start
     page = PAGE.format(covered=table(shown_covered), selected=table(shown_selected), **result)
-    write_text(args.output / "protocol_simulation.json", json.dumps(result, indent=1) + "\n")
-    write_text(args.output / "protocol_simulation.md", page)
+    write_text(Path(args.output, "protocol_simulation.json"), json.dumps(result, indent=1) + "\n")
+    write_text(Path(args.output, "protocol_simulation.md"), page)
     print(page)
 
 

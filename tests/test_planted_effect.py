@@ -16,7 +16,6 @@ import torch
 from data.loader import Cycles
 from data.synthetic.planted import PLANTED_MIX, RULE, group_of, reachable_scores
 from experiments import planted_effect as study
-from experiments.planted_effect_report import REMARKS
 from models.registry import VARIANTS
 from tests.utils import tiny
 from utils.config.schema import RunConfig
@@ -139,7 +138,7 @@ def test_the_command_keeps_finished_runs(tmp_path, monkeypatch):
     make = study.Study
     monkeypatch.setattr(study, "Study", lambda work: make(work, patients=6, overrides=small))
     output = tmp_path / "table.md"
-    output.write_text(f"Earlier figures.\n{REMARKS}\n\nA remark.\n", encoding="utf-8")
+    output.write_text(f"Earlier figures.\n{study.REMARKS}\n\nA remark.\n", encoding="utf-8")
     words = ["--seeds", "1", "--work", str(tmp_path / "work"), "--output", str(output)]
     words += ["--threads", str(torch.get_num_threads())]
     study.main(words)

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -183,21 +182,6 @@ def test_files_carry_date_and_card(monkeypatch, tmp_path):
     gpu.main(["--output", str(tmp_path)])
     (path,) = tmp_path.glob("20*-nvidia-h100-80gb-hbm3.json")
     assert json.loads(path.read_text())["memory_gib"] == 64
-
-
-def test_waits_are_counted_by_place(monkeypatch):
-    modes: list[str] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-
-    def steps():
-        for _ in range(3):
-            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
-        warnings.warn("something else", stacklevel=1)
-
-    line = steps.__code__.co_firstlineno + 2
-    assert gpu._waits(steps) == {f"tests/benchmarks/test_benchmarks.py:{line}": 3}
-    assert modes == ["warn", "default"]
 
 
 @pytest.mark.slow
