@@ -124,7 +124,7 @@ def make_models(group: str, size: Size, metadata: Metadata) -> dict[str, nn.Modu
     sdpa, eager = Transformers(size, "sdpa"), Transformers(size, "eager")
     eager.load_state_dict(sdpa.state_dict())
     same, ours = our_model("ast", size), our_model("ast", size)
-    state = from_transformers(sdpa.model.state_dict())
+    state = from_transformers(sdpa.model.base_model.state_dict())
     for model in (same, ours):
         weights = Weights(state, 1e-12, model.backbone.grid, size.heads, "transformers")
         load_into(model.backbone, weights)
