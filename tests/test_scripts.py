@@ -6,6 +6,8 @@ import json
 import os
 import re
 import runpy
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,10 @@ import pytest
 
 from models.registry import VARIANTS
 from utils import tracking
+from utils.common.lock import held
+from utils.config.schema import load_config
 from utils.training.checkpoint import load_checkpoint
+from utils.training.runfolder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {
@@ -135,30 +140,98 @@ def test_the_same_command_again_shows_the_finished_run(
     assert best.stat().st_mtime_ns > written
 
 
-def test_a_run_that_ended_before_its_best_was_published_is_published_by_the_same_command(
-    here, monkeypatch, synthetic_corpus, no_pictures
-):
-    def killed(_):
-        raise KeyboardInterrupt
+@pytest.fixture
+def finished(here, monkeypatch, synthetic_corpus, no_pictures, tmp_path) -> Path:
+    """The folder of a finished AST run on a corpus that may be changed."""
+    corpus = shutil.copytree(synthetic_corpus, tmp_path / "own" / "corpus")
+    assert run(monkeypatch, "ast", corpus, "mlflow.enabled=false") == 0
+    return only_run(here)
 
-    with monkeypatch.context() as patched:
-        patched.setattr("utils.runs.run.Run._publish", killed)
-        assert run(monkeypatch, "ast", synthetic_corpus, "mlflow.enabled=false") == 130
-    finished, copy = only_run(here), here / "checkpoints" / "ast_best.pt"
-    assert (finished / "report.json").is_file() and not copy.exists()
+
+def again(monkeypatch, here: Path, *overrides: str) -> int:
+    return run(monkeypatch, "ast", here / "own" / "corpus", "mlflow.enabled=false", *overrides)
+
+
+def test_each_finished_run_is_published_once(finished, here, monkeypatch, capsys):
+    copy, record = here / "checkpoints" / "ast_best.pt", finished / "record.json"
     best = (finished / "checkpoints" / "best.pt").read_bytes()
-    reported = (finished / "report.json").stat().st_mtime
-    for content, age in ((None, None), (b"of an earlier run", 60), (b"of a later run", -60)):
-        if content:
-            copy.write_bytes(content)
-            os.utime(copy, (reported - age, reported - age))
-        assert run(monkeypatch, "ast", synthetic_corpus, "mlflow.enabled=false") == 0
-        assert copy.read_bytes() == (content if content == b"of a later run" else best)
-        assert copy.with_suffix(".md").read_text().startswith("# Model card: AST")
+    assert copy.read_bytes() == best
+    assert copy.with_suffix(".md").read_text().startswith("# Model card: AST")
+    copy.write_bytes(b"of a later run")
+    assert again(monkeypatch, here) == 0
+    assert copy.read_bytes() == b"of a later run"
+    record.write_text('{"started": "when it was killed, before it was published"}')
+    assert again(monkeypatch, here) == 0
+    assert copy.read_bytes() == best
+    assert "was replaced; it was a file that is no checkpoint" in flat(capsys.readouterr().out)
     copy.unlink()
-    member = ("--member-of", str(here), "mlflow.enabled=false")
-    assert run(monkeypatch, "ast", synthetic_corpus, *member) == 0
+    assert again(monkeypatch, here, "--member-of", str(here)) == 0
     assert not copy.exists(), "members do not replace the plain run's copy"
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_what_a_run_replaces_is_said(finished, here, monkeypatch, capsys):
+    capsys.readouterr()
+    assert again(monkeypatch, here, "training.epochs=1", "dataset.n_cls=2") == 0
+    printed = flat(capsys.readouterr().out)
+    assert re.search(r"ast_best.pt was replaced; it was AST, 4-class.* of 2, saved 20", printed)
+    assert f", {finished.name} " in printed
+    assert again(monkeypatch, here, "training.epochs=1", "dataset.n_cls=2") == 0
+    assert "was replaced; it was AST, 4-class" in flat(capsys.readouterr().out)
+
+
+def swap_labels(file: Path) -> None:
+    rows = [line.split("\t") for line in file.read_text().splitlines()]
+    file.write_text("".join("\t".join([*r[:2], str(1 - int(r[2])), r[3]]) + "\n" for r in rows))
+
+
+def louder(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[5000:6000] = bytes(1000)
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "change", "words"),
+    [
+        ("*_sc_*.txt", swap_labels, "differs in Crackles"),
+        ("*.wav", louder, "differs in audio"),
+        ("*.wav", lambda file: (file.unlink(), file.with_suffix(".txt").unlink()), "is missing"),
+    ],
+)
+def test_changed_data_are_noticed_after_the_end(
+    pattern, change, words, finished, here, monkeypatch, capsys
+):
+    file = sorted((here / "own" / "corpus").glob(pattern))[0]
+    change(file)
+    for generated in ("icbhi_metadata.csv", "synthetic_cycles.csv"):
+        (here / "own" / "corpus" / generated).unlink(missing_ok=True)
+    assert again(monkeypatch, here) == 2
+    said = flat(capsys.readouterr().err)
+    assert f"holds now: {file.stem} {words}" in said and "training.resume=never" in said
+
+
+def test_a_run_folder_has_one_owner(here, monkeypatch, synthetic_corpus, capsys):
+    words = ("mlflow.enabled=false", "--print-config")
+    assert run(monkeypatch, "ast", synthetic_corpus, *words) == 0
+    (here / "x.yaml").write_text(capsys.readouterr().out)
+    folder = RunFolder.of(load_config([here / "x.yaml"]))
+    with held(folder.path):
+        assert run(monkeypatch, "ast", synthetic_corpus, "mlflow.enabled=false") == 73
+    assert f"in use by process {os.getpid()} on" in flat(capsys.readouterr().err)
+    assert not folder.path.exists()
+
+
+@pytest.mark.parametrize("place", ["utils.runs.run.load_config", "utils.runs.group.Group.finish"])
+def test_sigterm_outside_the_loop_ends_with_75(
+    place, here, monkeypatch, synthetic_corpus, no_pictures
+):
+    monkeypatch.setattr(place, lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    words = ("--seeds", "2", "mlflow.enabled=false", "training.epochs=1")
+    assert run(monkeypatch, "ast", synthetic_corpus, *words) == 75
 
 
 def test_seeds_and_folds_are_grouped(here, monkeypatch, synthetic_corpus, capsys, no_pictures):

@@ -102,8 +102,9 @@ def compiled(config: RunConfig, folder: Path) -> str:
 def tracked(config: RunConfig, folder: Path) -> str:
     """What the tracker is started with."""
     run = Run(config, Runtime("cpu", "fp32", "false"))
+    run.description = assemble.describe_run(config, tiny_data(config))
     with patch("utils.tracking.Tracker") as tracker, patch("utils.tracking._import_mlflow"):
-        run._start_tracking(tiny_data(config))
+        run._start_tracking()
     record = tracker.call_args.args[1]
     return digest({name: record[name] for name in ("uri", "experiment", "run_name", "tags")})
 

@@ -69,8 +69,8 @@ class TrainingConfig:
     early_stopping_patience: int = setting(0, low=0, high=MAX_COUNT)
     seed: int = setting(0, low=0, high=MAX_SEED)  # of weights, order, dropout and augmentation
     device: str = setting("auto", choices=("auto", "cpu", "cuda"))  # auto | cpu | cuda
-    # auto (bf16 where the hardware has it, else fp32) | fp32 | bf16 | fp16
-    precision: str = setting("auto", choices=("auto", "fp32", "bf16", "fp16"))
+    # auto (bf16 where the hardware has it, else fp32) | fp32 (exact) | tf32 | bf16 | fp16
+    precision: str = setting("auto", choices=("auto", "fp32", "tf32", "bf16", "fp16"))
     # auto (on CUDA) | true | false
     compile: str = setting("auto", choices=("auto", "true", "false"))
     # auto: continue an identical run | never: start from scratch

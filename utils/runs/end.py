@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,6 +137,10 @@ def print_end(folder: RunFolder, config: RunConfig, *, published: bool = True) -
     if "collapsed_score" in metrics["chosen"]:
         print(figure_row("test, collapsed to 2 classes", metrics["chosen"], "collapsed_"))
     print(figure_row("test, thresholds at 0.5", metrics["default"]))
+    replaced = folder.read_record().get("replaced")
+    if published and replaced:
+        text = f"{published_best(config)} was replaced; it was {replaced}"
+        print("\n" + textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False))
     print(f"\nrun folder   {folder.path}")
     print(f"checkpoint   {published_best(config) if published else folder.best}")
     if config.mlflow.enabled:

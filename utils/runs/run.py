@@ -1,4 +1,4 @@
-"""One run from its configuration to its report; the five scripts are written in these terms."""
+"""One run from its configuration to its report, in the steps of the five scripts."""
 
 from __future__ import annotations
 
@@ -6,42 +6,36 @@ import argparse
 import filecmp
 import logging
 import shutil
-import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from data.corpora import read_corpus
-from data.cycle_table import count_cycles
 from data.loader import Cycles
-from data.synthetic.corpus import is_synthetic
 from models.build import ConditionedAST
 from models.registry import VARIANTS
-from utils.common.cli import EXIT_PREEMPTED, log_file, set_up_logging
-from utils.common.errors import Preempted, UserError
+from utils.common.cli import log_file, set_up_logging
+from utils.common.errors import Busy, Preempted, UserError
 from utils.common.files import atomic_write, write_text
-from utils.config.schema import RunConfig, config_to_dict, config_to_yaml, flatten, load_config
+from utils.common.lock import held
+from utils.config.schema import RunConfig, config_to_yaml, flatten, load_config
 from utils.evaluation.report import RunReport
+from utils.evaluation.trained_model import TrainedModel
 from utils.metrics.predictions import make_predictions, write_predictions
 from utils.metrics.protocol import SYNTHETIC_NOTE
 from utils.runs import group
 from utils.runs.end import banner, print_end, published_best, write_run_report
 from utils.runs.model_summary import parameter_table
 from utils.tracking import MAX_TAG, Tracker, start_tracking
-from utils.training.assemble import (
-    build_data,
-    build_model,
-    build_trainer,
-    count_parts,
-    describe_run,
-)
+from utils.training.assemble import build_data, build_model, build_trainer, describe_run
 from utils.training.checkpoint import git_revision, load_checkpoint, save_checkpoint
 from utils.training.checkpointer import Checkpointer
 from utils.training.device import Runtime, describe
+from utils.training.fingerprint import difference, fingerprint
 from utils.training.runfolder import RunFolder
 from utils.training.trainer import Trainer
 
@@ -114,25 +108,6 @@ def _unfinished(run: Run) -> Iterator[Run]:
         yield run
 
 
-@contextmanager
-def _sigterm_ends_here() -> Iterator[None]:
-    """Exit with the status of a preempted run at once, where the loop is not there to save first:
-    before the training nothing is lost, after it the state is on the disk."""
-
-    def stop(*_) -> None:
-        logger.warning("stopped by SIGTERM; the same command goes on from the last checkpoint")
-        raise SystemExit(EXIT_PREEMPTED)  # no `except Exception` on the way out may hold it
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 class Run:
     """A run in progress: `data`, `model`, `fit`, `test`, in this order, inside `with`.
 
@@ -149,45 +124,51 @@ class Run:
         self.folder = RunFolder.of(config)
         self.parent, self.is_member = parent, parent is not None
         self.tracker = Tracker()
-        self._stack = ExitStack()
+        self._lost: threading.Event | None = None  # set when another process takes the folder over
 
     def already_finished(self) -> bool:
-        """Show the result of an equal run that has been finished, if it may be taken as it is."""
+        """Show the result of an identical run that has been finished, if its data are the same."""
         if self.config.training.resume != "auto" or not self.folder.finished:
             return False
         if self.runtime.is_main:
             self._check_unchanged()
             # a kill or a full disk may have come just before these two
-            if not self._is_published():
+            record, copy = self.folder.read_record(), published_best(self.config)
+            if (record and "published" not in record) or not copy.is_file():
                 self._publish()
             self.folder.last.unlink(missing_ok=True)
-            logger.info("finished already; training.resume=never would start anew")
-            copy = published_best(self.config)
+            logger.info("finished already; training.resume=never starts from scratch")
             own = not self.is_member and filecmp.cmp(copy, self.folder.best, shallow=False)
             print_end(self.folder, self.config, published=own)
         return True
 
     def _check_unchanged(self) -> None:
         """Refuse to show a finished run as the result of data that have changed since."""
+        then, dataset = load_checkpoint(self.folder.best).fingerprint, self.config.dataset
         try:
-            table = read_corpus(self.config.dataset)
+            now = fingerprint(read_corpus(dataset))
         except UserError as error:
-            logger.warning("the data of this finished run can not be read now: %s", error)
+            logger.warning("the data of this finished run cannot be read now: %s", error)
             return
-        counts = count_cycles(table)
-        if counts != load_checkpoint(self.folder.best).counts.get("data"):
+        differs = difference(then, now)
+        if differs:
             raise UserError(
-                f"{self.folder.path} was finished on other data than "
-                f"{self.config.dataset.data_folder} holds now ({counts['all_recordings']} "
-                f"recordings, {counts['all_cycles']} cycles); training.resume=never starts anew"
+                f"{self.folder.path} was finished on other data than {dataset.data_folder} "
+                f"holds now: {differs}; restore it, or start from scratch with "
+                "training.resume=never"
             )
 
     def __enter__(self) -> Run:
-        self._stack.enter_context(_sigterm_ends_here())
-        self._log_to = self._stack.enter_context(log_file())  # warnings of the data, banners
-        logger.info("%s: %s", self.variant.title, self.folder.path)
-        if self.config.training.selection == "test":
-            logger.warning("%s", banner("SELECTED ON TEST: these figures will be optimistic"))
+        with ExitStack() as stack:
+            self._log_to = stack.enter_context(log_file())  # warnings of the data, banners
+            logger.info("%s: %s", self.variant.title, self.folder.path)
+            if self.runtime.is_main:
+                self._lost = stack.enter_context(held(self.folder.path))
+                if self.config.training.resume == "auto" and self.folder.finished:
+                    raise Busy(f"{self.folder.path} was finished by another process just now")
+            if self.config.training.selection == "test":
+                logger.warning("%s", banner("SELECTED ON TEST: these metrics will be optimistic"))
+            self._stack = stack.pop_all()
         return self
 
     def _open_folder(self) -> None:
@@ -213,15 +194,14 @@ class Run:
     def data(self) -> Cycles:
         """Cycle table, split, metadata and waveforms."""
         data = build_data(self.config)
-        if data.completeness.partial:
-            logger.warning("%s", banner(data.completeness.message))
-        if self.synthetic:
+        self.description = describe_run(self.config, data)
+        if self.description["partial"]:
+            logger.warning("%s", banner(self.description["partial"]))
+        if self.description["synthetic"]:
             logger.warning("%s", banner(SYNTHETIC_NOTE))
-        counts = count_parts(data)
-        logger.info(
-            "cycles (patients): %s",
-            ", ".join(f"{k} {v['cycles']} ({v['patients']})" for k, v in counts.items()),
-        )
+        parts = ((part, self.description["counts"][part]) for part in ("train", "val", "test"))
+        counts = ", ".join(f"{part} {n['cycles']} ({n['patients']})" for part, n in parts)
+        logger.info("cycles (patients): %s", counts)
         return data
 
     def model(self, data: Cycles) -> ConditionedAST:
@@ -232,20 +212,15 @@ class Run:
         return model
 
     def fit(self, model: ConditionedAST, data: Cycles) -> Trainer:
-        """Train, or go on training; the model then has the weights of the chosen epoch."""
+        """Train or resume; the model then has the weights of the chosen epoch."""
         self._open_folder()
-        self.description = describe_run(self.config, data)
+        origin = self.description["config"], self.description["fingerprint"]
+        checkpointer = Checkpointer(self.folder, *origin, lost=self._lost)
         trainer = build_trainer(
-            self.config,
-            data,
-            self.runtime,
-            model=model,
-            checkpointer=Checkpointer(
-                self.folder, self.description["config"], self.description["fingerprint"]
-            ),
+            self.config, data, self.runtime, model=model, checkpointer=checkpointer
         )
         if self.runtime.is_main:
-            self.tracker = trainer.tracker = self._start_tracking(data)
+            self.tracker = trainer.tracker = self._start_tracking()
         trainer.fit()
         return trainer
 
@@ -279,22 +254,17 @@ class Run:
 
     # ---------------------------------------------------------------- details
 
-    @property
-    def synthetic(self) -> bool:
-        """Whether the recordings are those of `data.synthetic.corpus`."""
-        return is_synthetic(self.config.dataset.data_folder)
-
-    def _start_tracking(self, data: Cycles) -> Tracker:
+    def _start_tracking(self) -> Tracker:
         config, training = self.config, self.config.training
-        counts = {f"data.{k}": v for k, v in flatten(count_parts(data)).items()}
+        counts = {k: v for k, v in self.description["counts"].items() if k != "data"}
         task = f"{config.dataset.n_cls}-class"
         tags = {
             "variant": config.variant,
             "task": task,
             "selection": training.selection,
             "seed": training.seed,
-            "partial_data": str(data.completeness.partial).lower(),
-            "synthetic": str(self.synthetic).lower(),
+            "partial_data": str(bool(self.description["partial"])).lower(),
+            "synthetic": str(self.description["synthetic"]).lower(),
             "git_revision": git_revision() or "unknown",
             "run_folder": self.folder.path,
         }
@@ -303,7 +273,7 @@ class Run:
             self.folder.path,
             run_name=f"{self.variant.title} {task} {training.selection} s{training.seed}",
             tags=tags,
-            params=flatten(config_to_dict(config)) | counts,
+            params=flatten(self.description["config"]) | flatten(counts, "data."),
             parent=self.parent,
         )
         tracker.artifact(self.folder.config)
@@ -323,19 +293,22 @@ class Run:
         if self.config.mlflow.log_checkpoint:
             self.tracker.artifact(self.folder.best, "checkpoints")
 
-    def _is_published(self) -> bool:
-        """Whether checkpoints/ holds this run's best, or that of a run which finished later."""
-        copy = published_best(self.config)
-        return copy.is_file() and copy.stat().st_mtime >= self.folder.report.stat().st_mtime
-
     def _publish(self) -> None:
         """checkpoints/<variant>_best.pt: a copy of the latest finished plain run's best, and its
-        model card beside it. The copy comes last: where it is, the card is its own."""
+        model card next to it; the run's record comes last and names what was replaced."""
         if self.is_member:
             return
-        target = published_best(self.config)
+        target, replaced = published_best(self.config), ""
+        if target.is_file():
+            try:
+                before = TrainedModel.open(target)
+                if before.checkpoint.run != self.folder.path.name:
+                    replaced = f"{' '.join(before.headline().split())}, {before.checkpoint.run}"
+            except UserError:
+                replaced = "a file that is no checkpoint"
         card = (self.folder.path / "model_card.md").read_text(encoding="utf-8")
         write_text(target.with_suffix(".md"), card)
         size = self.folder.best.stat().st_size
         with self.folder.best.open("rb") as source, atomic_write(target, needed_bytes=size) as file:
             shutil.copyfileobj(source, file)
+        self.folder.write_record(published=str(target), replaced=replaced)

@@ -2,6 +2,7 @@
 
     runs/<variant>-<n_cls>cls-<selection>-s<seed>-<hash of the resolved config>/
         config.yaml             every resolved key
+        record.json             when it was started; once copied to checkpoints/, what it replaced
         run.log                 what was printed
         metrics.csv             one row per finished epoch
         tracking.json           what MLflow is to show, beside metrics.csv and the files
@@ -25,6 +26,7 @@ import json
 import logging
 import math
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,7 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.record = self.path / "record.json"
         self.log = self.path / "run.log"
         self.metrics = self.path / "metrics.csv"
         self.checkpoints = self.path / "checkpoints"
@@ -91,6 +94,20 @@ class RunFolder:
                 "permissions"
             ) from error
         write_text(self.config, config_to_yaml(config))
+        if not self.record.is_file():
+            self.write_record(started=time.strftime("%Y-%m-%d %H:%M:%S"))
+
+    def read_record(self) -> dict[str, Any]:
+        """record.json; empty where there is none, as in runs of earlier versions."""
+        try:
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return record if isinstance(record, dict) else {}
+
+    def write_record(self, **changed: str) -> None:
+        """Add to record.json."""
+        write_json(self.record, self.read_record() | changed)
 
     def write_metrics(self, history: list[dict[str, float]]) -> None:
         """metrics.csv from the whole history; an empty cell is a figure that does not exist."""
