@@ -18,6 +18,7 @@ from tests.utils.tiny import (
     tiny_trainer,
     weights,
 )
+from utils.common.cli import sigterm_exits
 from utils.common.errors import Preempted, UserError
 from utils.training.checkpoint import load_state
 from utils.training.runfolder import RunFolder
@@ -279,7 +280,7 @@ def test_sigterm_in_the_report_keeps_the_training(tmp_path, synthetic_corpus, mo
     previous = signal.getsignal(signal.SIGTERM)
 
     def once() -> runs.Run:
-        with runs.Run(config, Runtime("cpu")) as run:
+        with sigterm_exits(), runs.Run(config, Runtime("cpu")) as run:
             data = run.data()
             run.test(run.fit(run.model(data), data))
         return run

@@ -67,7 +67,7 @@ def test_a_fresh_start_removes_the_earlier_attempt(tmp_path):
     folder.checkpoints.mkdir()
     folder.last.write_text("state")
     folder.prepare(config, fresh=True)
-    assert [p.name for p in folder.path.iterdir()] == ["config.yaml"]
+    assert {p.name for p in folder.path.iterdir()} == {"config.yaml", "record.json"}
 
 
 def test_a_fresh_start_never_removes_something_else(tmp_path):

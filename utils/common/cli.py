@@ -10,9 +10,6 @@ import logging
 import os
 import signal
 import sys
-import os
-import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
