@@ -63,6 +63,7 @@ def read_spectrograms(folder: str | Path, *, allow_shared_patients: bool = False
     rows["recording"] = rows["recording"].where(~unnamed, "row " + rows["row"].astype(int).map(str))
     rows = rows.rename(columns={"row": "Row"}).astype({"Row": np.int64})
     rows = rows.assign(start=0.0 * rows["duration"], end=rows["duration"])
+    rows["Recording"] = str(path.parent / ARRAY)  # its content is part of a run's fingerprint
     return cycle_table(rows)
 
 

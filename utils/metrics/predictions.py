@@ -39,8 +39,17 @@ def make_predictions(
     Args:
         table: cycle table; rows: [N] row numbers; logits: [N, K] in the same order.
         thresholds: decision rule of `pred_class`.
+
+    Raises:
+        UserError: a logit is not finite.
     """
     rows, logits = np.asarray(rows, np.int64), np.asarray(logits, np.float64)
+    diverged = int((~np.isfinite(logits)).any(axis=1).sum())
+    if diverged:
+        raise UserError(
+            f"the model's logits are not finite for {diverged} of {len(rows)} cycles: its training "
+            "diverged or its weights are damaged; use another checkpoint"
+        )
     part = table.iloc[rows]
     columns = {"cycle": rows} | {name: part[c].to_numpy() for name, c in SOURCE.items()}
     probability = task.probabilities(logits)

@@ -385,8 +385,18 @@ class Trainer:
         Args:
             rows: row numbers [n].
             with_loss: also return the mean task loss.
+
+        Raises:
+            UserError: a logit is not finite; no metric is computed from such.
         """
         logits = self.predictor(rows)
+        diverged = int((~np.isfinite(logits)).any(axis=1).sum())
+        if diverged:
+            epoch = min(self.progress.epoch + 1, self.training.epochs)
+            raise UserError(
+                f"after epoch {epoch} the logits of {diverged} of {len(rows)} evaluated cycles are "
+                "not finite; lower training.lr or set training.precision=fp32"
+            )
         if not with_loss:
             return logits
         losses = self.loss(torch.from_numpy(logits).to(self.runtime.device),
