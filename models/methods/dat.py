@@ -21,7 +21,7 @@ class DATConfig:
 
     weight: float = setting(1.0, low=0)  # of the device loss
     alpha: float = setting(1.0, low=0)  # factor of the reversed gradient (at the end of `ganin`)
-    schedule: str = setting("constant", choices=("constant", "ganin"))
+    schedule: str = setting("constant", choices=("constant", "ganin"))  # of alpha
 
 
 class ReverseGradient(torch.autograd.Function):

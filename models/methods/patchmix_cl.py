@@ -18,7 +18,7 @@ class PatchMixConfig:
     """Keys of `methods.patchmix_cl`."""
 
     loss: str = setting("contrast", choices=("contrast", "ce"))  # CL, or Patch-Mix CE
-    temperature: float = setting(0.06, low=0, ends="()")
+    temperature: float = setting(0.06, low=0, ends="()")  # of the contrast
     weight: float = setting(1.0, low=0)  # of the contrast in the loss
     beta: float = setting(1.0, low=0, ends="(]")  # share kept ~ Beta(beta, beta)
 

@@ -17,7 +17,7 @@ from utils.common.settings import setting
 class SGSCLConfig:
     """Keys of `methods.sg_scl`."""
 
-    temperature: float = setting(0.06, low=0, ends="()")
+    temperature: float = setting(0.06, low=0, ends="()")  # of the contrast
     weight: float = setting(1.0, low=0)  # of the contrast in the loss
 
 

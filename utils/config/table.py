@@ -15,7 +15,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from models.config import ModelConfig
-from models.registry import VARIANTS
+from models.registry import METHODS, VARIANTS
 from utils.common.errors import UserError
 from utils.common.files import write_text
 from utils.config import schema
@@ -65,6 +65,10 @@ def table() -> str:
     """The whole table as Markdown."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
     for field in dataclasses.fields(schema.RunConfig):
+        if field.name == "methods":
+            for name, method in METHODS.items():
+                lines += rows(method.config_class, f"methods.{name}")
+            continue
         if field.name != "models":
             lines += rows(getattr(schema, _class_name(field)), field.name)
             continue
