@@ -12,7 +12,7 @@ key=value words override single keys; --print-config shows what would run.
 """
 
 from utils.common.cli import command
-from utils.runs.run import start
+from utils.runs.start import start
 
 VARIANT = "ast_film"
 

@@ -22,7 +22,7 @@ from utils.common.errors import UserError
 from utils.config.schema import config_hash, load_config
 from utils.runs import grid as grids
 from utils.runs.grid import Cell, read_grid, run_grid, run_tracked, start_process
-from utils.runs.run import parse_arguments
+from utils.runs.start import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 FREEZING = ROOT / "configs" / "ablations" / "freezing.yaml"
@@ -74,7 +74,7 @@ def test_the_shipped_grids_are_sound(name, monkeypatch, capsys):
     for cell, line in zip(grid.cells, grid.commands(), strict=True):
         python, script, *arguments = shlex.split(line)
         assert python == "python" and (ROOT / script).is_file()
-        options = parse_arguments(cell.config.variant, "", arguments)
+        options = parse_arguments("", arguments)
         # the command alone makes the very run of the cell, and it is for this script
         config = load_config(options.config, options.overrides, variant=cell.config.variant)
         assert config_hash(config) == config_hash(cell.config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 
@@ -18,16 +17,15 @@ from utils.evaluation.result_tables import build_tables
 from utils.metrics.bootstrap import patient_bootstrap, patient_tables
 from utils.metrics.predictions import read_predictions
 from utils.runs.grid import seeds_from
-from utils.runs.group import Group, add_arguments, expand
+from utils.runs.group import Group, expand
+from utils.runs.start import parse_arguments
 from utils.training.runfolder import RunFolder
 
 FOLDWISE = {"dataset.split_strategy": "foldwise", "training.selection": "fixed"}
 
 
 def parsed(*words: str):
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    options = parser.parse_args(words)
+    options = parse_arguments("", ["--config", "x.yaml", *words])
     return options.seeds, options.folds
 
 

@@ -8,7 +8,6 @@ runs/<variant>-<n_cls>cls-<selection>-group-<hash>/
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -42,23 +41,6 @@ from utils.training.runfolder import RunFolder
 METRICS = ("sp", "se", "score", "collapsed_sp", "collapsed_se", "collapsed_score")
 OF_ALL = ("variant", "title", "n_cls", "split_strategy", "selection", "partial", "partial_message")
 OF_ALL += ("synthetic",)  # keys of report.json that the members share
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--seeds and --folds."""
-    parser.add_argument(
-        "--seeds",
-        nargs="+",
-        type=int,
-        metavar="N",
-        help="one number n: 0..n-1; several: just these",
-    )
-    parser.add_argument(
-        "--folds",
-        nargs="+",
-        metavar="K",
-        help=f"all, or folds 0..{N_FOLDS - 1}; needs dataset.split_strategy=foldwise",
-    )
 
 
 def expand(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import filecmp
 import logging
 import shutil
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -22,7 +20,7 @@ from utils.common.cli import log_file, set_up_logging
 from utils.common.errors import Busy, Preempted, UserError
 from utils.common.files import atomic_write, write_text
 from utils.common.lock import held
-from utils.config.schema import RunConfig, config_to_yaml, flatten, load_config
+from utils.config.schema import RunConfig, flatten
 from utils.evaluation.report import RunReport
 from utils.evaluation.trained_model import TrainedModel
 from utils.metrics.predictions import make_predictions, write_predictions
@@ -42,55 +40,27 @@ from utils.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def parse_arguments(
-    variant: str, description: str, arguments: Sequence[str] | None = None
-) -> argparse.Namespace:
-    """The command line that the five scripts share; `overrides` are the key=value words."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        usage="%(prog)s --config FILE [FILE ...] [options] [key=value ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", nargs="+", required=True, metavar="FILE", help="YAML, merged")
-    parser.add_argument(
-        "--mlflow-config", metavar="FILE", help="tracking; default: as configs/mlflow.yaml"
-    )
-    parser.add_argument("--print-config", action="store_true", help="show what would run and stop")
-    parser.add_argument(
-        "--member-of",
-        type=Path,
-        metavar="DIR",
-        help="folder of the grid this run belongs to: nested below its MLflow run, and "
-        "checkpoints/ stays as it is",
-    )
-    group.add_arguments(parser)
-    # key=value words may stand anywhere, so that argparse never takes one for an option's value
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    overrides = [w for w in given if "=" in w and not w.startswith("-") and not Path(w).is_file()]
-    options = parser.parse_args([word for word in given if word not in overrides])
-    options.overrides = overrides
-    return options
-
-
-def start(variant: str, description: str, arguments: Sequence[str] | None = None) -> Iterator[Run]:
-    """Read the command line and yield the runs it asks for, each ready to be trained.
+def runs_of(
+    config: RunConfig,
+    *,
+    seeds: Sequence[int] | None = None,
+    folds: Sequence[str] | None = None,
+    member_of: Path | None = None,
+) -> Iterator[Run]:
+    """Yield the runs that a command asks for, each ready to be trained.
 
     A run that is finished already is shown and not yielded again.
+
+    Args:
+        seeds, folds, member_of: as on the command line (`utils.runs.start`).
     """
-    options = parse_arguments(variant, description, arguments)
-    config = load_config(
-        options.config, options.overrides, mlflow_file=options.mlflow_config, variant=variant
-    )
-    if options.print_config:
-        print(config_to_yaml(config), end="")
-        return
-    configs = group.expand(config, options.seeds, options.folds)
+    configs = group.expand(config, seeds, folds)
     runtime = Runtime(config.training.device, config.training.precision, config.training.compile)
     set_up_logging(quiet=not runtime.is_main)
     if len(configs) == 1:
-        yield from _unfinished(Run(configs[0], runtime, options.member_of))
+        yield from _unfinished(Run(configs[0], runtime, member_of))
         return
-    if options.member_of:
+    if member_of:
         raise UserError("--member-of is for one run; leave --seeds and --folds out")
     family = group.Group(configs)
     if runtime.is_main:

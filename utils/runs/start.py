@@ -1,0 +1,70 @@
+"""The command line of the five scripts: read and refused before anything heavy is imported."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils.config.schema import config_to_yaml, load_config
+
+if TYPE_CHECKING:
+    from utils.runs.run import Run
+
+
+def start(variant: str, description: str, arguments: Sequence[str] | None = None) -> Iterator[Run]:
+    """Read the command line and yield the runs it asks for, each ready to be trained."""
+    options = parse_arguments(description, arguments)
+    config = load_config(
+        options.config, options.overrides, mlflow_file=options.mlflow_config, variant=variant
+    )
+    if options.print_config:
+        print(config_to_yaml(config), end="")
+        return
+    from utils.runs.run import runs_of  # torch and all the rest
+
+    yield from runs_of(
+        config, seeds=options.seeds, folds=options.folds, member_of=options.member_of
+    )
+
+
+def parse_arguments(description: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line that the five scripts share; `overrides` are the key=value words."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        usage="%(prog)s --config FILE [FILE ...] [options] [key=value ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", nargs="+", required=True, metavar="FILE", help="YAML, merged")
+    parser.add_argument(
+        "--mlflow-config", metavar="FILE", help="tracking; default: as configs/mlflow.yaml"
+    )
+    parser.add_argument("--print-config", action="store_true", help="show what would run and stop")
+    parser.add_argument(
+        "--member-of",
+        type=Path,
+        metavar="DIR",
+        help="folder of the grid this run belongs to: nested below its MLflow run, and "
+        "checkpoints/ stays as it is",
+    )
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="one number n: 0..n-1; several: just these",
+    )
+    parser.add_argument(
+        "--folds",
+        nargs="+",
+        metavar="K",
+        help="all, or folds 0..4; needs dataset.split_strategy=foldwise",
+    )
+    # key=value words may stand anywhere, so that argparse never takes one for an option's value
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    overrides = [w for w in given if "=" in w and not w.startswith("-") and not Path(w).is_file()]
+    options = parser.parse_args([word for word in given if word not in overrides])
+    options.overrides = overrides
+    return options
