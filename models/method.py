@@ -191,15 +191,9 @@ class Methods(nn.ModuleList):
         return total
 
     def task_losses(
-        self,
-        loss: Callable[[Tensor, Tensor], Tensor],
-        logits: Tensor,
-        label: Tensor,
-        step: Step | None,
+        self, loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, label: Tensor, step: Step
     ) -> Tensor:
         """Task losses [B] of logits [B, K]: `loss(logits, label)` as the methods change it."""
-        if step is None:
-            return loss(logits, label)
         for method in self:
             logits = method.logits(logits, step.aside)
         targets = [(1.0, label)]

@@ -276,7 +276,10 @@ class Trainer:
                 with runtime.autocast():
                     features = self.inputs.views(batch, part.seed, methods.views)
                     output = self.wrapped(features, batch.metadata, drawn)
-                losses = methods.task_losses(self.loss, output.logits, batch.label, drawn)  # [B]
+                if drawn is None:
+                    losses = self.loss(output.logits, batch.label)  # [B]
+                else:
+                    losses = methods.task_losses(self.loss, output.logits, batch.label, drawn)
                 share = part.weight * len(batch)
                 loss = losses.sum() * part.weight + output.regularisation * share
                 runtime.backward(loss)
