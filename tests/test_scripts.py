@@ -121,7 +121,8 @@ def test_a_script_trains_tests_and_writes_everything(
     for text in (printed.out, printed.err, (folder / "run.log").read_text()):
         assert "SYNTHETIC RECORDINGS" in text and "PARTIAL DATA" in text
     lines = (printed.out + printed.err).splitlines()
-    assert max(map(len, lines)) <= 100, max(lines, key=len)
+    fixed = [line for line in lines if str(here) not in line and "/pytest-" not in line]
+    assert max(map(len, fixed)) <= 100, max(fixed, key=len)  # paths may be of any length
     assert sum(line.startswith("epoch ") for line in lines) == 2
 
 
@@ -225,7 +226,7 @@ def test_a_run_folder_has_one_owner(here, monkeypatch, synthetic_corpus, capsys)
     assert not folder.path.exists()
 
 
-@pytest.mark.parametrize("place", ["utils.runs.run.load_config", "utils.runs.group.Group.finish"])
+@pytest.mark.parametrize("place", ["utils.runs.start.load_config", "utils.runs.group.Group.finish"])
 def test_sigterm_outside_the_loop_ends_with_75(
     place, here, monkeypatch, synthetic_corpus, no_pictures
 ):
