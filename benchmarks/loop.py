@@ -28,6 +28,7 @@ from data.loader import Cycles
 from data.splits import Split
 from data.synthetic.corpus import write_corpus
 from models.conditioner import Conditioner, Features, ModelOutput, ParameterGroup
+from models.method import Methods
 from utils.config.schema import RunConfig, load_config
 from utils.training.assemble import build_data, build_trainer
 from utils.training.device import Runtime
@@ -53,11 +54,14 @@ class Stub(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conditioner = Conditioner()
+        self.conditioner, self.methods = Conditioner(), Methods()
         self.bias = nn.Parameter(torch.zeros(2))
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return [ParameterGroup("stub", [self.bias])]
+
+    def draw(self, *_: Any) -> None:
+        """No methods, nothing to draw."""
 
     def forward(self, features: Features, *_: Any) -> ModelOutput:
         logits = self.bias.expand(len(features.values), 2)

@@ -10,7 +10,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from data.batch import Metadata
+from data.batch import Batch, Metadata
 from models.ast import AST, Cut
 from models.conditioner import (
     Conditioner,
@@ -100,6 +100,10 @@ class ConditionedAST(nn.Module):
         _, fused = self.embed(features, metadata)
         with full_precision(fused):
             return ModelOutput(self.head(fused), self.conditioner.regularisation())
+
+    def draw(self, batch: Batch, seed: int) -> Step | None:
+        """The methods' randomness of one micro-batch; None without methods."""
+        return self.methods.draw(batch, self.backbone.n_patches, seed)
 
     def _forward_with_methods(
         self, features: Features | Tensor, metadata: Metadata, step: Step

@@ -116,7 +116,7 @@ def resume(folder: Path, rank: int) -> dict:
     whole = tiny_trainer(config, folder / "whole", data)
     whole.fit()
     first = tiny_trainer(config, folder / "parts", data)
-    step, steps = first._step, [0]
+    step, steps = first.step, [0]
 
     def watched(parts, batches):
         steps[0] += 1
@@ -124,7 +124,7 @@ def resume(folder: Path, rank: int) -> dict:
             signal.raise_signal(signal.SIGTERM)
         return step(parts, batches)
 
-    first._step = watched
+    first.step = watched
     try:
         first.fit()
         preempted = False

@@ -272,7 +272,7 @@ class Trainer:
         for part in parts:
             batch = next(batches)
             with runtime.exchange(self.wrapped, when=part is parts[-1]):
-                drawn = methods.draw(batch, self.model.backbone.n_patches, part.seed)
+                drawn = self.model.draw(batch, part.seed)
                 with runtime.autocast():
                     features = self.inputs.views(batch, part.seed, methods.views)
                     output = self.wrapped(features, batch.metadata, drawn)
