@@ -112,8 +112,8 @@ def fingerprint(runs: Path) -> dict[str, str]:
     """File -> digest of all that a finished command left and that must be the same every time."""
     found = {}
     for path in sorted(p for p in runs.rglob("*") if p.is_file() and p.suffix != ".lock"):
-        content: Any = ""  # of logs, configurations, tracking.json (dates): that they are there
-        if path.suffix == ".json" and path.name != "tracking.json":
+        content: Any = ""  # of logs, configurations and dated files: that they are there
+        if path.suffix == ".json" and path.name not in ("tracking.json", "record.json"):
             content = json.loads(path.read_text().replace(str(runs), ""))
             content.pop("revision", None)  # the checkout may change while this runs
         elif path.suffix == ".pt":

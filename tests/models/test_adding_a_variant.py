@@ -52,7 +52,7 @@ def checkout(tmp_path) -> Path:
     """A copy of the repository's code with the page's three files added to it."""
     for name in ("data", "utils", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for name in ("models", "models/conditioners", "configs"):
+    for name in ("models", "models/conditioners", "models/methods", "configs"):
         folder = tmp_path / name
         if folder.is_symlink():
             folder.unlink()
