@@ -94,8 +94,10 @@ def test_quota_counts_as_full(tmp_path):
     assert "more space is needed" in message
 
 
-def test_a_log_on_a_full_disk_costs_one_warning(small_disk, caplog):
+def test_a_log_on_a_full_disk_costs_one_warning(small_disk, caplog, monkeypatch):
     log = logging.getLogger("utils.test")
+    for logger in (log, logging.getLogger("utils.common.cli")):  # another test's library may
+        monkeypatch.setattr(logger, "disabled", False)  # have switched existing loggers off
     with caplog.at_level(logging.INFO), log_file() as log_to:
         log.info("before")
         log_to(small_disk / "run.log")
