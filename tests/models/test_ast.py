@@ -11,7 +11,7 @@ from transformers import ASTConfig, ASTForAudioClassification
 
 from models.ast import AST
 from models.config import BackboneConfig
-from models.pretrained import Weights, from_original, from_transformers, load_into
+from models.pretrained import Weights, backbone_of, from_transformers, from_vit, load_into
 
 SIZES = [  # bands, frames, stride over bands, over frames
     (32, 64, 10, 10),
@@ -129,7 +129,8 @@ def test_original_layout_equals_the_distilled_transformer_of_timm(make_spectrogr
     deit.pos_embed = nn.Parameter(torch.randn_like(ast.pos_embed))
     state = {f"module.v.{k}": v for k, v in deit.state_dict().items()}
     state["module.mlp_head.0.weight"] = torch.zeros(48)
-    load_into(ast, Weights(from_original(state), 1e-6, ast.grid, None, "test"))
+    vit, _ = backbone_of(state, "test")
+    load_into(ast, Weights(from_vit(vit), 1e-6, ast.grid, None, "test"))
     x = make_spectrogram(2)
     with torch.no_grad():
         expected = deit.forward_features(x)

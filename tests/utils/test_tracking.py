@@ -265,7 +265,12 @@ def serving(answer):
 
 def unavailable(connection):
     connection.recv(65536)
-    connection.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
+    connection.sendall(
+        b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+    )
+    connection.shutdown(socket.SHUT_WR)
+    while connection.recv(65536):  # closed with unread data, the answer would be lost in a reset
+        pass
     connection.close()
 
 
