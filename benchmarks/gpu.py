@@ -336,7 +336,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure section after section."""
     given = sys.argv[1:] if arguments is None else arguments
     options, began = parse(arguments), time.monotonic()
-    logging.getLogger("utils").setLevel(logging.WARNING)
     cuda = options.device == "cuda"
     card = torch.cuda.get_device_properties(0) if cuda else None
     content: dict[str, Any] = {
@@ -374,4 +373,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("utils").setLevel(logging.WARNING)  # here: it outlives a call of main
     sys.exit(command(main)())

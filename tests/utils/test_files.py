@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import logging.config
 import os
 import shutil
 import signal
@@ -94,10 +95,8 @@ def test_quota_counts_as_full(tmp_path):
     assert "more space is needed" in message
 
 
-def test_a_log_on_a_full_disk_costs_one_warning(small_disk, caplog, monkeypatch):
+def test_a_log_on_a_full_disk_costs_one_warning(small_disk, caplog):
     log = logging.getLogger("utils.test")
-    for logger in (log, logging.getLogger("utils.common.cli")):  # another test's library may
-        monkeypatch.setattr(logger, "disabled", False)  # have switched existing loggers off
     with caplog.at_level(logging.INFO), log_file() as log_to:
         log.info("before")
         log_to(small_disk / "run.log")
@@ -115,3 +114,11 @@ def test_a_log_that_cannot_be_opened_is_named(tmp_path):
     (tmp_path / "run.log").mkdir()
     with log_file() as log_to, pytest.raises(UserError, match=r"run\.log cannot be written"):
         log_to(tmp_path / "run.log")
+
+
+def test_a_log_survives_a_library_that_configures_logging(tmp_path):
+    with log_file() as log_to:
+        log_to(tmp_path / "run.log")
+        logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})
+        logging.getLogger("utils.test").warning("later")
+    assert (tmp_path / "run.log").read_text().endswith("later\n")

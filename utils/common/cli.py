@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -98,29 +98,30 @@ def log_file() -> Iterator[Callable[[Path], None]]:
     Raises:
         UserError: (by that function) the file cannot be opened.
     """
-    kept = MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
+    root, kept = logging.getLogger(), MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
     kept.addFilter(_ours_or_warning)
-    logging.getLogger().addHandler(kept)
+    with ExitStack() as stack:
+        root.addHandler(kept)
+        stack.callback(root.removeHandler, kept)
 
-    def open_file(path: Path) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handler = logging.StreamHandler(_Tolerant(path.open("a", encoding="utf-8")))
-        except OSError as error:
-            raise write_error(path, error) from error
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        kept.setTarget(handler)
-        kept.flushLevel = logging.NOTSET
-        kept.flush()
+        def open_file(path: Path) -> None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                handler = logging.StreamHandler(_Tolerant(path.open("a", encoding="utf-8")))
+            except OSError as error:
+                raise write_error(path, error) from error
+            stack.callback(handler.stream.close)
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+            handler.addFilter(_ours_or_warning)
+            kept.setTarget(handler)
+            kept.flush()
+            # Not through `kept` from here on: logging.config.dictConfig, which libraries call when
+            # they are imported, closes all handlers, and a closed MemoryHandler drops its target.
+            root.addHandler(handler)
+            stack.callback(root.removeHandler, handler)
+            root.removeHandler(kept)
 
-    try:
         yield open_file
-    finally:
-        logging.getLogger().removeHandler(kept)
-        handler = kept.target
-        kept.close()
-        if handler is not None:
-            handler.stream.close()
 
 
 @contextmanager
