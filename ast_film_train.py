@@ -1,5 +1,5 @@
 """FiLM-AST: the metadata scales and shifts the features of every conditioned block,
-all tokens alike (models/conditioners/film.py).
+all tokens in the same way (models/conditioners/film.py).
 
 Perez et al., "FiLM: Visual reasoning with a general conditioning layer", AAAI 2018.
 

@@ -1,5 +1,5 @@
 """TAFiLM-AST: token-aware FiLM: the classification tokens and the patch tokens are
-modulated apart (models/conditioners/tafilm.py).
+modulated separately (models/conditioners/tafilm.py).
 
     python ast_tafilm_train.py \\
         --config configs/ast_tafilm_config.yaml \\

@@ -96,7 +96,7 @@ def warn(partial: str, synthetic: bool, *notes: str) -> None:
 
 
 def output_folder(model: TrainedModel, split: str) -> Path:
-    """evaluation/<split> in the run's folder, else next to the checkpoint; other data apart."""
+    """evaluation/<split> in the run's folder, else by the checkpoint; other data separately."""
     own = model.run_folder
     root = own.path if own else model.path.with_name(f"{model.path.stem}_evaluation")
     name = split

@@ -36,7 +36,7 @@ class TensorRecord:
 
 @dataclass
 class Metadata(TensorRecord):
-    """What is known about a batch of cycles apart from the sound.
+    """What is known about a batch of cycles except the sound.
 
     Attributes:
         device: [B] int64, index into `MetadataStatistics.devices`; the index after the last

@@ -198,7 +198,7 @@ class AudioFrontend(nn.Module):
     def _batch_log_mel(self, clip: Tensor, banks: dict[int, Tensor] | None = None) -> Tensor:
         """[B, S] -> [B, T, F], batched, for the GPU.
 
-        banks: mel bank [F, K] of each row that has one of its own.
+        banks: mel bank [F, K] of each row that has its own.
         """
         parts = clip.split(GPU_CLIPS)
         energy = torch.cat([self._power(*self._frames(part)) @ self.bank for part in parts])

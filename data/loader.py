@@ -121,7 +121,7 @@ def epoch_order(
 ) -> np.ndarray:
     """The training rows in the order of one epoch: a pure function of its arguments.
 
-    sampler `shuffle` permutes them; `balanced` draws as many with replacement, all classes alike.
+    sampler `shuffle` permutes them; `balanced` draws as many with replacement, all classes equally.
     """
     generator = np.random.default_rng([seed, epoch])
     if sampler == "shuffle":

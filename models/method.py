@@ -23,7 +23,7 @@ Plan = Mapping[str, Tensor]  # what `Method.draw` gave: small tensors, fixed nam
 
 
 class Aside(NamedTuple):
-    """What a method may know of the clips besides their sound.
+    """What a method may know of the clips in addition to their sound.
 
     Attributes:
         label: [B, C] float32, as `Batch.label`.

@@ -1,4 +1,4 @@
-"""The variants and methods there are: the shipped ones, and every further module beside them.
+"""The available variants and methods: the shipped ones, and every further module in their folders.
 
 A new variant is one new file with a `VARIANT`; nothing here or elsewhere names it
 (docs/adding_a_variant.md).

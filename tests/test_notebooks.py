@@ -36,7 +36,7 @@ def this_python(tmp_path, monkeypatch):
 
 
 def visible_files() -> set[Path]:
-    """What lies in the root and beside the notebooks; tools' caches are hidden ones."""
+    """What lies in the root and next to the notebooks; tools' caches are hidden ones."""
     entries = (entry for folder in (ROOT, ROOT / "NBs") for entry in folder.iterdir())
     return {entry for entry in entries if not entry.name.startswith(".")}
 

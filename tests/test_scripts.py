@@ -82,7 +82,7 @@ def words(variant: str, corpus: Path, *overrides: str) -> list[str]:
 
 
 def run(monkeypatch, variant: str, corpus: Path, *overrides: str) -> int:
-    """Start a script in this process: importing everything anew takes longer than training."""
+    """Start a script in this process: importing everything again takes longer than training."""
     arguments = words(variant, corpus, *overrides)
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as end:

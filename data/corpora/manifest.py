@@ -95,7 +95,9 @@ def cycle_table(rows: pd.DataFrame) -> pd.DataFrame:
     for name in ("Device", "AuscLoc", "Sex"):
         table[name] = table[name].astype(object).where(table[name] != "", None)
     if rows["patient"].str.fullmatch("0|[1-9][0-9]{0,17}").all():
-        table["PID"] = table["PID"].astype(np.int64)  # as ICBHI's, so that equal data split alike
+        table["PID"] = table["PID"].astype(
+            np.int64
+        )  # as ICBHI's, so that equal data are split equally
     table["CycleIndex"] = table.groupby("Filename").cumcount()
     table = table.assign(CW=np.nan, CH=np.nan, Disease=None, BMIDerived=table["BMI"])
     table["Fold"] = assign_folds(table)

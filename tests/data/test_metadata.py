@@ -144,7 +144,7 @@ def test_a_path_that_cannot_be_written(icbhi_folder, tmp_path, caplog):
     """Writing fails; a run only warns, because data folders are often read-only."""
     (tmp_path / "file").write_text("in the way")
     table = read(icbhi_folder, tmp_path / "file" / "m.csv")
-    assert "m.csv cannot be written" in caplog.text.replace("can not", "cannot") and len(table)
+    assert "m.csv cannot be written" in caplog.text and len(table)
     with pytest.raises(UserError, match=r"m\.csv"):
         write_metadata(table, tmp_path / "file" / "m.csv")
 

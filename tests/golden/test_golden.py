@@ -2,7 +2,7 @@
 
     python -m tests.golden.test_golden
 
-writes losses.json anew; say in the commit why the numbers moved. Dropout and augmentation are on;
+writes losses.json again; say in the commit why the numbers moved. Dropout and augmentation are on;
 the cycles are `tests.utils.tiny`'s, so that the synthetic corpus may change without touching them.
 """
 

@@ -108,7 +108,7 @@ def test_counts_and_changed_owners():
     assert analysis.active[:, 0].tolist() == [WIDTH // 3, WIDTH // 3 + 1, WIDTH // 3]
 
 
-def test_overlaps_stand_beside_their_controls():
+def test_overlaps_stand_next_to_their_controls():
     conditioner = soft(temperature=0.5)
     before = conditioner.masks.logits.detach().clone()
     analysis = analyse(conditioner, steps=200, lr=0.05)

@@ -1,4 +1,4 @@
-"""Optimiser groups and schedule, computed by hand beside torch."""
+"""Optimiser groups and schedule, computed by hand next to torch."""
 
 from __future__ import annotations
 

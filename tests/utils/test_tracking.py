@@ -174,7 +174,7 @@ def test_everything_arrives(tmp_path, uri, warnings):
     assert run.data.tags["mlflow.parentRunId"] == above.info.run_id
     assert history(uri, run.info.run_id) == [(0, 0.7), (1, 0.6)]
     assert run.data.metrics["val/score"] == 0.5 and run.data.metrics["test/se _4-class_"] == 0.25
-    # artifacts lie beside the database, wherever the current folder is
+    # artifacts lie next to the database, wherever the current folder is
     artifact = next((tmp_path / "store" / "mlruns" / "lungs").rglob("confusion.png"))
     assert artifact.parent.name == "figures" and artifact.read_bytes() == b"png"
 

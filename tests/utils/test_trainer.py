@@ -345,9 +345,9 @@ def test_predictions_follow_the_rows_asked_for(tmp_path):
     np.testing.assert_allclose(trainer.predict(rows[:1]), logits[:1], atol=1e-6)
     blind = trainer.data.metadata.without("device", "site", "age", "bmi", "duration")
     index = torch.from_numpy(rows)
-    told = trainer.predictor.under(rows, [trainer.data.metadata[index], blind[index]])
-    np.testing.assert_array_equal(told[0], logits)
-    assert not np.allclose(told[1], logits, atol=1e-6)
+    with_metadata = trainer.predictor.under(rows, [trainer.data.metadata[index], blind[index]])
+    np.testing.assert_array_equal(with_metadata[0], logits)
+    assert not np.allclose(with_metadata[1], logits, atol=1e-6)
 
 
 def test_the_tracker_gets_each_epoch_once(tmp_path):

@@ -42,7 +42,7 @@ def atomic_write(path: str | Path, *, needed_bytes: int | None = None) -> Iterat
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            error = error.__context__  # torch.save hides the reason behind one of its own
+            error = error.__context__  # torch.save replaces the reason by its own
         if isinstance(error, OSError):
             raise write_error(path, error, needed_bytes) from error
         raise

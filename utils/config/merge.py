@@ -34,7 +34,7 @@ def read_yaml(file: str | Path) -> DictConfig:
     """One configuration file.
 
     Raises:
-        UserError: it is not there, not YAML, or holds no sections.
+        UserError: it does not exist, is not YAML, or holds no sections.
     """
     path = Path(file)
     if not path.is_file():

@@ -27,7 +27,7 @@ COMMENT = re.compile(r"^ {4}#\s*(.*)$")
 
 
 def meanings(section: type) -> dict[str, str]:
-    """Field -> the comment beside it, or the comment lines directly above it."""
+    """Field -> the comment next to it, or the comment lines directly above it."""
     found: dict[str, str] = {}
     above: list[str] = []
     for line in inspect.getsource(section).splitlines():
@@ -95,7 +95,7 @@ def insert(text: str, content: str, file: str | Path = PAGE) -> str:
     """`text` of a file with `content` between the marks.
 
     Raises:
-        UserError: the marks are not there.
+        UserError: the marks are missing.
     """
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)

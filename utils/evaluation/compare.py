@@ -228,7 +228,7 @@ def write_comparison(result: Result, folder: Path) -> Path:
 
 def default_folder(models: Sequence[TrainedModel]) -> Path:
     """A folder that belongs to these models in this order, next to the first one's run folder or,
-    where that is not there, to its checkpoint."""
+    where that is missing, to its checkpoint."""
     text = json.dumps([model.checkpoint.run for model in models])
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     own = models[0].run_folder

@@ -37,7 +37,7 @@ class Protocol(NamedTuple):
     split: str
     partial: bool
     synthetic: bool
-    train_cycles: int | None  # None: pooled folds, each with training cycles of its own
+    train_cycles: int | None  # None: pooled folds, each with its own training cycles
     test_cycles: int
     test_patients: int
 
@@ -178,7 +178,7 @@ def read_runs(folders: Iterable[str | Path]) -> list[Run]:
     Folds that a group has pooled are given as one run, not one by one.
 
     Raises:
-        UserError: a folder is not there, or its files are not readable.
+        UserError: a folder does not exist, or its files are not readable.
     """
     runs, pooled = [], {}
     for folder in dict.fromkeys(map(Path, folders)):

@@ -2,7 +2,7 @@
 
     python -m utils.evaluation.result_tables runs/* [--table 4-class] [--format latex]
 
-Each selection rule, split and data set has a table of its own, so that values of different
+Each selection rule, split and data set has its own table, so that values of different
 protocols never share a column. Runs that differ in the training seed only are averaged; whatever
 else differs between the rows of a table is a column of it. The folds of a run with --folds all are
 one row, pooled, where the group's folder is named too (as runs/* does).

@@ -153,7 +153,7 @@ class TrainedModel:
         folder = self.config.dataset.data_folder
         if not Path(folder).is_dir():
             raise UserError(
-                f"the data folder {folder} of the checkpoint is not there; "
+                f"the data folder {folder} of the checkpoint does not exist; "
                 "name it with --data-folder DIR"
             )
         return build_split(self.config)

@@ -71,7 +71,7 @@ def film_parameters(conditioner: Conditioner, metadata: Metadata) -> Iterator[di
 def film_statistics(
     conditioner: Conditioner, metadata: Metadata, groupings: Mapping[str, Sequence[str]]
 ) -> list[FilmStatistics]:
-    """Moments for every grouping, one entry per group of tokens that is modulated alike.
+    """Moments for every grouping, one entry per group of tokens that is modulated in the same way.
 
     Args:
         metadata: of N cycles.

@@ -85,7 +85,7 @@ def analyse_masks(
     controls = mask_controls(
         masks, lr=lr, steps=steps, steps_per_epoch=steps_per_epoch, schedule=schedule
     )
-    alone = np.full((k, k), controls["overlap_regularisers_only"])  # alike for all pairs: the
+    alone = np.full((k, k), controls["overlap_regularisers_only"])  # the same for all pairs: the
     np.fill_diagonal(alone, np.nan)  # start is symmetric in the factors, and so are the losses
     return MaskAnalysis(
         factors=masks.factors,
@@ -223,7 +223,7 @@ def _counts(axis: Axes, analysis: MaskAnalysis) -> None:
 
 
 def _overlap_panel(axis: Axes, analysis: MaskAnalysis) -> None:
-    """The pairs as rows, the three masks as columns: the trained overlap beside its controls."""
+    """The pairs as rows, the three masks as columns: the trained overlap next to its controls."""
     pairs = list(combinations(range(len(analysis.factors)), 2))
     names = list(analysis.overlap)
     values = np.array([[100 * analysis.overlap[n][i, j] for n in names] for i, j in pairs])

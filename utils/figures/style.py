@@ -103,7 +103,7 @@ class Notice:
         protocol: training.selection of the run (validation | fixed | test), or None when no
             selection took place (published values, data).
         partial: what is missing from the corpus; "" when it is complete.
-        synthetic: the recordings were generated, no patient stands behind them.
+        synthetic: the recordings were generated, no patient was recorded.
         source: run name or file the figure was made from.
     """
 

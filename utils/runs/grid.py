@@ -3,7 +3,7 @@
     python -m utils.runs.grid configs/ablations/freezing.yaml [--dry-run] \\
         [--seeds 5] [--config configs/demo.yaml] [--mlflow-config FILE] [key=value ...]
 
-Cells run one after another, each in a process of its own; finished ones are skipped, so the same
+Cells run one after another, each in its own process; finished ones are skipped, so the same
 command resumes after a kill. --dry-run prints the commands instead, one per line, each of which
 can be given to a scheduler as it is. A failing cell does not stop the others. Seeds and folds of a
 script are a grid as well (`utils.runs.group`).
@@ -249,7 +249,7 @@ def run_grid(grid: Grid, start: Callable[[Cell, Path], int]) -> list[Cell]:
 
 
 def start_process(cell: Cell, log: Path) -> int:
-    """Run a cell in a process of its own; SIGTERM reaches it, so that it can save its state."""
+    """Run a cell in its own process; SIGTERM reaches it, so that it can save its state."""
     log.parent.mkdir(parents=True, exist_ok=True)
     process, came = None, False
 

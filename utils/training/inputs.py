@@ -50,7 +50,7 @@ class Inputs:
             yield batch.to(device, non_blocking=True)
 
     def read(self, rows: np.ndarray) -> Batch:
-        """The given rows [B] as a batch on the CPU; called in a thread of its own."""
+        """The given rows [B] as a batch on the CPU; called in its own thread."""
         return self.data.batch(rows)
 
     def __call__(self, batch: Batch, seed: int | None) -> Features:

@@ -5,7 +5,7 @@
         record.json             when it was started; once copied to checkpoints/, what it replaced
         run.log                 what was printed
         metrics.csv             one row per finished epoch
-        tracking.json           what MLflow is to show, beside metrics.csv and the files
+        tracking.json           what MLflow is to show, in addition to metrics.csv and the files
         checkpoints/last.pt     training state, replaced at every checkpoint; removed at the end
         checkpoints/best.pt     the finished model: weights and all that evaluation needs
         predictions/val.csv, test.csv   one row per cycle
@@ -14,7 +14,7 @@
         evaluation/<split>/     what evaluate.py adds later
         report.json             figures of the finished run; its presence means "finished"
 
-Every file is written beside its final name and renamed, so that none is ever half there; only
+Every file is written under a temporary name and renamed, so that none is ever half there; only
 run.log grows line by line.
 """
 
@@ -77,7 +77,7 @@ class RunFolder:
         `fresh` removes an earlier attempt; otherwise only what a killed one left half-written.
 
         Raises:
-            UserError: something else lies there, or it can not be removed or written.
+            UserError: something else lies there, or it cannot be removed or written.
         """
         try:
             if fresh and self.path.exists():
@@ -90,7 +90,7 @@ class RunFolder:
                 leftover.unlink()
         except OSError as error:
             raise UserError(
-                f"{self.path} can not be tidied ({error.strerror}: {error.filename}); check its "
+                f"{self.path} cannot be tidied ({error.strerror}: {error.filename}); check its "
                 "permissions"
             ) from error
         write_text(self.config, config_to_yaml(config))

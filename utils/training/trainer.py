@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """Where a run stands, apart from its tensors.
+    """Where a run stands, without its tensors.
 
     Attributes:
         epoch: epochs finished.
@@ -78,7 +78,7 @@ class Trainer:
         tracker: receives one dictionary of metrics per epoch.
 
     Attributes:
-        progress: where the run stands, apart from its tensors.
+        progress: where the run stands, without its tensors.
         best: weights of the best epoch, on the device; None before the first.
         seen: of the current epoch: rows [B], (loss, logits) [B, 1 + K] of each batch.
     """
