@@ -334,7 +334,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--report-only", action="store_true", help="train nothing")
     options = parser.parse_args(argv)
-    logging.getLogger("utils").setLevel(logging.WARNING)
     torch.set_num_threads(options.threads)
     study, planned = Study(options.work), jobs(list(dict.fromkeys(options.fields)), options.seeds)
     for number, job in enumerate(planned, start=1):
@@ -354,4 +353,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("utils").setLevel(logging.WARNING)  # here: it outlives a call of main
     sys.exit(command(main)())
