@@ -19,7 +19,7 @@ import pandas as pd
 import soundfile
 from tqdm import tqdm
 
-from data.corpora.icbhi import DEVICES, SITES, completeness, find_recordings, read_cycles
+from data.corpora.icbhi import completeness, find_recordings, read_cycles
 from data.cycle_table import classes_of
 from data.splits import patients_in_both_halves, split_cycles
 from data.store import StorePlan
@@ -81,8 +81,8 @@ def describe(table: pd.DataFrame, problems: Sequence[str]) -> str:
     sections = {
         "": state.message or "Complete: all counts are those of the ICBHI 2017 database.",
         "Cycles by part and class": _text(by_class),
-        "Cycles by device": _by_value(table, "Device", DEVICES),
-        "Cycles by auscultation site": _by_value(table, "AuscLoc", SITES),
+        "Cycles by device": _by_value(table, "Device"),
+        "Cycles by auscultation site": _by_value(table, "AuscLoc"),
         "Cycle length": (
             f"min {d.min():.3f}, 5 % {low:.3f}, median {median:.3f}, mean {d.mean():.2f}, "
             f"95 % {high:.3f}, max {d.max():.3f} s\n"
@@ -109,7 +109,7 @@ def traps(table: pd.DataFrame) -> list[str]:
             f"test cycles); split_strategy official_disjoint leaves {len(test) - shared:,}."
         ]
     abnormal = classes_of(table) > 0
-    for device in DEVICES:
+    for device in sorted(table["Device"].dropna().unique()):
         rows = [((table["Device"] == device) & (table["Split"] == part)) for part in PARTS]
         train, test = (int(part.sum()) for part in rows)
         if (train == 0) != (test == 0):
@@ -133,9 +133,9 @@ def traps(table: pd.DataFrame) -> list[str]:
     return found
 
 
-def _by_value(table: pd.DataFrame, column: str, vocabulary: Sequence[str]) -> str:
+def _by_value(table: pd.DataFrame, column: str) -> str:
     table = table.assign(abnormal=100.0 * (classes_of(table) > 0))
-    frame = pd.DataFrame(index=list(vocabulary))
+    frame = pd.DataFrame(index=sorted(table[column].dropna().unique()))
     for part in PARTS:
         groups = table[table["Split"] == part].groupby(column)
         for name, counts in (("cycles", groups.size()), ("patients", groups["PID"].nunique())):

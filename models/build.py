@@ -21,8 +21,8 @@ def build_model(
     n_mels: int,
     n_frames: int,
     n_outputs: int,
-    device_counts: Sequence[float] | None = None,
-    site_counts: Sequence[float] | None = None,
+    device_counts: Sequence[float],
+    site_counts: Sequence[float],
     methods: Mapping[str, Any] | None = None,
     layer_norm_eps: float = 1e-6,
 ) -> ConditionedAST:
@@ -58,7 +58,7 @@ def build_model(
         device_counts=device_counts,
         site_counts=site_counts,
     )
-    n_devices = max(len(device_counts or ()) - 1, 1)
+    n_devices = max(len(device_counts) - 1, 1)
     sizes = {"embed_dim": backbone.embed_dim, "n_devices": n_devices, "n_outputs": n_outputs}
     added = Methods(METHODS[name].build(keys, **sizes) for name, keys in (methods or {}).items())
     return ConditionedAST(ast, conditioner, head, backbone.trainable_blocks, added)

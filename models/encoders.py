@@ -24,10 +24,6 @@ def activation(name: str) -> nn.Module:
     return {"relu": nn.ReLU, "gelu": nn.GELU}[name]()
 
 
-#: Counts of a model that is built without data: as many values as ICBHI has, and unknown.
-WITHOUT_DATA = {"device": (1.0,) * 4 + (0.0,), "site": (1.0,) * 7 + (0.0,)}
-
-
 class MetadataEmbeddings(nn.Module):
     """Device and site embeddings and the vector of scalars, with a meaning for "unknown".
 
@@ -39,14 +35,14 @@ class MetadataEmbeddings(nn.Module):
     Args:
         config: widths, dropout and the enabled fields; nothing is built for the others.
         device_counts, site_counts: training cycles per value, as long as the vocabularies with
-            their unknown entry; None: all values equally often.
+            their unknown entry.
     """
 
     def __init__(
         self,
         config: ConditionedConfig,
-        device_counts: Sequence[float] | None = None,
-        site_counts: Sequence[float] | None = None,
+        device_counts: Sequence[float],
+        site_counts: Sequence[float],
     ):
         super().__init__()
         fields, self.dropout = config.metadata_fields, config.metadata_dropout
@@ -56,8 +52,8 @@ class MetadataEmbeddings(nn.Module):
         #: factor -> width, enabled ones only, in the order of FACTORS
         self.widths: dict[str, int] = {}
         for name, width, counts in (
-            ("device", config.dev_embed_dim, device_counts or WITHOUT_DATA["device"]),
-            ("site", config.site_embed_dim, site_counts or WITHOUT_DATA["site"]),
+            ("device", config.dev_embed_dim, device_counts),
+            ("site", config.site_embed_dim, site_counts),
         ):
             if name in fields:
                 if sum(counts) <= 0:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from data.corpora.icbhi import DEVICES, SITES
+
 ROOT = Path(__file__).parents[1]
 #: From the ground up; a room may import its own floor and those below it.
 FLOORS = (
@@ -73,6 +75,22 @@ def test_imports_point_down(module):
         assert (own, there) not in FORBIDDEN, f"{module} imports {other}"
         if (own, there) == ("models", "data"):
             assert other in MODELS_MAY_IMPORT, f"{module} imports {other}"
+
+
+ICBHI_ONLY = ("data.corpora", "data.synthetic", "data.task")
+
+
+def test_no_module_spells_out_icbhis_devices_or_sites():
+    names = {*DEVICES, *SITES}
+    for module, path in MODULES.items():
+        if module.startswith(ICBHI_ONLY):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert node.value not in names, f"{path}:{node.lineno} names {node.value}"
+            if isinstance(node, ast.alias | ast.Attribute):
+                name = node.name if isinstance(node, ast.alias) else node.attr
+                assert name not in ("DEVICES", "SITES"), f"{path}:{node.lineno} has the list"
 
 
 def test_no_circles():

@@ -18,7 +18,10 @@ from utils.common.settings import check_section
 BACKBONE = BackboneConfig(
     weights="none", embed_dim=48, depth=3, num_heads=4, mlp_ratio=2.0, trainable_blocks=3
 )
-SMALL = {"n_mels": 32, "n_frames": 64, "n_outputs": 2}
+SMALL = {
+    **{"n_mels": 32, "n_frames": 64, "n_outputs": 2},
+    **{"device_counts": (1.0,) * 4 + (0.0,), "site_counts": (1.0,) * 7 + (0.0,)},
+}
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ print(summarise(config))
 n, torch_seed = 16, torch.manual_seed(0)
 backbone = BackboneConfig(weights="none", embed_dim=24, depth=3, num_heads=2, mlp_ratio=2.0,
                           freq_stride=16, time_stride=16, trainable_blocks=3)
-sizes = dict(n_mels=32, n_frames=48, n_outputs=2)
+sizes = dict(n_mels=32, n_frames=48, n_outputs=2, device_counts=[1] * 5, site_counts=[1] * 8)
 model = build_model("ast_shift", config.model, backbone, **sizes).eval()
 x = torch.randn(n, 1, 32, 48)
 metadata = Metadata(torch.randint(0, 4, (n,)), torch.randint(0, 7, (n,)), torch.randn(n, 3),

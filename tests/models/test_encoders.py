@@ -94,7 +94,7 @@ def test_any_combination_of_missing_fields_is_answered(
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_metadata_dropout_hides_each_field_at_its_rate(field):
-    embeddings = MetadataEmbeddings(ConditionedConfig(metadata_dropout=0.25))
+    embeddings = MetadataEmbeddings(ConditionedConfig(metadata_dropout=0.25), **COUNTS)
     n, column = 4000, FIELDS.index(field)
     metadata = Metadata(
         torch.zeros(n, dtype=torch.long),
@@ -120,7 +120,8 @@ def test_metadata_dropout_hides_each_field_at_its_rate(field):
 
 def test_metadata_dropout_hides_fields_and_clips_independently():
     """Hidden together at the product of the rates, and not in all clips of a batch at once."""
-    embeddings, n = MetadataEmbeddings(ConditionedConfig(metadata_dropout=0.5)).train(), 4000
+    n, config = 4000, ConditionedConfig(metadata_dropout=0.5)
+    embeddings = MetadataEmbeddings(config, **COUNTS).train()
     out = embeddings(
         Metadata(
             torch.zeros(n, dtype=torch.long),
@@ -176,11 +177,11 @@ def test_wrong_settings_are_refused_by_key(make_model):
     with pytest.raises(UserError, match="metadata_dropout"):
         make_model("ast_grf", {"metadata_dropout": 1.0})
     with pytest.raises(ValueError, match="device_counts"):
-        MetadataEmbeddings(ConditionedConfig(), device_counts=[0, 0, 0])
+        MetadataEmbeddings(ConditionedConfig(), [0, 0, 0], [1, 1])
 
 
 def test_tables_have_an_unknown_row():
-    embeddings = MetadataEmbeddings(ConditionedConfig())
+    embeddings = MetadataEmbeddings(ConditionedConfig(), **COUNTS)
     assert embeddings.device.weight.shape == (len(DEVICES) + 1, 8)
     assert embeddings.site.weight.shape == (len(SITES) + 1, 8)
 

@@ -34,6 +34,7 @@ from utils.figures.film import (
 from utils.figures.masks import analyse_masks, mask_caption, mask_figure, sorted_weights
 
 WIDTH, DEPTH = 24, 3
+COUNTS = (1.0,) * 4 + (0.0,), (1.0,) * 7 + (0.0,)  # of devices and of sites
 
 
 def sigmoid_overlap(scale: float, temperature: float) -> float:
@@ -62,7 +63,7 @@ def randomise(module):
 
 def soft(n_sets=1, temperature=1.0):
     config = SoftFiLMConfig(mask_temperature=temperature, per_layer_masks=n_sets > 1)
-    embeddings = MetadataEmbeddings(config)
+    embeddings = MetadataEmbeddings(config, *COUNTS)
     return randomise(SoftFiLM(embeddings, config, embed_dim=WIDTH, depth=DEPTH))
 
 
@@ -137,7 +138,9 @@ def test_effect_is_the_norm_of_the_modulation():
 
 def film(kind=FiLM):
     config = FiLMConfig()
-    return randomise(kind(MetadataEmbeddings(config), config, embed_dim=WIDTH, depth=DEPTH))
+    return randomise(
+        kind(MetadataEmbeddings(config, *COUNTS), config, embed_dim=WIDTH, depth=DEPTH)
+    )
 
 
 def groupings(cycles):

@@ -117,7 +117,7 @@ def test_weights_by_hand():
 def test_design_matrix_has_one_hot_groups():
     table = cycle_table()
     table.loc[0, "Device"] = None
-    x = design_matrix(MetadataStatistics.fit(table, DEVICES, SITES).transform(table))
+    x = design_matrix(MetadataStatistics.fit(table, DEVICES, SITES), table)
     assert x.shape == (len(table), 16)
     assert (x[:, :5].sum(1) == 1).all() and (x[:, 5:13].sum(1) == 1).all()
     assert x[0, 4] == 1

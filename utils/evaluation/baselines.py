@@ -24,9 +24,8 @@ from sklearn.base import ClassifierMixin
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 
-from data.batch import Metadata
 from data.config import STRATEGIES
-from data.corpora.icbhi import DEVICES, SITES, completeness, read_cycles
+from data.corpora.icbhi import completeness, read_cycles
 from data.splits import Split, split_cycles
 from data.statistics import MetadataStatistics
 from data.synthetic.corpus import is_synthetic
@@ -46,10 +45,11 @@ MODELS: dict[str, Callable[[], ClassifierMixin]] = {
 }
 
 
-def design_matrix(metadata: Metadata) -> np.ndarray:
-    """Metadata of N cycles -> [N, 5 + 8 + 3]: one-hot device and site (unknown last), scalars."""
-    device = np.eye(len(DEVICES) + 1)[metadata.device.numpy()]
-    site = np.eye(len(SITES) + 1)[metadata.site.numpy()]
+def design_matrix(statistics: MetadataStatistics, table: pd.DataFrame) -> np.ndarray:
+    """N cycles -> [N, devices + 1 + sites + 1 + 3]: one-hot with unknown last, z-scored scalars."""
+    metadata = statistics.transform(table)
+    device = np.eye(len(statistics.devices) + 1)[metadata.device.numpy()]
+    site = np.eye(len(statistics.sites) + 1)[metadata.site.numpy()]
     return np.concatenate([device, site, metadata.rest.numpy().astype(np.float64)], axis=1)
 
 
@@ -118,8 +118,7 @@ def baseline_predictions(
         pos_weight: [K] of the training loss.
     """
     label = task.labels(table["Crackles"].to_numpy(), table["Wheezes"].to_numpy())
-    statistics = MetadataStatistics.fit(table.iloc[split.train], DEVICES, SITES)
-    features = design_matrix(statistics.transform(table))
+    features = design_matrix(MetadataStatistics.fit(table.iloc[split.train]), table)
     train = features[split.train], label[split.train]
     logits = {PRIOR: prior_logits(task, label[split.train], len(table))}
     for name, model in MODELS.items():

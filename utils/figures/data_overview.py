@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data.corpora.icbhi import DEVICES, SITES, completeness, read_cycles
+from data.corpora.icbhi import completeness, read_cycles
 from data.cycle_table import classes_of
 from data.task import CLASSES
 from utils.common.cli import command
@@ -27,12 +27,14 @@ def draw(table: pd.DataFrame, folder: str | Path) -> list[Path]:
     figure = style.new_figure(style.PAGE, 4.2)
     axes = figure.subplots(2, 3).ravel()
     named = table.assign(Class=[CLASSES[number] for number in classes_of(table)])
+    devices, sites = (sorted(table[name].dropna().unique()) for name in ("Device", "AuscLoc"))
+    colours = style.colours_of(devices)
     for axis, (column, values, title) in zip(
         axes,
         (
             ("Class", CLASSES, "class"),
-            ("Device", DEVICES, "device"),
-            ("AuscLoc", SITES, "auscultation site"),
+            ("Device", devices, "device"),
+            ("AuscLoc", sites, "auscultation site"),
         ),
         strict=False,
     ):
@@ -58,14 +60,14 @@ def draw(table: pd.DataFrame, folder: str | Path) -> list[Path]:
         axes[3].hist(durations, bins, histtype="step", color=style.SPLIT_COLOURS[part], label=part)
     axes[3].set(title="cycle length", xlabel="s", ylabel="cycles")
     patients = table.drop_duplicates("PID")
-    for device, marker in zip(DEVICES, style.MARKERS, strict=False):
+    for device, marker in zip(devices, style.MARKERS, strict=False):
         rows = patients[patients["Device"] == device]
         axes[4].plot(
             rows["Age"],
             rows["BMIDerived"],
             linestyle="",
             marker=marker,
-            color=style.DEVICE_COLOURS[device],
+            color=colours[device],
             label=device,
         )
     axes[4].set(title="patients", xlabel="age (years)", ylabel="BMI (kg/m$^2$)")

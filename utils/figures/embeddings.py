@@ -126,9 +126,7 @@ def tsne_figure(maps: Mapping[str, np.ndarray], labels: Mapping[str, Sequence]) 
 
 
 def _scatter(axis: Axes, points: np.ndarray, name: str, values: np.ndarray) -> dict:
-    palette = {
-        "class": style.CLASS_COLOURS, "device": style.DEVICE_COLOURS, "site": style.SITE_COLOURS,
-    }[name]  # fmt: skip
+    palette = style.CLASS_COLOURS if name == "class" else style.colours_of(np.unique(values))
     present = [value for value in palette if value in values]
     colours = np.array([palette[value] for value in values])
     order = np.random.default_rng(SEED).permutation(len(points))  # no value lies on top of all

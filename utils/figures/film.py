@@ -142,7 +142,7 @@ def parameters_figure(statistics: FilmStatistics) -> Figure:
     axes = figure.subplots(4, len(groupings), sharex=True, sharey="row", squeeze=False)
     blocks = np.asarray(statistics.layers) + 1
     for column, grouping in enumerate(groupings):
-        colours = _colours(grouping, statistics.mean[grouping])
+        colours = style.colours_of(statistics.mean[grouping])
         for i, (value, centre) in enumerate(statistics.mean[grouping].items()):
             rows = [
                 f(centre[:, q] - neutral, axis=1)
@@ -238,8 +238,3 @@ def _distances_in_words(statistics: FilmStatistics, grouping: str) -> str:
         f"{'; '.join(parts)}. Within: root mean squared distance of a cycle from its {grouping}'s "
         "mean, caused by the other metadata."
     )
-
-
-def _colours(grouping: str, values: Sequence[str]) -> dict[str, str]:
-    known = {"device": style.DEVICE_COLOURS, "site": style.SITE_COLOURS}.get(grouping, {})
-    return {value: known.get(value, f"C{i}") for i, value in enumerate(values)}

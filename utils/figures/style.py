@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -18,7 +19,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from data.corpora.icbhi import DEVICES, SITES
 from data.task import CLASSES
 from utils.common.files import atomic_write
 from utils.metrics.protocol import Selection
@@ -39,13 +39,18 @@ def _colours(names: Sequence[str], *colours: str) -> dict[str, str]:
 
 
 CLASS_COLOURS = _colours((*CLASSES, "abnormal"), BLUE, ORANGE, GREEN, PURPLE, VERMILLION)
-DEVICE_COLOURS = _colours((*DEVICES, "unknown"), BLUE, ORANGE, GREEN, PURPLE, GREY)
-SITE_COLOURS = _colours(
-    (*SITES, "unknown"), BLUE, SKY, GREEN, BLACK, ORANGE, VERMILLION, PURPLE, GREY
-)
 FACTOR_COLOURS = {"device": BLUE, "site": ORANGE, "rest": GREEN}
 SPLIT_COLOURS = {"train": BLUE, "test": ORANGE}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+#: Of any other values, in this order; an eighth has the first one's again.
+CYCLE = (BLUE, ORANGE, GREEN, PURPLE, VERMILLION, SKY, BLACK)
+
+
+def colours_of(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each name, in their order; "unknown" is grey and comes last."""
+    named = [name for name in names if name != "unknown"]
+    return dict(zip(named, cycle(CYCLE), strict=False)) | {"unknown": GREY}
+
 
 _RC = {
     "figure.dpi": 150,
@@ -72,9 +77,7 @@ _RC = {
     "grid.linewidth": 0.4,
     "grid.color": PALE,
     "axes.axisbelow": True,
-    "axes.prop_cycle": matplotlib.cycler(
-        color=[BLUE, ORANGE, GREEN, PURPLE, VERMILLION, SKY, BLACK]
-    ),
+    "axes.prop_cycle": matplotlib.cycler(color=CYCLE),
     "image.cmap": "viridis",
     "pdf.fonttype": 42,  # TrueType, embedded: text can be searched and edited
     "ps.fonttype": 42,

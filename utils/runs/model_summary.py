@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.batch import Metadata
+from data.corpora import CORPORA
 from data.task import FIELDS, SCALARS
 from models.ast import N_SPECIAL
 from models.build import build_model
@@ -151,6 +152,8 @@ def flops_table(model: ConditionedAST) -> str:
 def model_for_summary(config: RunConfig) -> ConditionedAST:
     """The configured model without its weights: it takes no memory and nothing is read."""
     backbone = replace(config.backbone, weights="none", gradient_checkpointing=False)
+    corpus = CORPORA[config.dataset.name]
+    devices, sites = (names or ("unnamed",) for names in (corpus.devices, corpus.sites))
     with torch.device("meta"):
         return build_model(
             config.variant,
@@ -159,6 +162,8 @@ def model_for_summary(config: RunConfig) -> ConditionedAST:
             n_mels=config.dataset.h,
             n_frames=config.dataset.w,
             n_outputs=len(config.task.outputs),
+            device_counts=[1.0] * len(devices) + [0.0],
+            site_counts=[1.0] * len(sites) + [0.0],
         )
 
 
