@@ -10,15 +10,35 @@ from omegaconf import MISSING
 from utils.common.settings import MAX_SEED, MAX_SIZE, setting
 
 CORPORA = ("icbhi", "manifest", "sprsound", "spectrograms")
+#: What a part's cycles are for; official: its own halves.
+ROLES = ("train", "val", "test", "official")
 STRATEGIES = ("official", "official_disjoint", "foldwise", "random")
+
+
+@dataclass
+class PartConfig:
+    """One of several corpora that are used together; keys that `DatasetConfig` has mean the same.
+
+    Patients with the same number are the same person only where the label is the same.
+    """
+
+    name: str = setting(MISSING, choices=CORPORA)
+    data_folder: str = setting(MISSING, path=True)
+    role: str = setting(MISSING, choices=ROLES)
+    label: str | None = None  # stands before patients and recordings; default: the name
+    allow_shared_patients: bool = False
+    allow_overlaps: bool = False
+    label_map: dict[str, Any] = setting({})
 
 
 @dataclass
 class DatasetConfig:
     """What is read, how it is split, what a batch is."""
 
-    name: str = setting("icbhi", choices=CORPORA)  # icbhi | manifest | sprsound | spectrograms
-    data_folder: str = setting(MISSING, path=True)  # folder that holds wavs, annotations and tables
+    # icbhi | manifest | sprsound | spectrograms | parts
+    name: str = setting("icbhi", choices=(*CORPORA, "parts"))
+    # folder that holds wavs, annotations and tables; manifest: the CSV; parts: left out
+    data_folder: str = setting(MISSING, path=True)
     # icbhi_metadata.csv: written if absent, else checked
     cycle_metadata_path: str | None = setting(None, path=True)
     class_split: str = setting("lungsound", choices=("lungsound",))  # the only label set
@@ -47,6 +67,23 @@ class DatasetConfig:
     allow_shared_patients: bool = False  # manifest: accept patients in both halves
     allow_overlaps: bool = False  # manifest: accept overlapping cycles, as events are
     label_map: dict[str, Any] = setting({})  # sprsound: event type -> [crackle, wheeze]
+    # parts: corpora used together, each with name, data_folder, role (docs/data.md)
+    parts: list[PartConfig] = setting([])
+
+    @property
+    def sources(self) -> list[PartConfig] | list[DatasetConfig]:
+        """The corpora that are read: the parts, or this one."""
+        return self.parts or [self]
+
+    @property
+    def folders(self) -> list[str]:
+        """Where the corpora lie."""
+        return [source.data_folder for source in self.sources]
+
+    @property
+    def ready_made(self) -> bool:
+        """Whether the cycles are spectrograms, not audio."""
+        return self.sources[0].name == "spectrograms"
 
 
 @dataclass

@@ -76,7 +76,8 @@ def split_cycles(
         UserError: a part that the data cannot fill.
     """
     in_test = _test_rows(table, strategy, test_fold, split_seed, test_fraction)
-    train, test = np.flatnonzero(~in_test), np.flatnonzero(in_test)
+    given = (table["Split"] == "val").to_numpy()  # a part of several corpora
+    train, test = np.flatnonzero(~in_test & ~given), np.flatnonzero(in_test)
     if strategy.startswith("official"):
         both = patients_in_both_halves(table)
         shared = table["PID"].iloc[test].isin(both).to_numpy()
@@ -89,8 +90,8 @@ def split_cycles(
                 *(", ".join(map(str, both)), shared.sum(), len(test)),
             )
     _check_parts(table, train, test, strategy)
-    val = np.zeros(0, np.int64)
-    if selection == "validation":
+    val = np.flatnonzero(given)
+    if selection == "validation" and not len(val):
         chosen = choose_validation_patients(table.iloc[train], table, val_fraction, val_seed)
         held_out = table["PID"].iloc[train].isin(chosen).to_numpy()
         train, val = train[~held_out], train[held_out]

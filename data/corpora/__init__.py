@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,6 +60,54 @@ def _read_spectrograms(dataset: DatasetConfig, **_) -> pd.DataFrame:
     )
 
 
+def _read_parts(dataset: DatasetConfig, **report) -> pd.DataFrame:
+    """The parts' tables one after the other; Number, Corpus, Role and OwnSplit say where from."""
+    tables = []
+    for number, part in enumerate(dataset.parts):
+        keys = asdict(part)
+        role, label = keys.pop("role"), keys.pop("label") or part.name
+        one = replace(dataset, parts=[], cycle_metadata_path=None, **keys)
+        table = CORPORA[part.name].read(one, **report)
+        if role == "official" and not table["Split"].isin(["train", "test"]).all():
+            raise UserError(
+                f"dataset.parts[{number}].role=official cannot be: {part.data_folder} does not "
+                "say which cycles train and which test; give it the role train, val or test"
+            )
+        own = table["Split"]
+        tables.append(
+            table.assign(
+                PID=f"{label}:" + table["PID"].map(str),
+                Filename=f"{label}:" + table["Filename"],
+                Split=own if role == "official" else role,
+                **{"Number": number, "Corpus": part.name, "Role": role, "OwnSplit": own},
+            )
+        )
+    table = pd.concat([one.astype(object) for one in tables], ignore_index=True)
+    table = table.astype({name: kind for one in tables for name, kind in one.dtypes.items()})
+    for column, what in (("Filename", "recording"), ("PID", "patient")):
+        found = table.groupby(column)[["Number", "Split"]].nunique()
+        bad = (found["Number"] > 1) & ((found["Split"] > 1) | (column == "Filename"))
+        if bad.any() and (what == "recording" or not dataset.allow_shared_patients):
+            numbers = table.loc[table[column] == bad.idxmax(), "Number"].unique()
+            raise UserError(
+                f"{what} {bad.idxmax()} is in dataset.parts[{numbers[0]}] and [{numbers[1]}]; "
+                "leave it out of one, or give the parts different labels if they are two"
+            )
+    return table
+
+
+def _complete_parts(table: pd.DataFrame) -> Completeness:
+    parts = []
+    for _, rows in table.groupby("Number"):
+        first = rows.iloc[0]
+        own = CORPORA[first["Corpus"]].completeness(rows.assign(Split=rows["OwnSplit"])).message
+        label = first["Filename"].split(":")[0]
+        remark = f"; {own.split(';')[0]}" if own else ""
+        parts.append(f"{label} as {first['Role']}, {len(rows):,} cycles{remark}")
+    message = f"SEVERAL CORPORA: {' + '.join(parts)}; not comparable with figures on one"
+    return Completeness(True, message, count_cycles(table))
+
+
 def _complete(table: pd.DataFrame) -> Completeness:
     return Completeness(False, "", count_cycles(table))
 
@@ -68,6 +117,7 @@ CORPORA: dict[str, Corpus] = {
     "manifest": Corpus(_read_manifest, _complete),
     "sprsound": Corpus(_read_sprsound, sprsound.completeness),
     "spectrograms": Corpus(_read_spectrograms, spectrograms.completeness),
+    "parts": Corpus(_read_parts, _complete_parts),
 }
 
 

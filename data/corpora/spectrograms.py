@@ -17,7 +17,6 @@ import argparse
 import lzma
 import shutil
 import sys
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,21 +94,41 @@ class SpectrogramStore:
     """Spectrograms of a cycle table's rows.
 
     Attributes:
-        array: [cycles, bands, frames] on disk.
-        rows: [N] int64, place of each row of the table in the array.
+        arrays: [cycles, bands, frames] each, on disk; one per corpus, all of one size.
+        source: [N] int64, in which array each row of the table lies.
+        rows: [N] int64, its place there.
         mean, std: of the training rows' values; `read` returns (x - mean) / (2 std), the scale
             that the waveform front end has.
     """
 
-    array: np.ndarray
+    arrays: list[np.ndarray]
+    source: np.ndarray
     rows: np.ndarray
     mean: float = 0.0
     std: float = 0.5
 
+    @classmethod
+    def of(cls, table: pd.DataFrame) -> SpectrogramStore:
+        """The spectrograms of a cycle table with the columns Recording and Row.
+
+        Raises:
+            UserError: an array is missing or damaged, or two differ in size.
+        """
+        source, paths = pd.factorize(table["Recording"])
+        arrays = [open_array(Path(path).parent) for path in paths]
+        for path, array in zip(paths, arrays, strict=True):
+            if array.shape[1:] != arrays[0].shape[1:]:
+                sizes = [" x ".join(map(str, one.shape[1:])) for one in (arrays[0], array)]
+                raise UserError(
+                    f"{paths[0]} has spectrograms of {sizes[0]}, {path} of {sizes[1]}; parts must "
+                    "have the same bands and frames"
+                )
+        return cls(arrays, source, table["Row"].to_numpy(np.int64))
+
     @property
     def shape(self) -> tuple[int, int]:
         """(bands, frames)."""
-        return self.array.shape[1:]
+        return self.arrays[0].shape[1:]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -122,7 +141,7 @@ class SpectrogramStore:
         """
         total, squares, count = 0.0, 0.0, 0
         for start in range(0, len(train), 256):
-            values = self.array[np.sort(self.rows[train[start : start + 256]])].astype(np.float64)
+            values = self._values(train[start : start + 256]).astype(np.float64)
             total, count = total + values.sum(), count + values.size
             squares += np.square(values).sum()
         mean = total / max(count, 1)
@@ -131,14 +150,18 @@ class SpectrogramStore:
             raise UserError("the training spectrograms are constant or not finite; check the array")
         return float(mean), float(np.sqrt(variance))
 
+    def _values(self, cycles: np.ndarray) -> np.ndarray:
+        """[n, bands, frames] float32."""
+        out = np.empty((len(cycles), *self.shape), np.float32)
+        for number, array in enumerate(self.arrays):
+            here = self.source[cycles] == number
+            out[here] = array[self.rows[cycles[here]]]
+        return out
+
     def read(self, cycles: np.ndarray) -> np.ndarray:
         """Normalised spectrograms [n, bands, frames] float32 of the given rows of the table."""
-        values = self.array[self.rows[cycles]].astype(np.float32)
+        values = self._values(cycles)
         return (values - np.float32(self.mean)) / np.float32(2 * self.std)
-
-    def checksums(self) -> np.ndarray:
-        """crc32 [N] of each row's values, to recognise changed data."""
-        return np.array([zlib.crc32(self.array[r].tobytes()) for r in self.rows], np.uint32)
 
 
 def unpack(source: str | Path, output: str | Path) -> Path:

@@ -100,9 +100,10 @@ class CorpusReport:
         return "\n".join(lines)
 
 
-def is_synthetic(folder: str | Path) -> bool:
-    """Whether a corpus was written by this module."""
-    return (Path(folder) / MARKER).is_file()
+def is_synthetic(*folders: str | Path) -> bool:
+    """Whether this module wrote any of the corpora; one is a folder, or a CSV in it."""
+    paths = [Path(folder) for folder in folders]
+    return any(((p.parent if p.is_file() else p) / MARKER).is_file() for p in paths)
 
 
 def write_corpus(

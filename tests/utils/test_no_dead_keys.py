@@ -245,6 +245,7 @@ ELSEWHERE = {
     "dataset.allow_shared_patients": ("tests/data/test_corpora.py", "allow_shared_patients"),
     "dataset.allow_overlaps": ("tests/data/test_corpora.py", "allow_overlaps"),
     "dataset.label_map": ("tests/data/test_corpora.py", "label_map"),
+    "dataset.parts": ("tests/data/test_parts.py", "parts"),
 }
 
 

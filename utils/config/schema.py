@@ -131,7 +131,14 @@ NOT_HASHED = {
 }
 
 #: Keys that came after the first release, left out of the hash at their default.
-LATER = {"dataset": {"allow_shared_patients": False, "allow_overlaps": False, "label_map": {}}}
+LATER = {
+    "dataset": {
+        "allow_shared_patients": False,
+        "allow_overlaps": False,
+        "label_map": {},
+        "parts": [],
+    }
+}
 
 
 def load_config(
@@ -204,7 +211,12 @@ def config_from_dict(
     schema = merge(schema, OmegaConf.create(values), "")
     schema.models = {name: section}
     schema.methods = {name: _method(name, given) for name, given in methods.items()}
+    if schema.dataset.parts:
+        schema.dataset.data_folder = ""
     config = _resolved(schema)
+    if config.dataset.parts:  # in messages; nothing is read there
+        config.dataset.data_folder = " + ".join(config.dataset.folders)
+        config.dataset.cycle_metadata_path = None
     # YAML and the command line make a truth value of `true`, OmegaConf the text "True" of that
     config.training.compile = config.training.compile.lower()
     validate(config)

@@ -26,6 +26,7 @@ def validate(config: Any) -> None:
     if config.training.loss == "ce" and config.dataset.n_cls != 4:
         _refuse(config, "training.loss", "ce is over the four classes; set dataset.n_cls=4 or bce")
     check_tracking_uri(config.mlflow.tracking_uri)
+    _check_parts(config)
     _check_shapes(config)
     _check_audio(config)
     _check_training(config)
@@ -46,6 +47,33 @@ def _check_methods(config: Any) -> None:
             f"methods.{adding[0]} contrasts the clips of a micro-batch, of which {clips} are left; "
             "leave at least 4",
         )
+
+
+def _check_parts(config: Any) -> None:
+    dataset = config.dataset
+    parts = dataset.parts
+    if (dataset.name == "parts") != bool(parts):
+        _refuse(config, "dataset.name", "parts, and only parts, goes with a list dataset.parts")
+    for number, part in enumerate(parts):
+        check_section(part, f"dataset.parts[{number}]")
+    if len({part.name == "spectrograms" for part in parts}) > 1:
+        raise UserError(
+            "dataset.parts mixes ready-made spectrograms with audio, which have no common scale; "
+            "use one kind"
+        )
+    for name in ("manifest", "spectrograms"):
+        labels = [part.label for part in parts if part.name == name]
+        if len(labels) > 1 and None in labels:
+            raise UserError(
+                f"dataset.parts has {len(labels)} of the name {name}; give each a label, which "
+                "keeps their patients apart (the same label: the same patients)"
+            )
+    if parts and not dataset.split_strategy.startswith("official"):
+        _refuse(
+            config, "dataset.split_strategy", "the roles of the parts divide them; use official"
+        )
+    if config.training.selection != "validation" and any(part.role == "val" for part in parts):
+        _refuse(config, "training.selection", "a part with the role val needs validation")
 
 
 def _check_shapes(config: Any) -> None:

@@ -145,7 +145,7 @@ class TrainedModel:
     @property
     def synthetic(self) -> bool:
         """Whether the recordings were generated, those of the training or those evaluated."""
-        return self.checkpoint.synthetic or is_synthetic(self.config.dataset.data_folder)
+        return self.checkpoint.synthetic or is_synthetic(*self.config.dataset.folders)
 
     @cached_property
     def corpus(self) -> tuple[pd.DataFrame, Split]:

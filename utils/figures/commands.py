@@ -267,7 +267,7 @@ def log_mel(options: Options) -> list[Path]:
     figure = spectrograms.log_mel_figure(
         mels, low_freq=config.audio.low_freq, high_freq=config.audio.high_freq
     )
-    synthetic = is_synthetic(config.dataset.data_folder)
+    synthetic = is_synthetic(*config.dataset.folders)
     notice = Notice(partial=completeness(table).message, synthetic=synthetic)
     return options.output.write(figure, "log_mel", spectrograms.LOG_MEL_CAPTION, notice)
 

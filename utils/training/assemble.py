@@ -14,7 +14,7 @@ import torch
 
 from data.augment import Augmentation
 from data.corpora import CORPORA, read_corpus
-from data.corpora.spectrograms import SpectrogramStore, open_array
+from data.corpora.spectrograms import SpectrogramStore
 from data.loader import Cycles
 from data.splits import Split, split_cycles
 from data.statistics import MetadataStatistics
@@ -61,7 +61,7 @@ def build_data(config: RunConfig, statistics: MetadataStatistics | None = None) 
     """
     dataset = config.dataset
     table, split = build_split(config)
-    corpus, ready_made = CORPORA[dataset.name], dataset.name == "spectrograms"
+    corpus, ready_made = CORPORA[dataset.name], dataset.ready_made
     if not ready_made:
         store, split = _waveforms(config, table, split)
     if statistics is None:
@@ -102,7 +102,7 @@ def _spectrograms(
 ) -> tuple[SpectrogramStore, MetadataStatistics]:
     """The store of ready-made spectrograms, and the statistics with the training rows' level."""
     dataset = config.dataset
-    store = SpectrogramStore(open_array(dataset.data_folder), table["Row"].to_numpy())
+    store = SpectrogramStore.of(table)
     if store.shape != (dataset.h, dataset.w):
         h, w = store.shape
         raise UserError(
@@ -118,7 +118,7 @@ def build_inputs(
     config: RunConfig, data: Cycles, model: ConditionedAST, runtime: Runtime
 ) -> Inputs:
     """Log-mels per batch; or stored features where a frozen backbone allows them."""
-    if config.dataset.name == "spectrograms":
+    if config.dataset.ready_made:
         augment = config.augment
         masking = Augmentation(augment, config.audio.sample_rate) if augment.enabled else None
         return SpectrogramInputs(masking, runtime, data)
@@ -179,7 +179,7 @@ def describe_run(config: RunConfig, data: Cycles) -> dict[str, Any]:
         "selection": config.training.selection,
         "counts": count_parts(data) | {"data": data.completeness.counts},
         "partial": data.completeness.message if data.completeness.partial else "",
-        "synthetic": is_synthetic(config.dataset.data_folder),
+        "synthetic": is_synthetic(*config.dataset.folders),
         "fingerprint": fingerprint(data.table),
         "run": run_name(config),
     }
