@@ -40,17 +40,17 @@ COMMANDS = {"plain": (), "group": ("--seeds", "2")}
 PHASES = ("start", "training", "evaluation", "publishing", "assembly")
 
 
-def execute(words: list[str]) -> None:
-    """What the process does: the script's own main, silently."""
+def execute(words: list[str], output: str = os.devnull) -> None:
+    """What the process does: the script's own main; what it prints goes into a file."""
     import ast_film_soft
     import utils.runs.end
 
     utils.runs.end.draw_figures = lambda *_: None
     torch.set_num_threads(1)
     sys.argv = ["ast_film_soft.py", *words]
-    silent = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silent, 1)
-    os.dup2(silent, 2)
+    printed = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(printed, 1)
+    os.dup2(printed, 2)
     sys.exit(ast_film_soft.main())
 
 
@@ -66,23 +66,30 @@ class Commands:
         self.folder, self.overrides = folder, overrides
         write_corpus(folder / "corpus", patients=10, seed=0)
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["ast_film_soft"])
+        self.context.set_forkserver_preload(
+            ["ast_film_soft", "utils.runs.run", "utils.figures.runs"]
+        )
         first = self.context.Process(target=int)  # waits for the server's imports
         first.start()
         first.join()
 
+    def start(self, kind: str, runs: Path, *words: str, output: str = os.devnull) -> Any:
+        """Start a command whose runs lie in `runs`; returns its process."""
+        words = ["--config", *map(str, CONFIGS), *COMMANDS[kind], *self.overrides, *words]
+        words += [f"dataset.data_folder={self.folder / 'corpus'}", f"training.output_dir={runs}"]
+        words += [f"dataset.cache_dir={self.folder / 'cache'}"]
+        words += [f"training.checkpoint_dir={runs / 'published'}"]
+        process = self.context.Process(target=execute, args=(words, output))
+        process.start()
+        return process
+
     def watch(self, kind: str, runs: Path, until: str = "") -> tuple[Any, dict[str, float]]:
-        """Start a command whose runs lie in `runs`; see it to its end, or to the phase `until`.
+        """Start a command; see it to its end, or to the phase `until`.
 
         Returns:
             The process, and the seconds that each phase took.
         """
-        words = ["--config", *map(str, CONFIGS), *COMMANDS[kind], *self.overrides]
-        words += [f"dataset.data_folder={self.folder / 'corpus'}", f"training.output_dir={runs}"]
-        words += [f"dataset.cache_dir={self.folder / 'cache'}"]
-        words += [f"training.checkpoint_dir={runs / 'published'}"]
-        process, spent = self.context.Process(target=execute, args=(words,)), Counter()
-        process.start()
+        process, spent = self.start(kind, runs), Counter()
         last = time.monotonic()
         while process.is_alive() and (now := phase(runs, kind)) != until:
             process.join(0.003)

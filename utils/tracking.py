@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import uuid
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -32,7 +33,7 @@ from urllib.parse import urlsplit
 
 from utils.common.cli import EXIT_USER, command
 from utils.common.errors import UserError
-from utils.common.files import write_text
+from utils.common.files import check_sum, write_text
 from utils.common.lock import held
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,8 @@ class Tracker:
         self.record = self.record | {name: self.record[name] | new for name, new in parts.items()}
         if self.folder:
             try:
-                write_text(self.folder / RECORD, json.dumps(self.record, indent=1) + "\n")
+                content = self.record | {"crc32": _crc(self.record)}
+                write_text(self.folder / RECORD, json.dumps(content, indent=1) + "\n")
             except UserError as error:
                 log.warning("what does not reach MLflow now will be lost: %s", error)
         self._wake.set()
@@ -191,7 +193,10 @@ def replay(folder: Path, tracking_uri: str | None = None) -> str:
     """
     record = read_record(folder)
     if not record:
-        raise UserError(f"no {RECORD} in {folder}; give the folder of a run")
+        damaged = (folder / RECORD).is_file()
+        what = f"{folder / RECORD} is damaged" if damaged else f"no {RECORD} in {folder}"
+        raise UserError(f"{what}; give the folder of a run")
+    check_sum(folder / "metrics.csv")
     uri = tracking_uri or record["uri"]
     if not uri:
         raise UserError(f"{folder} was made without tracking; say where to: --tracking-uri")
@@ -322,12 +327,17 @@ def _read_epochs(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record of a run folder; empty where there is none."""
+    """The record of a run folder; empty where there is none, or a damaged one."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        crc = record.pop("crc32", None)  # records of earlier versions have none
+    except (OSError, ValueError, AttributeError, TypeError):
         return {}
-    return record if isinstance(record, dict) and "key" in record else {}
+    return record if "key" in record and crc in (None, _crc(record)) else {}
+
+
+def _crc(record: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
 def _import_mlflow(**environment: str) -> None:

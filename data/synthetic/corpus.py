@@ -12,7 +12,6 @@ the names of the database's own page, and two files that the database has not:
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import logging
@@ -38,6 +37,7 @@ from data.synthetic.sounds import NEUTRAL, PROFILES, render
 from data.task import CLASSES
 from utils.common.cli import command
 from utils.common.errors import UserError
+from utils.common.files import sha256
 
 log = logging.getLogger(__name__)
 
@@ -214,13 +214,9 @@ def _existing_corpus(output: Path) -> dict | None:
     return marker
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _intact(output: Path, files: dict[str, str]) -> bool:
     paths = {name: output / name for name in files}
-    return all(p.is_file() and _sha256(p) == files[name] for name, p in paths.items())
+    return all(p.is_file() and sha256(p) == files[name] for name, p in paths.items())
 
 
 def _replace(draft: Path, output: Path) -> None:
@@ -281,7 +277,7 @@ def _fill(folder: Path, arguments: dict) -> dict:
         "version": VERSION,
         "arguments": arguments,
         "report": report,
-        "files": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
+        "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
     }
     (folder / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
     return report

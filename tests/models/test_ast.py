@@ -61,7 +61,7 @@ def ours_like(model) -> AST:
         n_frames=c.max_length,
         layer_norm_eps=c.layer_norm_eps,
     )
-    state = from_transformers(model.state_dict())
+    state = from_transformers(backbone_of(model.state_dict(), "test")[0])
     load_into(ast, Weights(state, c.layer_norm_eps, ast.grid, c.num_attention_heads, "test"))
     return ast
 
@@ -92,7 +92,8 @@ def test_gradients_equal_transformers(size, make_spectrogram):
     (out * direction).sum().backward()
     (ours(x) * direction).sum().backward()
     named = theirs.named_parameters()
-    expected = from_transformers({k: p.grad for k, p in named if p.grad is not None})
+    grads = {k: p.grad for k, p in named if p.grad is not None}
+    expected = from_transformers(backbone_of(grads, "test")[0])
     actual = {k: p.grad for k, p in ours.named_parameters()}
     assert expected.keys() == actual.keys()
     blocks = {k: k.split(".")[1] if k.startswith("blocks.") else "outside" for k in actual}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO
 from utils.common.errors import UserError
 
 TEMPORARY = ".*.tmp"  # glob pattern of the files that a killed process may leave
+SUMS = "SHA256SUMS"  # of a finished folder; `sha256sum -c SHA256SUMS` reads it, too
 
 
 @contextmanager
@@ -58,6 +60,49 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """`atomic_write` of `plain(value)` as indented JSON."""
     write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_last(path: str | Path, value: Any, others: Iterable[Path] = ()) -> None:
+    """`write_json` of the file that completes a folder, after `SHA256SUMS` has recorded it and
+    `others`, which lie in or below the same folder; `check_sum` compares when one is read."""
+    path = Path(path)
+    text = json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n"
+    sums = {other.relative_to(path.parent).as_posix(): sha256(other) for other in others}
+    sums[path.name] = hashlib.sha256(text.encode()).hexdigest()
+    write_text(path.with_name(SUMS), "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+    write_text(path, text)
+
+
+def check_sum(path: str | Path) -> None:
+    """Compare a file with `SHA256SUMS` of its folder or the one above, if it is named there.
+
+    Raises:
+        UserError: it is missing, or not the file that was written.
+    """
+    path = Path(path)
+    for folder in (path.parent, path.parent.parent):
+        value = summed(folder).get(path.relative_to(folder).as_posix())
+        if value is not None and not (path.is_file() and sha256(path) == value):
+            what = "is not what the run wrote" if path.is_file() else "is missing"
+            raise UserError(
+                f"{path} {what} ({folder / SUMS} has its checksum); restore it, or repeat the run "
+                "with training.resume=never"
+            )
+
+
+def summed(folder: Path) -> dict[str, str]:
+    """File -> SHA-256 from `SHA256SUMS` of a folder; empty where there is none, as in runs of
+    earlier versions."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    return {name: value for value, _, name in (line.partition("  ") for line in lines)}
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def plain(value: Any) -> Any:

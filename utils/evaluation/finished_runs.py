@@ -15,6 +15,7 @@ import yaml
 from data.splits import N_FOLDS
 from models.config import resolve_layers
 from utils.common.errors import UserError
+from utils.common.files import check_sum
 from utils.config.schema import NOT_HASHED, flatten
 from utils.evaluation.report import RunReport, read_json, read_report
 from utils.metrics.bootstrap import Interval, SeedSummary, over_seeds, patient_bootstrap
@@ -204,6 +205,7 @@ def read_runs(folders: Iterable[str | Path]) -> list[Run]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """config.yaml, flat."""
+    check_sum(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:

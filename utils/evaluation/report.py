@@ -20,7 +20,7 @@ import pandas as pd
 
 from data.task import Task
 from utils.common.errors import UserError
-from utils.common.files import plain
+from utils.common.files import check_sum, plain
 from utils.metrics import predictions as table
 from utils.metrics.bootstrap import (
     Difference,
@@ -203,8 +203,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """A JSON file that holds an object.
 
     Raises:
-        UserError: missing, not readable, not JSON or something else than an object.
+        UserError: missing, changed since, not readable, not JSON or no object.
     """
+    check_sum(path)
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from utils.common.errors import UserError
+from utils.common.files import check_sum
 from utils.figures import style
 
 METRICS = "metrics.csv"
@@ -22,6 +23,7 @@ def read_metrics(run: str | Path) -> pd.DataFrame:
     path = Path(run) / METRICS
     if not path.is_file():
         raise UserError(f"{path} is missing: give the folder of a run that has finished an epoch")
+    check_sum(path)
     table = pd.read_csv(path)
     missing = {"epoch", "train_loss"} - set(table.columns)
     if missing or table.empty:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from data.task import Task
 from utils.common.errors import UserError
-from utils.common.files import write_text
+from utils.common.files import check_sum, write_text
 
 #: Column of the predictions table -> column of the cycle table.
 SOURCE = {
@@ -78,6 +78,7 @@ def read_predictions(path: str | Path, task: Task) -> pd.DataFrame:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no predictions at {path}; evaluate the run first")
+    check_sum(path)
     # "both", "NA" and the like are values here; only empty cells are missing
     frame = pd.read_csv(path, keep_default_na=False, na_values=[""])
     needed = ["cycle", *SOURCE, *(f"{kind}_{o}" for o in task.outputs for kind in ("p", "logit"))]

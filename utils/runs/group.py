@@ -20,7 +20,7 @@ import pandas as pd
 from data.splits import N_FOLDS
 from models.registry import VARIANTS
 from utils.common.errors import UserError
-from utils.common.files import plain, write_json, write_text
+from utils.common.files import plain, write_last, write_text
 from utils.config.schema import RunConfig, config_hash
 from utils.evaluation.finished_runs import Run, RunGroup
 from utils.evaluation.render import number, to_markdown
@@ -124,7 +124,8 @@ class Group:
             "summary": plain(summary),
             "test": {str(seed): test.to_dict() for seed, test in tests.items()},
         }
-        write_json(self.path / "group.json", result)
+        pooled = sorted((self.path / "predictions").glob("*.csv"))
+        write_last(self.path / "group.json", result, pooled)
         self._track(result)
         self._print(result)
         return result

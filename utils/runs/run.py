@@ -101,6 +101,7 @@ class Run:
         if self.config.training.resume != "auto" or not self.folder.finished:
             return False
         if self.runtime.is_main:
+            self.folder.check()
             self._check_unchanged()
             # a kill or a full disk may have come just before these two
             record, copy = self.folder.read_record(), published_best(self.config)

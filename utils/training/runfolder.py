@@ -12,7 +12,8 @@
         figures/                pictures of this run
         report.md, model_card.md    for reading
         evaluation/<split>/     what evaluate.py adds later
-        report.json             figures of the finished run; its presence means "finished"
+        SHA256SUMS              of the files that the finished run's results rest on
+        report.json             results of the finished run; its presence means "finished"
 
 Every file is written under a temporary name and renamed, so that none is ever half there; only
 run.log grows line by line.
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.common.errors import UserError
-from utils.common.files import TEMPORARY, write_json, write_text
+from utils.common.files import TEMPORARY, check_sum, summed, write_json, write_last, write_text
 from utils.config.schema import RunConfig, config_hash, config_to_yaml
 
 logger = logging.getLogger(__name__)
@@ -121,10 +122,25 @@ class RunFolder:
 
     def write_report(self, report: dict[str, Any]) -> None:
         """report.json; NaN becomes null, so that any JSON reader takes it."""
-        write_json(self.report, report)
+        write_last(self.report, report, self._results())
+
+    def check(self) -> None:
+        """Refuse a finished run whose results have been changed or damaged since.
+
+        Raises:
+            UserError: names the file.
+        """
+        for name in summed(self.path):
+            check_sum(self.path / name)
+
+    def _results(self) -> list[Path]:
+        """What a finished run's results rest on."""
+        files = [self.config, self.metrics, self.best, *sorted(self.predictions.glob("*.csv"))]
+        return [path for path in files if path.is_file()]
 
     def read_report(self) -> dict[str, Any]:
         """The finished run's report."""
+        check_sum(self.report)
         return json.loads(self.report.read_text(encoding="utf-8"))
 
 
