@@ -31,7 +31,7 @@ from utils.evaluation.render import RATES, number, to_markdown, with_interval
 from utils.evaluation.report import Report
 from utils.evaluation.trained_model import SPLITS, TrainedModel
 from utils.metrics.predictions import write_predictions
-from utils.metrics.protocol import SYNTHETIC_NOTE, Selection, metric_group
+from utils.metrics.protocol import Selection, metric_group, warnings
 from utils.runs.end import banner, defined, figure_row
 from utils.tracking import continue_tracking
 
@@ -69,7 +69,7 @@ def evaluate(options: argparse.Namespace) -> None:
     model = open_model(options.checkpoint, options)
     folder = options.output or output_folder(model, options.split)
     report, frame = report_on(model, options.split, with_metadata_test=not options.no_metadata_test)
-    warn(report.partial_message, report.synthetic, *report.notes)
+    warn(*warnings(report.partial_message, report.synthetic, report.leaky), *report.notes)
     write_evaluation(folder, report, frame)
     track(model, folder, report)
     print_report(report)
@@ -88,11 +88,10 @@ def open_model(path: str, options: argparse.Namespace) -> TrainedModel:
     return model
 
 
-def warn(partial: str, synthetic: bool, *notes: str) -> None:
+def warn(*messages: str) -> None:
     """What must be said before the metrics are read."""
-    for message in (SYNTHETIC_NOTE if synthetic else "", partial, *notes):
-        if message:
-            logger.warning("%s", banner(message))
+    for message in messages:
+        logger.warning("%s", banner(message))
 
 
 def output_folder(model: TrainedModel, split: str) -> Path:
@@ -125,7 +124,7 @@ def track(model: TrainedModel, folder: Path, report: Report) -> None:
     tracker = continue_tracking(own.path)
     group = f"evaluation_{folder.name}"
     if report.origin.part in ("test", "all"):
-        group = metric_group(group, model.selection)
+        group = metric_group(group, model.selection, model.leaky)
     tracker.metrics(defined(report.metrics["chosen"], group))
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".json", ".md", ".csv", ".png"):
@@ -190,7 +189,7 @@ def main() -> None:
         return
     models = [open_model(path, options) for path in options.compare]
     result = compare(models)
-    warn(result.partial_message, result.synthetic)
+    warn(*warnings(result.partial_message, result.synthetic, result.leaky))
     path = write_comparison(result, options.output or default_folder(models))
     print_comparison(result)
     print(f"\nwritten to {path.parent}")

@@ -12,7 +12,9 @@ from utils.common.settings import MAX_SEED, MAX_SIZE, setting
 CORPORA = ("icbhi", "manifest", "sprsound", "spectrograms")
 #: What a part's cycles are for; official: its own halves.
 ROLES = ("train", "val", "test", "official")
-STRATEGIES = ("official", "official_disjoint", "foldwise", "random")
+STRATEGIES = ("official", "official_disjoint", "foldwise", "random", "recordings")
+#: Strategies that test patients who are in the training part: their metrics are marked everywhere.
+LEAKY = ("recordings",)
 
 
 @dataclass
@@ -42,7 +44,7 @@ class DatasetConfig:
     # icbhi_metadata.csv: written if absent, else checked
     cycle_metadata_path: str | None = setting(None, path=True)
     class_split: str = setting("lungsound", choices=("lungsound",))  # the only label set
-    # official | official_disjoint | foldwise | random
+    # official | official_disjoint | foldwise | random | recordings (LEAKY: for comparison only)
     split_strategy: str = setting("official", choices=STRATEGIES)
     # foldwise: which of the 5 folds is the test part (0..4)
     test_fold: int = setting(0, choices=(0, 1, 2, 3, 4))

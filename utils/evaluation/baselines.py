@@ -35,7 +35,7 @@ from utils.evaluation.render import markdown_table, number, with_interval
 from utils.evaluation.report import Baseline, evaluate_predictions
 from utils.metrics.calibration import log_odds
 from utils.metrics.predictions import make_predictions
-from utils.metrics.protocol import Selection, caption
+from utils.metrics.protocol import Selection, caption, is_leaky
 from utils.metrics.score import choose_thresholds, output_targets
 
 PRIOR = "class prior"
@@ -218,6 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     partial = completeness(table)
     text = f"Metadata-only baselines, {options.split_strategy} split, 95 % intervals over patients"
     marks = options.selection, partial.partial, is_synthetic(options.data_folder)
+    marks += (is_leaky(options.split_strategy),)
     lines = [caption(text, *marks), ""]
     print("\n".join([*lines, *markdown_table(head, rows)]))
 

@@ -20,7 +20,7 @@ from utils.evaluation.report import Baseline, Comparison, compare_predictions
 from utils.evaluation.trained_model import TrainedModel
 from utils.metrics.bootstrap import Interval, patient_bootstrap, patient_tables
 from utils.metrics.predictions import class_numbers
-from utils.metrics.protocol import PARTIAL_MARK, SYNTHETIC_MARK, SYNTHETIC_NOTE, Selection
+from utils.metrics.protocol import LEAKY_MARK, PARTIAL_MARK, SYNTHETIC_MARK, Selection, warnings
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ class Result:
     partial: bool
     partial_message: str
     synthetic: bool
+    leaky: bool
     counts: dict[str, int]
     bootstrap: int
 
@@ -75,10 +76,11 @@ def compare(models: Sequence[TrainedModel], *, bootstrap: int = 10_000) -> Resul
 
     Raises:
         UserError: other tasks, other test cycles, the same model twice, metrics selected on the
-            test part next to honest ones.
+            test part next to honest ones, a leaky split next to another.
     """
     _same_task(models)
     _same_honesty(models)
+    _same_leak(models)
     names = _names(models)
     frames, baselines = {}, {}
     for name, model in zip(names, models, strict=True):
@@ -116,6 +118,7 @@ def compare(models: Sequence[TrainedModel], *, bootstrap: int = 10_000) -> Resul
         partial=bool(partial),
         partial_message=partial,
         synthetic=any(model.synthetic for model in models),
+        leaky=models[0].leaky,
         counts={"cycles": len(first), "patients": int(first["patient"].nunique())},
         bootstrap=bootstrap,
     )
@@ -141,6 +144,17 @@ def _same_honesty(models: Sequence[TrainedModel]) -> None:
             f"{biased} was selected on the test part and {honest} was not: their "
             "difference would be that of the rules, so they are never put into one table; train "
             "both with the same training.selection"
+        )
+
+
+def _same_leak(models: Sequence[TrainedModel]) -> None:
+    by_leak = {model.leaky: model for model in models}
+    if len(by_leak) > 1:
+        raise UserError(
+            f"{by_leak[True].path} was tested on patients of its training part "
+            f"(dataset.split_strategy={by_leak[True].config.dataset.split_strategy}) and "
+            f"{by_leak[False].path} was not: they are never put into one table; train both with "
+            "the same dataset.split_strategy"
         )
 
 
@@ -191,11 +205,11 @@ def comparison_markdown(result: Result) -> str:
     rules = {model.selection for model in result.models}
     marks = [rule.label for rule in Selection if rule in rules]
     marks += [PARTIAL_MARK] * result.partial + [SYNTHETIC_MARK] * result.synthetic
+    marks += [LEAKY_MARK] * result.leaky
     cycles, patients = result.counts["cycles"], result.counts["patients"]
     where = f"test part: {cycles:,} cycles of {patients} patients ({'; '.join(marks)})"
     lines = [f"# Comparison, {result.task['n_cls']}-class", ""]
-    warnings = [SYNTHETIC_NOTE] * result.synthetic + [result.partial_message] * result.partial
-    for warning in warnings:
+    for warning in warnings(result.partial_message, result.synthetic, result.leaky):
         lines += [f"**{warning}**", ""]
     shown = [key for key in SHOWN if key in result.models[0].figures]
     lines += [f"**Metrics in percent with 95 % intervals over patients, {where}**", ""]

@@ -38,6 +38,7 @@ class Protocol(NamedTuple):
     split: str
     partial: bool
     synthetic: bool
+    leaky: bool
     train_cycles: int | None  # None: pooled folds, each with its own training cycles
     test_cycles: int
     test_patients: int
@@ -69,6 +70,7 @@ class Run:
             split,
             report.partial,
             report.synthetic,
+            report.leaky,
             None if split == POOLED else report.counts["train"]["cycles"],
             counts["cycles"],
             counts["patients"],

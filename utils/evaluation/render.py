@@ -8,7 +8,7 @@ from typing import Any
 
 from utils.evaluation.report import Report
 from utils.metrics.bootstrap import Interval
-from utils.metrics.protocol import SYNTHETIC_NOTE, caption
+from utils.metrics.protocol import caption, warnings
 
 RATES = ("sp", "se", "score")
 #: Metrics of the first table: name -> heading.
@@ -96,13 +96,12 @@ def to_markdown(report: Report, title: str = "Evaluation") -> str:
 
 
 def _marked(text: str, report: Report) -> str:
-    return caption(text, report.protocol["selection"], report.partial, report.synthetic)
+    marks = report.partial, report.synthetic, report.leaky
+    return caption(text, report.protocol["selection"], *marks)
 
 
 def _warnings(report: Report) -> list[str]:
-    """What forbids reading the metrics as results on the whole database."""
-    synthetic = [SYNTHETIC_NOTE] if report.synthetic else []
-    return synthetic + ([report.partial_message] if report.partial else [])
+    return warnings(report.partial_message, report.synthetic, report.leaky)
 
 
 def _metrics(report: Report) -> list[str]:
@@ -197,6 +196,10 @@ _SPLIT_LIMITS = {
     ),
     "foldwise": ("- The test part is one of five patient-wise folds, not the official half.",),
     "random": ("- The test part is a patient-wise random draw, not the official half.",),
+    "recordings": (
+        "- The test part is a random draw of recordings, not the official half: nearly all of its "
+        "patients were heard in training.",
+    ),
 }
 
 

@@ -32,7 +32,7 @@ from utils.metrics.bootstrap import (
     patient_tables,
 )
 from utils.metrics.calibration import calibration_report
-from utils.metrics.protocol import Selection
+from utils.metrics.protocol import Selection, is_leaky
 from utils.metrics.score import confusion, operating_curve, ranked_targets
 from utils.metrics.subgroups import subgroup_table
 
@@ -113,6 +113,11 @@ class Report:
     controls: dict[str, float] | None = None
     origin: Origin | None = None
 
+    @property
+    def leaky(self) -> bool:
+        """Whether patients of the part were in training by design of the split."""
+        return self.origin is not None and is_leaky(self.origin.split_strategy)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, without what is None."""
         out = _given(asdict(self))
@@ -167,6 +172,11 @@ class RunReport:
     controls: dict[str, float] = field(default_factory=dict)
     test: Report | None = None
     val: Report | None = None
+
+    @property
+    def leaky(self) -> bool:
+        """As `Report.leaky`."""
+        return is_leaky(self.split_strategy)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -32,7 +32,7 @@ from utils.evaluation.finished_runs import (
 )
 from utils.evaluation.published import AUTHORS, BLOCKS, read_published
 from utils.evaluation.render import NOTHING, RATES, counts_line, markdown_table, number
-from utils.metrics.protocol import SYNTHETIC_NOTE, Selection, caption
+from utils.metrics.protocol import Selection, caption, warnings
 
 COLLAPSED = " (4-class model, collapsed)"
 HEADS = dict(zip(RATES, ("Sp", "Se", "Score"), strict=True))
@@ -115,10 +115,12 @@ def _table(kind: Kind, protocol: Protocol, groups: Sequence[RunGroup]) -> Table 
     if kind.key:
         keys = [kind.key, *(key for key in keys if key != kind.key)]
     names = [HEADS[metric] for metric in kind.metrics]
-    head = ["Method", *keys, *(f"{n}, ours" for n in names), *(f"{n}, paper" for n in names)]
-    ours = pd.DataFrame([_row(g, kind, keys) for g in own], columns=head[: -len(names)])
-    on = ["Method", kind.key] if kind.key else ["Method"]
-    frame = ours.merge(_paper(kind), how="outer", on=on)
+    head = ["Method", *keys, *(f"{n}, ours" for n in names)]
+    frame = pd.DataFrame([_row(g, kind, keys) for g in own], columns=head)
+    if not protocol.leaky:  # never in one row with values on other splits
+        head += [f"{n}, paper" for n in names]
+        on = ["Method", kind.key] if kind.key else ["Method"]
+        frame = frame.merge(_paper(kind), how="outer", on=on)
     frame = frame.iloc[sorted(range(len(frame)), key=lambda i: _place(frame.iloc[i], kind))]
     rows = _baseline_rows(own, kind, keys)
     rows += [_row(g, kind, keys, "collapsed_", COLLAPSED) for g in collapsed]
@@ -126,7 +128,8 @@ def _table(kind: Kind, protocol: Protocol, groups: Sequence[RunGroup]) -> Table 
     frame = pd.concat([frame, pd.DataFrame(rows)], ignore_index=True)
     frame = frame.reindex(columns=head).fillna(NOTHING)
     title = kind.title + ("" if protocol.split == "official" else f", split {protocol.split}")
-    title = caption(title, protocol.selection, protocol.partial, protocol.synthetic)
+    title = caption(title, protocol.selection, protocol.partial, protocol.synthetic,
+                    protocol.leaky)  # fmt: skip
     shown = [*own, *collapsed]
     left_out = [g for g in groups if g.n_cls == kind.n_cls and g not in shown]
     return Table(title, frame, _notes(kind, protocol, shown, left_out), protocol)
@@ -225,15 +228,16 @@ def _notes(
     trained = "one model per fold, on the other folds"
     if protocol.split != POOLED:
         trained = counts_line(first.counts["train"])
-    lines = [SYNTHETIC_NOTE] * protocol.synthetic + [first.partial_message] * protocol.partial
+    lines = warnings(first.partial_message, protocol.synthetic, protocol.leaky)
     lines += [
         f"Ours: {Selection(protocol.selection).statement}",
         f"Split `{protocol.split}`. Training: {trained}. Test: {counts_line(first.test.counts)}.",
         "Percent; mean ± sd over n training seeds; in brackets the 95 % patient bootstrap interval "
         "of that mean.",
-        SELECTION_NOTE,
     ]
-    if kind.n_cls == 2:
+    if not protocol.leaky:
+        lines.append(SELECTION_NOTE)
+    if kind.n_cls == 2 and not protocol.leaky:
         lines.append(TAFILM_NOTE)
     if left_out:
         names = ", ".join(run.path.name for group in left_out for run in group.runs)

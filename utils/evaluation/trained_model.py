@@ -30,7 +30,7 @@ from models.registry import VARIANTS
 from utils.common.errors import UserError
 from utils.evaluation.report import Origin
 from utils.metrics.predictions import make_predictions
-from utils.metrics.protocol import Selection, caption
+from utils.metrics.protocol import Selection, caption, is_leaky
 from utils.training.assemble import (
     build_data,
     build_frontend,
@@ -97,7 +97,7 @@ class TrainedModel:
         config, checkpoint = self.config, self.checkpoint
         saved = datetime.fromtimestamp(self.path.stat().st_mtime)
         text = caption(f"{self.title}, {self.task.n_cls}-class", self.selection,
-                       bool(checkpoint.partial), self.synthetic)  # fmt: skip
+                       bool(checkpoint.partial), self.synthetic, self.leaky)  # fmt: skip
         text += (
             f"; {config.dataset.split_strategy} split, seed {config.training.seed}, epoch "
             f"{checkpoint.epoch + 1} of {config.training.epochs}, saved {saved:%Y-%m-%d %H:%M}"
@@ -141,6 +141,11 @@ class TrainedModel:
             return self.model(features, batch.metadata).logits
 
     # ---------------------------------------------------------------- with data
+
+    @property
+    def leaky(self) -> bool:
+        """Patients of the test part were in training by design of the split."""
+        return is_leaky(self.config.dataset.split_strategy)
 
     @property
     def synthetic(self) -> bool:

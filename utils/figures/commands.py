@@ -243,6 +243,7 @@ def tsne(options: Options) -> list[Path]:
         protocol=max((model.selection for model in models), key=lambda rule: rule.rank),
         partial=next((one.partial for one in notices if one.partial), ""),
         synthetic=any(one.synthetic for one in notices),
+        leaky=any(one.leaky for one in notices),
         source=" and ".join(one.source for one in notices),
     )
     text = embeddings.tsne_caption(measured, len(rows))

@@ -69,6 +69,7 @@ class Evaluation:
             protocol=self.origin.selection,
             partial=self.report.partial_message,
             synthetic=self.report.synthetic,
+            leaky=self.report.leaky,
             source=f"{self.origin.run}, {self.part} part",
         )
 
@@ -77,8 +78,9 @@ class Evaluation:
         one, report = self.origin, self.report
         written = datetime.fromtimestamp((self.folder / "report.json").stat().st_mtime)
         text = caption(
-            f"{one.title}, {one.n_cls}-class", one.selection, report.partial, report.synthetic
-        )
+            f"{one.title}, {one.n_cls}-class", one.selection, report.partial, report.synthetic,
+            report.leaky,
+        )  # fmt: skip
         text += (
             f"; {one.split_strategy} split, {self.part} part, seed {one.seed}, epoch "
             f"{one.epoch + 1}, written {written:%Y-%m-%d %H:%M}"
@@ -231,5 +233,6 @@ def model_notice(model: TrainedModel) -> Notice:
         protocol=model.selection,
         partial=model.checkpoint.partial,
         synthetic=model.synthetic,
+        leaky=model.leaky,
         source=f"{model.checkpoint.run}, epoch {model.checkpoint.epoch + 1}",
     )

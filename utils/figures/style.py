@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from data.task import CLASSES
 from utils.common.files import atomic_write
-from utils.metrics.protocol import Selection
+from utils.metrics.protocol import LEAKY_NOTE, Selection
 
 COLUMN = 3.5  # inch, width of one column
 PAGE = 7.16  # inch, width of both
@@ -107,12 +107,14 @@ class Notice:
             selection took place (published values, data).
         partial: what is missing from the corpus; "" when it is complete.
         synthetic: the recordings were generated, no patient was recorded.
+        leaky: patients of the test part were in training by design of the split.
         source: run name or file the figure was made from.
     """
 
     protocol: str | None = None
     partial: str = ""
     synthetic: bool = False
+    leaky: bool = False
     source: str = ""
 
     def lines(self) -> list[str]:
@@ -120,6 +122,8 @@ class Notice:
         lines = []
         if self.synthetic:
             lines.append("SYNTHETIC recordings: says nothing about patients.")
+        if self.leaky:
+            lines.append(LEAKY_NOTE)
         if self.partial:
             text = self.partial.rstrip(".") + "."
             marked = text.split(":")[0].isupper()
@@ -133,7 +137,7 @@ class Notice:
     @property
     def grave(self) -> bool:
         """True when the figure must not be read as a result on the whole corpus."""
-        return self.synthetic or bool(self.partial) or self.protocol == "test"
+        return self.synthetic or self.leaky or bool(self.partial) or self.protocol == "test"
 
 
 def caption(figure: Figure, text: str = "", notice: Notice | None = None) -> None:

@@ -116,18 +116,7 @@ def paired_bootstrap(
     level: float = 0.95,
     training_seeds: int = 0,
 ) -> dict[str, Difference]:
-    """B minus A with interval and p; both models see the same resampled patients.
-
-    p = 2 min(#{d <= 0} + 1, #{d >= 0} + 1) / (B + 1), at most 1: the smallest level at which the
-    percentile interval excludes zero. With several runs per model their means are compared.
-
-    Args:
-        tables_a, tables_b: [P, C, C] or [R, P, C, C], the same patients in the same order with
-            the same true classes.
-        training_seeds: number S of seeds that A and B were both trained with, their runs in S
-            equal parts in the same order. Seeds are then resampled as well, so that trainings that
-            differ widen the interval (by too little where S is small: it cannot leave their
-            range); 0: it holds the trained models fixed.
+    """B minus A on the same cycles; as `patient_difference`.
 
     Raises:
         ValueError: the two do not describe the same cycles.
@@ -135,6 +124,33 @@ def paired_bootstrap(
     a, b = _over_runs(tables_a), _over_runs(tables_b)
     if a.shape[1:] != b.shape[1:] or (a[:1].sum(-1) != b.sum(-1)).any():
         raise ValueError("a paired comparison needs the same cycles of the same patients")
+    options = {"resamples": resamples, "seed": seed, "level": level}
+    return patient_difference(a, b, **options, training_seeds=training_seeds)
+
+
+def patient_difference(
+    tables_a: np.ndarray,
+    tables_b: np.ndarray,
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
+    training_seeds: int = 0,
+) -> dict[str, Difference]:
+    """B minus A with interval and p; both see the same resampled patients.
+
+    p = 2 min(#{d <= 0} + 1, #{d >= 0} + 1) / (B + 1), at most 1: the smallest level at which the
+    percentile interval excludes zero. With several runs per model their means are compared.
+
+    Args:
+        tables_a, tables_b: [P, C, C] or [R, P, C, C], the same patients in the same order; where
+            the two were tested on different cycles, a patient without any has zeros.
+        training_seeds: number S of seeds that A and B were both trained with, their runs in S
+            equal parts in the same order. Seeds are then resampled as well, so that trainings that
+            differ widen the interval (by too little where S is small: it cannot leave their
+            range); 0: it holds the trained models fixed.
+    """
+    a, b = _over_runs(tables_a), _over_runs(tables_b)
     weights = patient_weights(a.shape[1], resamples, seed)
     samples_a, samples_b = _resampled(a, weights), _resampled(b, weights)
     point_a, point_b = metrics_of(a.sum(axis=1)), metrics_of(b.sum(axis=1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
+from data.config import LEAKY
 from utils.common.errors import UserError
 
 
@@ -59,17 +60,35 @@ class Selection(str, Enum):
 
 PARTIAL_MARK = "PARTIAL DATA"
 SYNTHETIC_MARK = "SYNTHETIC RECORDINGS"
+LEAKY_MARK = "LEAKY SPLIT"
 SYNTHETIC_NOTE = f"{SYNTHETIC_MARK}: these metrics say nothing about patients."
+LEAKY_NOTE = (
+    f"{LEAKY_MARK}: patients of the test part were heard in training; not a result on new patients."
+)
 
 
-def caption(text: str, selection: str, partial: bool, synthetic: bool = False) -> str:
+def is_leaky(split_strategy: str) -> bool:
+    """Whether a split tests patients of the training part by design (`data.config.LEAKY`)."""
+    return split_strategy in LEAKY
+
+
+def caption(
+    text: str, selection: str, partial: bool, synthetic: bool = False, leaky: bool = False
+) -> str:
     """`text` with the marks that every figure and table carries."""
-    marks = [Selection(selection).label] + ([PARTIAL_MARK] if partial else [])
-    marks += [SYNTHETIC_MARK] if synthetic else []
+    marks = [Selection(selection).label] + [PARTIAL_MARK] * bool(partial)
+    marks += [SYNTHETIC_MARK] * synthetic + [LEAKY_MARK] * leaky
     return f"{text} ({'; '.join(marks)})"
 
 
-def metric_group(name: str, selection: str) -> str:
+def warnings(partial_message: str, synthetic: bool, leaky: bool) -> list[str]:
+    """What forbids reading metrics as results on the whole database and new patients."""
+    whole = [SYNTHETIC_NOTE] * synthetic + [LEAKY_NOTE] * leaky
+    return whole + [partial_message] * bool(partial_message)
+
+
+def metric_group(name: str, selection: str, leaky: bool = False) -> str:
     """Prefix of a test part's metrics in a tracker, whose columns hold all runs: metrics that were
-    chosen on that part get columns of their own."""
+    chosen on that part, or are those of a leaky split, get columns of their own."""
+    name += "_leaky_split" * leaky
     return name if Selection(selection).honest else f"{name}_selected_on_test"

@@ -19,7 +19,7 @@ from utils.evaluation.baselines import baseline_reports
 from utils.evaluation.render import model_card, number, to_markdown
 from utils.evaluation.report import RunReport, evaluate_predictions, read_report
 from utils.metrics.bootstrap import Interval
-from utils.metrics.protocol import SYNTHETIC_NOTE, Selection, metric_group
+from utils.metrics.protocol import Selection, metric_group, warnings
 from utils.tracking import Tracker
 from utils.training.checkpoint import Checkpoint
 from utils.training.runfolder import RunFolder
@@ -94,7 +94,7 @@ def write_run_report(
     write_text(folder.path / "model_card.md", card)
     draw_figures(folder, report, data)
     for name, rule in (("test", "chosen"), ("test_default", "default")):
-        group = metric_group(name, checkpoint.selection)
+        group = metric_group(name, checkpoint.selection, report.leaky)
         tracker.metrics(defined(test.metrics[rule], group))
     tracker.metrics(controls)
     folder.write_report(report.to_dict())
@@ -121,10 +121,8 @@ def print_end(folder: RunFolder, config: RunConfig, *, published: bool = True) -
     published: its best checkpoint was copied to the checkpoint folder.
     """
     report = read_report(folder.report)
-    if report.partial:
-        print(banner(report.partial_message))
-    if report.synthetic:
-        print(banner(SYNTHETIC_NOTE))
+    for warning in warnings(report.partial_message, report.synthetic, report.leaky):
+        print(banner(warning))
     print(
         f"\n{report.title}, {report.n_cls}-class, seed {report.seed}, "
         f"epoch {report.epoch + 1}: {Selection(report.selection).label}"

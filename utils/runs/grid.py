@@ -47,7 +47,7 @@ from utils.config.schema import RunConfig, load_config
 from utils.evaluation.finished_runs import read_runs
 from utils.evaluation.render import number
 from utils.evaluation.result_tables import FORMATS, TABLES, build_tables, render
-from utils.metrics.protocol import caption
+from utils.metrics.protocol import caption, is_leaky
 from utils.tracking import Tracker, start_tracking
 from utils.training.checkpoint import git_revision
 from utils.training.runfolder import RunFolder
@@ -101,6 +101,7 @@ class Cell:
         report = self.folder.read_report()
         value = number(report["test"]["metrics"]["chosen"]["score"]["value"])
         marks = report["selection"], report["partial"], report["synthetic"]
+        marks += (is_leaky(report["split_strategy"]),)
         return caption(f"Score {value}", *marks)
 
 

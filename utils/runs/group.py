@@ -33,7 +33,7 @@ from utils.evaluation.report import (
 )
 from utils.metrics.bootstrap import patient_bootstrap
 from utils.metrics.predictions import read_predictions, write_predictions
-from utils.metrics.protocol import caption, metric_group
+from utils.metrics.protocol import caption, is_leaky, metric_group
 from utils.runs.grid import digest, finish_tracking, override_sets, seeds_from, start_parent
 from utils.tracking import Tracker
 from utils.training.runfolder import RunFolder
@@ -132,9 +132,10 @@ class Group:
 
     def _track(self, result: dict[str, Any]) -> None:
         marks = {"partial_data": result["partial"], "synthetic": result["synthetic"]}
+        marks["leaky_split"] = leaky = is_leaky(result["split_strategy"])
         self.tracker.tags({key: str(value).lower() for key, value in marks.items()})
         for column, kind in (("test", "mean"), ("test_sd", "sd")):
-            group = metric_group(column, result["selection"])
+            group = metric_group(column, result["selection"], leaky)
             values = {f"{group}/{name}": v[kind] for name, v in result["summary"].items()}
             self.tracker.metrics({name: v for name, v in values.items() if v is not None})
         for path in (self.path / "group.json", *sorted(self.path.glob("report-s*.md"))):
@@ -143,6 +144,7 @@ class Group:
 
     def _print(self, result: dict[str, Any]) -> None:
         marks = result["selection"], result["partial"], result["synthetic"]
+        marks += (is_leaky(result["split_strategy"]),)
         print(f"\n{caption(f'{self.title}, {self.label}', *marks)}")
         what = "out-of-fold patients" if result["folds"] else "test"
         print(f"{what + ', percent':32}{'mean':>9}{'sd':>9}{'n':>5}  95 % over patients")

@@ -24,7 +24,7 @@ from utils.config.schema import RunConfig, flatten
 from utils.evaluation.report import RunReport
 from utils.evaluation.trained_model import TrainedModel
 from utils.metrics.predictions import make_predictions, write_predictions
-from utils.metrics.protocol import SYNTHETIC_NOTE
+from utils.metrics.protocol import is_leaky, warnings
 from utils.runs import group
 from utils.runs.end import banner, print_end, published_best, write_run_report
 from utils.runs.model_summary import parameter_table
@@ -166,10 +166,9 @@ class Run:
         """Cycle table, split, metadata and waveforms."""
         data = build_data(self.config)
         self.description = describe_run(self.config, data)
-        if self.description["partial"]:
-            logger.warning("%s", banner(self.description["partial"]))
-        if self.description["synthetic"]:
-            logger.warning("%s", banner(SYNTHETIC_NOTE))
+        marks = (self.description[name] for name in ("partial", "synthetic"))
+        for warning in warnings(*marks, is_leaky(self.config.dataset.split_strategy)):
+            logger.warning("%s", banner(warning))
         parts = ((part, self.description["counts"][part]) for part in ("train", "val", "test"))
         counts = ", ".join(f"{part} {n['cycles']} ({n['patients']})" for part, n in parts)
         logger.info("cycles (patients): %s", counts)
@@ -236,6 +235,7 @@ class Run:
             "seed": training.seed,
             "partial_data": str(bool(self.description["partial"])).lower(),
             "synthetic": str(self.description["synthetic"]).lower(),
+            "leaky_split": str(is_leaky(config.dataset.split_strategy)).lower(),
             "git_revision": git_revision() or "unknown",
             "run_folder": self.folder.path,
         }
