@@ -18,6 +18,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from datetime import date
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ from utils.training.runfolder import RunFolder
 
 OUTPUT = Path(__file__).parent / "results" / "leaky_split.md"
 SETTINGS = Path(__file__).with_suffix(".yaml")
-SPLITS = ("official", "random", "recordings")
+SPLITS = ("official", "recordings", "random")
 SHOWN = {"sp": "Sp", "se": "Se", "score": "Score", "collapsed_score": "Score, collapsed"}
 NOTE = """Percent, four classes, last epoch, thresholds 0.5; mean ± sd over n seeds, in brackets \
 the 95 % patient bootstrap interval of that mean. Differences are in points; patients of both test \
@@ -157,18 +158,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     given = sys.argv[1:] if argv is None else argv
     shown = " ".join("DIR" if word == options.data_folder else word for word in given)
-    configs = {
-        split: [
-            configure(options.data_folder, variant, split, seed, options.words)
-            for seed in range(options.seeds)
-            for variant in options.variants
-        ]
-        for split in ("official", *options.splits)
-    }
-    reports = {split: [finished(config) for config in own] for split, own in configs.items()}
+    configs, reports = {}, {split: [] for split in ("official", *options.splits)}
+    for seed, variant, split in product(range(options.seeds), options.variants, reports):
+        config = configure(options.data_folder, variant, split, seed, options.words)
+        reports[split].append(finished(config))
+        configs[split] = config
     logging.getLogger("data").setLevel(logging.ERROR)  # the splits' warnings were given
-    sizes = {split: describe(own[0]) for split, own in configs.items()}
-    revision = next(iter(reports.values()))[0].revision
+    sizes = {split: describe(config) for split, config in configs.items()}
+    revision = reports["official"][0].revision
     head = f"# Leaky split, {date.today()}\n\n`python -m experiments.leaky_split {shown}`, "
     write_text(options.output, to_markdown(reports, sizes, head + f"code revision {revision}."))
     print(f"wrote {options.output}")

@@ -24,7 +24,9 @@ from utils.evaluation import compare as comparison
 from utils.evaluation.model_report import report_on, stored
 from utils.evaluation.report import compare_predictions, read_report
 from utils.evaluation.trained_model import TrainedModel
+from utils.figures.runs import model_notice, read_evaluation
 from utils.metrics.predictions import read_predictions
+from utils.metrics.protocol import LEAKY_MARK, LEAKY_NOTE
 from utils.runs.run import Run
 from utils.tracking import read_record
 from utils.training.checkpoint import load_checkpoint, save_checkpoint
@@ -356,6 +358,43 @@ def test_which_selection_rules_are_compared(work, corpus, monkeypatch, capsys, t
     text = (tmp_path / "o" / "comparison.md").read_text()
     assert "DIFFERENT SELECTION RULES" in text and "nothing selected" in text
     assert fixed.path.name in text, "two ASTs go by the names of their runs"
+
+
+def test_a_leaky_split_is_marked_and_kept_apart(
+    work, corpus, no_pictures, monkeypatch, capsys, tmp_path, caplog
+):
+    short = {"training.epochs": 1, "training.selection": "fixed", "training.min_sensitivity": 0.0}
+    leaky, rival = (
+        train(name, corpus, tmp_path, **short, **{"dataset.split_strategy": "recordings"})
+        for name in ("ast", "ast_grf")
+    )
+    for text in (caplog.text, capsys.readouterr().out):
+        assert LEAKY_NOTE in text  # in the banners of the run's start and end
+    for page in (leaky.path / "report.md", leaky.path / "model_card.md"):
+        text = page.read_text(encoding="utf-8")
+        captions = [line for line in text.splitlines() if line.endswith(")**")]
+        assert captions and all(LEAKY_MARK in line for line in captions)
+        assert LEAKY_NOTE in text
+    record = read_record(leaky.path)
+    assert record["tags"]["leaky_split"] == "true"
+    assert "test_leaky_split/score" in record["values"] and "test/score" not in record["values"]
+    (official,) = work.glob("runs/ast-*")
+    assert read_record(official)["tags"]["leaky_split"] == "false"
+
+    assert start(monkeypatch, "--checkpoint", leaky.best) == 0
+    printed = capsys.readouterr()
+    assert LEAKY_MARK in printed.out and LEAKY_NOTE in printed.err
+    assert read_evaluation(leaky.path / "evaluation" / "test").notice().leaky
+    assert model_notice(TrainedModel.open(leaky.best)).leaky
+    for pair in ((leaky.best, best(work, "ast")), (best(work, "ast"), leaky.best)):
+        assert start(monkeypatch, "--compare", *pair) == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert f"{leaky.best} was tested on patients of its training part" in error
+    out = ("--output", tmp_path / "o")
+    assert start(monkeypatch, "--compare", leaky.best, rival.best, *out) == 0
+    text = (tmp_path / "o" / "comparison.md").read_text(encoding="utf-8")
+    assert LEAKY_NOTE in text and LEAKY_NOTE in capsys.readouterr().err
+    assert all(LEAKY_MARK in line for line in text.splitlines() if line.endswith(")**"))
 
 
 # -------------------------------------------------------------------- real recordings

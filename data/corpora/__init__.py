@@ -55,9 +55,15 @@ def _read_sprsound(dataset: DatasetConfig, **report) -> pd.DataFrame:
 
 
 def _read_spectrograms(dataset: DatasetConfig, **_) -> pd.DataFrame:
-    return spectrograms.read_spectrograms(
+    table = spectrograms.read_spectrograms(
         dataset.data_folder, allow_shared_patients=dataset.allow_shared_patients
     )
+    if dataset.split_strategy == "recordings" and table["Filename"].str.startswith("row ").any():
+        raise UserError(
+            f"{dataset.data_folder}: dataset.split_strategy=recordings needs to know the recording "
+            "of every row; fill the manifest's column recording"
+        )
+    return table
 
 
 def _read_parts(dataset: DatasetConfig, **report) -> pd.DataFrame:

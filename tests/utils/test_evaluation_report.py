@@ -26,7 +26,7 @@ from utils.evaluation.report import (
     evaluate_predictions,
     read_report,
 )
-from utils.evaluation.result_tables import build_tables, main
+from utils.evaluation.result_tables import build_tables, main, to_csv, to_latex
 from utils.metrics.bootstrap import Difference
 from utils.metrics.predictions import (
     class_numbers,
@@ -37,6 +37,8 @@ from utils.metrics.predictions import (
     write_predictions,
 )
 from utils.metrics.protocol import (
+    LEAKY_MARK,
+    LEAKY_NOTE,
     PARTIAL_MARK,
     SYNTHETIC_MARK,
     Selection,
@@ -134,11 +136,12 @@ def test_part_with_one_class_reports_nothing_undefined(task):
 @pytest.mark.parametrize("selection", ["validation", "fixed", "test"])
 @pytest.mark.parametrize("partial", ["", "PARTIAL: 50 of 920 recordings"])
 @pytest.mark.parametrize("synthetic", [False, True])
-def test_every_table_carries_rule_and_marks(selection, partial, synthetic):
+@pytest.mark.parametrize("split", ["official", "recordings"])
+def test_every_table_carries_rule_and_marks(selection, partial, synthetic, split):
     report = report_of(Task(4), selection=selection, partial_message=partial, synthetic=synthetic)
     report.origin = Origin(
         run="ast_film-4cls-s3", variant="ast_film", title="FiLM-AST", n_cls=4,
-        split_strategy="official", selection=selection, seed=3, epoch=6, revision="abc123",
+        split_strategy=split, selection=selection, seed=3, epoch=6, revision="abc123",
     )  # fmt: skip
     report.baselines = {"class prior": Baseline(report_of(Task(4)).metrics)}
     difference = Difference(-3.0, -5.0, -1.0, 0.004)
@@ -153,7 +156,8 @@ def test_every_table_carries_rule_and_marks(selection, partial, synthetic):
     for line in captions:
         assert Selection(selection).label in line and (PARTIAL_MARK in line) == bool(partial)
         assert (SYNTHETIC_MARK in line) == synthetic
-    assert "Run `ast_film-4cls-s3`: FiLM-AST, 4-class, split `official`, seed 3, epoch 7." in text
+        assert (LEAKY_MARK in line) == (split == "recordings")
+    assert f"Run `ast_film-4cls-s3`: FiLM-AST, 4-class, split `{split}`, seed 3, epoch 7." in text
     assert Selection(selection).statement in text and (partial in text)
     assert "| shuffled | 50.00 | 40.00 | 45.00 | -3.00 [-5.00, -1.00] | 0.004 |" in text
     nobody = dict.fromkeys(report.counts, 0)
@@ -168,6 +172,7 @@ def test_every_table_carries_rule_and_marks(selection, partial, synthetic):
     ):
         assert needed in card
     assert (PARTIAL_MARK in card) == bool(partial)
+    assert (LEAKY_MARK in card) == (split == "recordings")
     assert ("Physiol. Meas." in card) == (not synthetic) and (SYNTHETIC_MARK in card) == synthetic
     assert "seed 3, epoch 7; run `ast_film-4cls-s3`, code revision `abc123`" in card
     assert "| baseline: class prior | " in card and "Training: 144 cycles" in card
@@ -184,6 +189,8 @@ def test_caption_refuses_an_unknown_rule():
 def test_test_selected_metrics_are_tracked_apart():
     groups = {rule: metric_group("test", rule) for rule in Selection}
     assert groups["validation"] == groups["fixed"] == "test" != groups["test"]
+    leaky = {metric_group("test", rule, True) for rule in Selection}
+    assert len(leaky) == 2 and not leaky & set(groups.values())
 
 
 def test_a_rounded_nought_has_no_sign():
@@ -256,7 +263,8 @@ def run_folder(tmp_path):
     """Maker of finished run folders."""
 
     def make(variant="ast_film", *, seed=0, n_cls=4, selection="validation", blocks=12,
-             layers="all", partial="", lr=3e-5, patients=12, synthetic=False):  # fmt: skip
+             layers="all", partial="", lr=3e-5, patients=12, synthetic=False,
+             split="official"):  # fmt: skip
         task = Task(n_cls)
         test = report_of(
             task, selection=selection, seed=seed, partial_message=partial, patients=patients
@@ -265,13 +273,13 @@ def run_folder(tmp_path):
         title = TITLES[NAMES.index(variant)] if variant in NAMES else variant
         report = RunReport(
             variant, title, n_cls, selection, seed, partial=bool(partial), partial_message=partial,
-            synthetic=synthetic, counts={"train": test.counts}, test=test,
+            synthetic=synthetic, counts={"train": test.counts}, test=test, split_strategy=split,
         )  # fmt: skip
         layers = layers if isinstance(layers, str) else list(layers)
         section = {} if variant in ("ast", "ast_grf") else {"conditioned_layers": layers}
         config = {
             "variant": variant,
-            "dataset": {"split_strategy": "official", "n_cls": n_cls, "cache_dir": "cache"},
+            "dataset": {"split_strategy": split, "n_cls": n_cls, "cache_dir": "cache"},
             "backbone": {"depth": 12, "trainable_blocks": blocks},
             "models": {variant: section, "other": {"x": seed}},
             "training": {"seed": seed, "selection": selection, "lr": lr, "output_dir": "runs"},
@@ -320,15 +328,21 @@ def test_protocols_never_share_a_table(run_folder):
         run_folder(partial="PARTIAL: 50 of 920 recordings"),
         run_folder(patients=11),
         run_folder(synthetic=True),
+        run_folder(split="recordings"),
     ]
     tables = build_tables(read_runs(folders), ["4-class"])
-    assert len(tables) == 5
+    assert len(tables) == 6
     marks = [Selection.TEST.label in t.title for t in tables]
-    assert marks == [False, False, False, False, True]  # honest rules first
+    assert marks == [False, False, False, False, False, True]  # honest rules first
     marked = [t for t in tables if PARTIAL_MARK in t.title]
     assert len(marked) == 1 and "50 of 920 recordings" in marked[0].notes[0]
     (invented,) = [t for t in tables if SYNTHETIC_MARK in t.title]
     assert SYNTHETIC_MARK in invented.notes[0]
+    (leaky,) = [t for t in tables if LEAKY_MARK in t.title]
+    assert leaky.notes[0] == LEAKY_NOTE and "split recordings" in leaky.title
+    assert not any("paper" in text.lower() for text in (*leaky.frame, *leaky.notes))
+    assert list(leaky.frame["Method"]) == ["FiLM-AST", "Baseline: class prior"]
+    assert LEAKY_MARK in to_latex(leaky) and ",True," in to_csv(leaky)
     assert all(row_of(t, Method="FiLM-AST")["Score, ours"].endswith("n = 1") for t in tables)
 
 

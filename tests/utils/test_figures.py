@@ -83,6 +83,7 @@ def test_notice_says_what_the_figure_is_not():
     assert "PARTIAL DATA: 50 of 920." in style.Notice(partial="50 of 920").lines()
     assert style.Notice(partial="PARTIAL DATA: 50").lines() == ["PARTIAL DATA: 50."]
     assert "SYNTHETIC" in style.Notice(synthetic=True, partial="PARTIAL DATA: 3").lines()[0]
+    assert "LEAKY SPLIT" in style.Notice(leaky=True).lines()[0] and style.Notice(leaky=True).grave
     assert not style.Notice(protocol="validation").grave
 
 

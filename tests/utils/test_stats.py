@@ -25,6 +25,7 @@ from utils.metrics.bootstrap import (
     over_seeds,
     paired_bootstrap,
     patient_bootstrap,
+    patient_difference,
     patient_tables,
     patient_weights,
 )
@@ -141,6 +142,21 @@ def test_paired_refuses_other_cycles():
     _, b = patient_tables((true + 1) % 4, pred, patient, 4)
     with pytest.raises(ValueError, match="same cycles"):
         paired_bootstrap(a, b)
+
+
+def test_other_test_parts_move_with_the_patients_they_share():
+    true, pred, patient = random_study(n=2000, patients=20)
+    tables = patient_tables(true, pred, patient, 4)[1]
+    nobody = np.zeros_like(tables)
+    same = patient_difference(tables, tables)["score"]
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    apart = patient_difference(np.concatenate([tables, nobody]), np.concatenate([nobody, tables]))[
+        "score"
+    ]
+    alone = patient_bootstrap(tables)["score"]
+    assert apart.value == 0 and apart.low < 0 < apart.high
+    width = (apart.high - apart.low) / (alone.high - alone.low)
+    assert width == pytest.approx(2**0.5, rel=0.15)  # two independent parts of equal spread
 
 
 def test_resampled_seeds_widen_the_interval():
