@@ -54,7 +54,7 @@ class Augmentation:
     as a short cycle would be. Vocal tract length perturbation: see `warp`. SpecAugment (Park et
     al., Interspeech 2019, arXiv 1904.08779) comes without its time warp: `freq_masks` bands of
     width uniform in 0..freq_mask_width - 1 and `time_masks` spans of 0..time_mask_width - 1 frames
-    are set to zero.
+    are set to `mask_value`.
 
     Args:
         augment: probabilities, per clip, and ranges; `enabled` is not read here.
@@ -135,13 +135,16 @@ class Augmentation:
         return torch.where(frequency <= boundary, alpha * frequency, above)
 
     def mask(self, mel: Tensor, plan: Plan) -> Tensor:
-        """SpecAugment on normalised log-mel [B, T, F], in place; masked cells become 0."""
+        """SpecAugment on normalised log-mel [B, T, F], in place; masked cells become 0 or the mean
+        over the clip as it was before."""
         rows = plan.masked.nonzero().flatten()
         if len(rows):
             time = self._hidden(plan.time_masks[rows], self.augment.time_mask_width, mel.shape[1])
             band = self._hidden(plan.freq_masks[rows], self.augment.freq_mask_width, mel.shape[2])
             rows, time, band = (x.to(mel.device, non_blocking=True) for x in (rows, time, band))
-            mel[rows] = mel[rows].masked_fill(time.unsqueeze(2) | band.unsqueeze(1), 0.0)
+            clips = mel[rows]
+            fill = clips.mean((1, 2), keepdim=True) if self.augment.mask_value == "mean" else 0.0
+            mel[rows] = torch.where(time.unsqueeze(2) | band.unsqueeze(1), fill, clips)
         return mel
 
     @staticmethod

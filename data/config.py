@@ -97,8 +97,8 @@ class AudioConfig:
     resampler: str = setting("torchaudio", choices=("torchaudio", "soxr_hq"))
     # s; longer cycles are cut, shorter ones padded
     clip_seconds: float = setting(10.0, low=0, high=600, ends="(]")
-    # repeat (with faded junctions) | zero (centred)
-    pad_type: str = setting("repeat", choices=("repeat", "zero"))
+    # repeat (with faded junctions) | tile (only the clip's end fades) | zero (centred)
+    pad_type: str = setting("repeat", choices=("repeat", "tile", "zero"))
     frame_length_ms: float = setting(40.0, low=0, high=1000, ends="(]")  # of the analysis frames
     # from one frame to the next
     frame_shift_ms: float = setting(10.0, low=0, high=60_000, ends="(]")
@@ -132,3 +132,5 @@ class AugmentConfig:
     freq_mask_width: int = setting(48, low=1, high=MAX_SIZE)  # bands, exclusive upper bound
     time_masks: int = setting(2, low=0, high=1000)  # per masked clip
     time_mask_width: int = setting(160, low=1, high=MAX_SIZE)  # frames, exclusive upper bound
+    # zero | mean (of the clip's own spectrogram), after normalisation
+    mask_value: str = setting("zero", choices=("zero", "mean"))

@@ -88,7 +88,7 @@ class Backend(NamedTuple):
 class AudioFrontend(nn.Module):
     """Waveforms -> normalised log-mel spectrograms of the size the transformer takes.
 
-    Repeat or zero padding to the clip length; augmentation (with a seed only); log-mel as
+    Padding to the clip length; augmentation (with a seed only); log-mel as
     `torchaudio.compliance.kaldi.fbank(window_type="hanning")`; (x - mean) / (2 std); SpecAugment;
     stretching or padding to `n_frames`. It has no parameters and takes no gradient.
 
@@ -111,7 +111,8 @@ class AudioFrontend(nn.Module):
         self.audio, self.n_mels, self.n_frames = audio, n_mels, n_frames
         self.augmentation = augmentation
         self.clip_samples = round(audio.clip_seconds * audio.sample_rate)
-        self.fade = audio.sample_rate // 64  # samples
+        share = 16 if audio.pad_type == "tile" else 64
+        self.fade = min(audio.sample_rate // share, self.clip_samples)  # samples
         self.frame_length = int(audio.sample_rate * audio.frame_length_ms * 0.001)
         self.frame_shift = int(audio.sample_rate * audio.frame_shift_ms * 0.001)
         self.n_fft = 1 << (self.frame_length - 1).bit_length()
@@ -318,7 +319,8 @@ def pad_clip(waveform: Tensor, length: Tensor, samples: int, pad_type: str, fade
     A longer cycle is cut. "zero": the cycle in the middle, zeros around it. "repeat": copies of
     the cycle, the last one cut; each but the first fades in over `fade` samples, each but the
     last fades out (linear, torchaudio.transforms.Fade's ramp k / (fade - 1)). A cycle that is not
-    longer than the fade is repeated as it is. Slices copy far faster on a CPU than a gather.
+    longer than the fade is repeated as it is. "tile": copies as they are, of which only the last
+    `fade` samples of the clip fade out. Slices copy far faster on a CPU than a gather.
     """
     n = min(int(length), samples)
     if n == 0:
@@ -328,9 +330,13 @@ def pad_clip(waveform: Tensor, length: Tensor, samples: int, pad_type: str, fade
         start = (samples - n) // 2
         out[start : start + n] = cycle
         return out.unsqueeze(0)
+    ramp = torch.linspace(0, 1, fade, dtype=cycle.dtype)
+    if pad_type == "tile":
+        out = cycle.repeat(-(-samples // n))[:samples]
+        out[-fade:] *= ramp.flip(0)
+        return out.unsqueeze(0)
     first, middle, last = cycle.clone(), cycle.clone(), cycle.clone()
     if n > fade:
-        ramp = torch.linspace(0, 1, fade, dtype=cycle.dtype)
         for copy in (middle, last):
             copy[:fade] *= ramp
         for copy in (first, middle):
@@ -356,6 +362,9 @@ def pad_batch(waveform: Tensor, length: Tensor, samples: int, pad_type: str, fad
     source, copy = at % n, at // n
     clip = waveform.gather(1, source)
     ramp = torch.linspace(0, 1, fade, dtype=clip.dtype, device=device)
+    if pad_type == "tile":
+        faded = (at >= samples - fade) & (n < samples)
+        return torch.where(faded, clip * ramp[(samples - 1 - at).clamp(max=fade - 1)], clip)
     fades_in = (copy > 0) & (source < fade) & (n > fade)
     fades_out = (copy < (samples - 1) // n) & (n - 1 - source < fade) & (n > fade)
     clip = torch.where(fades_in, clip * ramp[source.clamp(max=fade - 1)], clip)

@@ -34,18 +34,17 @@ def full_precision(tensor: Tensor) -> torch.autocast:
 class Head(nn.Sequential):
     """LN, Dropout, Linear D -> hidden, act, Dropout, Linear hidden -> K (PyTorch's default start).
 
-    Width-64 hidden layer and dropout 0.4 are the paper's.
+    With `head_hidden_dim: 0` LN, Dropout, Linear D -> K. Width-64 hidden layer and dropout 0.4 are
+    the paper's.
     """
 
     def __init__(self, config: ModelConfig, dim: int, n_outputs: int):
-        super().__init__(
-            nn.LayerNorm(dim),
-            nn.Dropout(config.dropout),
-            nn.Linear(dim, config.head_hidden_dim),
-            activation(config.activation),
-            nn.Dropout(config.dropout),
-            nn.Linear(config.head_hidden_dim, n_outputs),
-        )
+        layers, width = [nn.LayerNorm(dim), nn.Dropout(config.dropout)], dim
+        if config.head_hidden_dim:
+            width = config.head_hidden_dim
+            layers += [nn.Linear(dim, width), activation(config.activation)]
+            layers += [nn.Dropout(config.dropout)]
+        super().__init__(*layers, nn.Linear(width, n_outputs))
 
 
 def _repeated(

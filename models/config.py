@@ -49,11 +49,12 @@ class ModelConfig:
     label_dim: int | None = None  # logits; follows from dataset.n_cls and training.loss
     input_fdim: int | None = None  # mel bands; follows from dataset.h
     input_tdim: int | None = None  # frames; follows from dataset.w
-    # in the head and in the metadata encoders
+    # in the head; in the metadata encoders unless encoder_dropout is set
     dropout: float = setting(0.4, low=0, high=1, ends="[)")
     # relu | gelu, in the head and in the metadata encoders
     activation: str = setting("relu", choices=("relu", "gelu"))
-    head_hidden_dim: int = setting(64, low=1, high=MAX_SIZE)  # width of the head's hidden layer
+    # width of the head's hidden layer; 0: no hidden layer
+    head_hidden_dim: int = setting(64, low=0, high=MAX_SIZE)
 
     def check(self, prefix: str, depth: int) -> None:
         """Refuse what the ranges cannot say, for a backbone of `depth` blocks; prefix as in
@@ -77,6 +78,13 @@ class ConditionedConfig(ModelConfig):
     metadata_dropout: float = setting(0.0, low=0, high=1, ends="[)")
     # fields that are conditioned on; a subset is a factor ablation
     metadata_fields: list[str] = setting(list(FIELDS))
+    # in the metadata encoders; null: dropout
+    encoder_dropout: float | None = setting(None, low=0, high=1, ends="[)")
+
+    @property
+    def dropout_in_encoders(self) -> float:
+        """`encoder_dropout`, or `dropout` where it is not set."""
+        return self.dropout if self.encoder_dropout is None else self.encoder_dropout
 
     @property
     def factors(self) -> tuple[str, ...]:

@@ -29,7 +29,8 @@ class FiLM(ModulatingConditioner):
         depth: int,
     ):
         super().__init__(embeddings, config, depth)
-        hidden, dropout, act = config.film_hidden_dim, config.dropout, config.activation
+        hidden, act = config.film_hidden_dim, config.activation
+        dropout = config.dropout_in_encoders
         widths = dict(embeddings.widths)
         if embeddings.scalars:
             self.scalar_encoder = ScalarEncoder(len(embeddings.scalars), dropout=dropout, act=act)

@@ -32,7 +32,7 @@ class GRF(MetadataConditioner):
             nn.Linear(width, embed_dim),
             nn.LayerNorm(embed_dim),
             activation(config.activation),
-            nn.Dropout(config.dropout),
+            nn.Dropout(config.dropout_in_encoders),
             nn.Linear(embed_dim, embed_dim),
             nn.LayerNorm(embed_dim),
         )

@@ -45,7 +45,7 @@ class SoftFiLM(ModulatingConditioner):
                 name: FactorEncoder(
                     width,
                     hidden,
-                    dropout=config.dropout,
+                    dropout=config.dropout_in_encoders,
                     act=config.activation,
                     norm=name != "rest",
                 )

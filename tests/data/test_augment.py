@@ -313,6 +313,20 @@ def test_masked_cells_are_zero_after_normalisation():
     assert not hidden.all(dim=2).any()
 
 
+def test_masked_cells_are_the_clips_mean():
+    mel = torch.randn(16, 120, 40, generator=torch.Generator().manual_seed(0)) - 0.5
+    every = {"specaugment_probability": 0.8, "freq_mask_width": 12, "time_mask_width": 40}
+    plan = augmentation(**every).draw(16, seed=1)
+    zero = augmentation(**every).mask(mel.clone(), plan)
+    filled_in = augmentation(mask_value="mean", **every).mask(mel.clone(), plan)
+    assert 8 < plan.masked.sum() < 16
+    for before, cleared, filled in zip(mel, zero, filled_in, strict=True):
+        hidden = cleared == 0
+        assert torch.equal(filled[~hidden], before[~hidden])
+        mean = before.double().mean().float().expand(int(hidden.sum()))
+        assert torch.allclose(filled[hidden], mean, atol=1e-6)
+
+
 def test_augmentation_runs_on_zero_padding_too():
     audio = AudioConfig(clip_seconds=1.0, pad_type="zero")
     frontend = AudioFrontend(audio, 128, 98, augmentation(**ON))

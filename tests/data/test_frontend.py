@@ -218,6 +218,10 @@ def _naive_pad(cycle: list[float], samples: int, pad_type: str, fade: int) -> li
     if pad_type == "zero":
         before = (samples - n) // 2
         return [0.0] * before + cycle + [0.0] * (samples - n - before)
+    if pad_type == "tile":
+        whole = np.tile(cycle, math.ceil(samples / n))[:samples]
+        left = np.arange(samples)[::-1]  # samples that follow
+        return (whole * np.minimum(left / (fade - 1), 1.0)).tolist()
     out = []
     copies = math.ceil(samples / n)
     for copy in range(copies):
@@ -231,7 +235,7 @@ def _naive_pad(cycle: list[float], samples: int, pad_type: str, fade: int) -> li
     return out[:samples]
 
 
-@pytest.mark.parametrize("pad_type", ["repeat", "zero"])
+@pytest.mark.parametrize("pad_type", ["repeat", "tile", "zero"])
 def test_padding_equals_the_naive_loop(pad_type):
     samples, fade = 400, 25
     lengths = [1, 24, 25, 26, 30, 49, 50, 51, 100, 199, 200, 201, 399, 400, 401, 450]
@@ -250,6 +254,33 @@ def test_padding_equals_the_naive_loop(pad_type):
 def test_padding_without_samples_is_an_error():
     with pytest.raises(ValueError, match="without samples"):
         pad_clip(torch.zeros(1, 10), torch.tensor([0]), 20, "repeat", 3)
+
+
+def test_tiled_front_end_of_the_kaist_line():
+    """Numbers that the authors' own functions give for two tones of 1.5 s in a clip of 8 s."""
+    at = torch.arange(24000.0)  # the rounding of the phases is part of the numbers
+    tones = (torch.sin(2 * math.pi * f * at / 16000) for f in (200, 1500))
+    sound = sum(a * tone for a, tone in zip((0.1, 0.02), tones, strict=True))
+    tiled = {"clip_seconds": 8.0, "pad_type": "tile", "frame_length_ms": 25.0, "low_freq": 20.0}
+    frontend = make(n_frames=798, **tiled)
+    batch = sound.unsqueeze(0), torch.tensor([24000])
+    clip = frontend.clips(*batch)[0]
+    expected = {24000: 0.0, -1000: 0.019997, -500: -0.042882, -1: 0.0}
+    for at, value in expected.items():
+        assert clip[at].item() == pytest.approx(value, abs=1e-5)
+    mel = frontend(*batch)[0, 0].T  # [798, 128]
+    assert mel.shape == (798, 128)
+    assert mel.mean().item() == pytest.approx(-1.034497, abs=1e-4)
+    assert mel.std().item() == pytest.approx(0.469194, abs=1e-4)
+    cells = {(0, 10): 0.391142, (100, 20): -0.828728, (400, 60): -0.724335, (797, 127): -1.277594}
+    for cell, value in cells.items():
+        assert mel[cell].item() == pytest.approx(value, abs=1e-4)
+
+
+def test_a_clip_shorter_than_its_fade_is_tiled():
+    frontend = make(clip_seconds=0.05, pad_type="tile")
+    clip = frontend.clips(torch.ones(1, 300), torch.tensor([300]))[0]
+    assert torch.allclose(clip, torch.linspace(1, 0, 800), atol=1e-6)
 
 
 def test_paper_fade_and_clip_length():

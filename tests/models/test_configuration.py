@@ -35,8 +35,23 @@ def test_dropout_and_activation_are_the_same_everywhere(variant, make_model):
         assert kinds == {kind}
 
 
+@pytest.mark.parametrize("variant", ["ast_grf", "ast_film", "ast_tafilm", "ast_softfilm"])
+def test_encoder_dropout_leaves_the_head_alone(variant, make_model):
+    def rates(part):
+        return [m.p for m in part.modules() if isinstance(m, torch.nn.Dropout)]
+
+    model = make_model(variant, {"encoder_dropout": 0.2})
+    assert rates(model.head) == [0.4] * 2
+    assert rates(model.conditioner) == [0.2] * (DROPOUTS[variant] - 2)
+    same = make_model(variant, {"encoder_dropout": 0.0, "dropout": 0.3})
+    assert set(rates(same.conditioner)) == {0.0}
+
+
+LINEAR_HEAD = ["LayerNorm", "Dropout", "Linear"]
 KEYS = [  # variant, configuration, what of the model must follow it
     ("ast", {"head_hidden_dim": 5}, lambda m: m.head[2].out_features, 5),
+    ("ast", {"head_hidden_dim": 0}, lambda m: [type(x).__name__ for x in m.head], LINEAR_HEAD),
+    ("ast", {"head_hidden_dim": 0}, lambda m: tuple(m.head[-1].weight.shape), (2, 48)),
     ("ast_grf", {}, lambda m: m.conditioner.gate.item(), 0.5),
     ("ast_grf", {"gate_init": 0.25}, lambda m: m.conditioner.gate.item(), 0.25),
     (

@@ -266,6 +266,28 @@ def test_the_later_word_wins_between_the_wildcard_and_a_variants_name():
     assert shipped("ast_film", "models.*.dropout=0.2", extra=("demo.yaml",)).model.dropout == 0.2
 
 
+def test_patterns_reach_the_variants_that_they_match(tmp_path):
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(
+        'models: {"*": {dropout: 0.1}, "*film": {encoder_dropout: 0.2}, "*tfilm": {dropout: 0.3}}'
+    )
+    for variant, rates in {"ast_grf": (0.1, None), "ast_tafilm": (0.1, 0.2),
+                           "ast_softfilm": (0.3, 0.2)}.items():  # fmt: skip
+        model = shipped(variant, extra=(preset,)).model
+        assert (model.dropout, model.encoder_dropout) == rates
+    later = shipped("ast_softfilm", "models.*.dropout=0.5", extra=(preset,)).model
+    assert (later.dropout, later.encoder_dropout) == (0.5, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "key", "message"),
+    [("*flim", "dropout", r"models\.\*flim.*known here"), ("*film", "gate_init", "gate_init")],
+)
+def test_patterns_that_reach_nothing_are_refused(pattern, key, message):
+    with pytest.raises(UserError, match=message):
+        shipped("ast_film", f"models.{pattern}.{key}=0.1")
+
+
 @pytest.mark.parametrize("variant", CONFIGS)
 def test_round_trip_through_yaml_and_dictionary(variant):
     config = shipped(variant, "training.seed=3", "augment.noise_snr_db=[5,15]")
@@ -285,6 +307,15 @@ def test_hash_ignores_places_and_nothing_else():
     assert config_hash(same) == config_hash(base)
     for override in ("training.seed=1", "dataset.val_seed=1", "models.ast_film.dropout=.3"):
         assert config_hash(shipped("ast_film", override)) != config_hash(base)
+
+
+def test_keys_that_came_later_keep_the_names_of_older_runs():
+    """Hashes as they were before the keys."""
+    assert config_hash(shipped("ast")) == "696fc072"
+    assert config_hash(shipped("ast_softfilm")) == "d465e33e"
+    for word in ("augment.mask_value=mean", "models.ast_softfilm.encoder_dropout=0.4",
+                 "training.thresholds=default"):  # fmt: skip
+        assert config_hash(shipped("ast_softfilm", word)) != "d465e33e"
 
 
 @given(st.dictionaries(st.text(min_size=1), st.integers() | st.text() | st.none(), max_size=3))

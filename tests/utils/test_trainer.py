@@ -252,6 +252,17 @@ def test_the_history_is_what_the_predictions_say(tmp_path):
     assert all(isinstance(value, float) for row in progress.history for value in row.values())
 
 
+@pytest.mark.parametrize("loss, rule", [("bce", (0.5, 0.5)), ("ce", ())])
+def test_default_thresholds_are_not_chosen(loss, rule, tmp_path):
+    keys = {"training.thresholds": "default", "training.loss": loss, "training.selection": "test"}
+    trainer = tiny_trainer(tiny_config("ast", **keys), tmp_path)
+    progress, data = trainer.fit(), trainer.data
+    probability = data.task.probabilities(trainer.predict(data.split.test))
+    figures = summarise(data.task, probability, data.label[data.split.test].numpy(), rule)
+    assert progress.thresholds == rule
+    assert figures["score"] == pytest.approx(progress.best_score)
+
+
 def test_training_sees_every_cycle_once_an_epoch(tmp_path):
     trainer = tiny_trainer(tiny_config(), tmp_path)
     close, rows = trainer.close_epoch, []

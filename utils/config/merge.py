@@ -1,14 +1,15 @@
 """Reading and merging of YAML files and `key=value` words, with errors that name the key.
 
-OmegaConf merges strictly; here its errors become readable, and the later of a wildcard and a
-variant's name wins.
+OmegaConf merges strictly; here its errors become readable, and a section of `models` may be a
+pattern, so that one small file serves several variants.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from utils.common.errors import UserError
 
-ANY_VARIANT = "*"  # `models."*".key` in a preset means: of whichever variant is configured
 OVERRIDE_KEY = re.compile(r"[^\s.=\[\]-][^\s.=\[\]]*(\.[^\s.=\[\]]+)*")
 #: What a value must be, by the type of its default.
 EXPECTED = {
@@ -69,14 +69,38 @@ def parse_override(override: str) -> DictConfig:
         ) from None
 
 
-def without_overruled(base: DictConfig, new: DictConfig) -> DictConfig:
-    """`base` without the wildcard keys that `new` sets by a variant's name: the later one wins."""
-    wildcard = OmegaConf.select(base, f"models.{ANY_VARIANT}")
-    for name, section in (new.get("models") or {}).items():
-        if name != ANY_VARIANT and wildcard and isinstance(section, DictConfig):
-            for key in section:
-                wildcard.pop(key, None)
-    return base
+def plain_names(models: Any) -> list[str]:
+    """The variants that `models` names without a pattern."""
+    return [name for name in models or () if "*" not in str(name)]
+
+
+def without_patterns(
+    models: Mapping[str, Any], name: str, known: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """`models` with its patterns, such as `"*"` or `"*film"`, put under the variant's name.
+
+    A pattern's keys reach the variant if it matches and the variant has them; a later pattern wins.
+
+    Args:
+        models: sections, each a dictionary or None.
+        name: the variant that is configured.
+        known: variant -> its keys, of all variants.
+
+    Raises:
+        UserError: a pattern matches no variant, or none that it matches has the key.
+    """
+    out = {key: models[key] for key in plain_names(models)}
+    for pattern in (key for key in models if key not in out):
+        matching = [variant for variant in known if fnmatchcase(variant, pattern)]
+        if not matching:
+            raise UserError(unknown_key(f"models.{pattern}", list(known)))
+        anywhere = {key for variant in matching for key in known[variant]}
+        for key, value in (models[pattern] or {}).items():
+            if key not in anywhere:
+                raise UserError(unknown_key(f"models.{pattern}.{key}", sorted(anywhere)))
+            if name in matching and key in known[name]:
+                out[name] = {**(out.get(name) or {}), key: value}
+    return out
 
 
 def merge(base: DictConfig, new: Any, where: str, prefix: str = "") -> DictConfig:

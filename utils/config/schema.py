@@ -26,13 +26,13 @@ from models.registry import METHODS, VARIANTS
 from utils.common.errors import UserError
 from utils.common.settings import MAX_COUNT, MAX_SEED, MAX_SIZE, setting
 from utils.config.merge import (
-    ANY_VARIANT,
     first_line,
     merge,
     parse_override,
+    plain_names,
     read_yaml,
     unknown_key,
-    without_overruled,
+    without_patterns,
 )
 from utils.config.validation import validate
 
@@ -63,6 +63,8 @@ class TrainingConfig:
     sampler: str = setting("shuffle", choices=("shuffle", "balanced"))
     # validation | fixed | test (marked everywhere)
     selection: str = setting("validation", choices=("validation", "fixed", "test"))
+    # chosen (with the epoch) | default (0.5; with ce the largest probability)
+    thresholds: str = setting("chosen", choices=("chosen", "default"))
     # thresholds must reach this Se on the selection part, in 0..1
     min_sensitivity: float = setting(0.0, low=0, high=1)
     # epochs without a better score; 0: off
@@ -137,7 +139,10 @@ LATER = {
         "allow_overlaps": False,
         "label_map": {},
         "parts": [],
-    }
+    },
+    "augment": {"mask_value": "zero"},
+    "models": {"encoder_dropout": None},  # of the variant's section
+    "training": {"thresholds": "chosen"},
 }
 
 
@@ -159,10 +164,7 @@ def load_config(
     Raises:
         UserError: a missing file, an unknown key, a wrong type, a contradiction.
     """
-    merged = OmegaConf.create()
-    for file in files:
-        content = read_yaml(file)
-        merged = merge(without_overruled(merged, content), content, f"in {file}")
+    parts = [(read_yaml(file), f"in {file}") for file in files]
     if mlflow_file is not None:
         section = read_yaml(mlflow_file)
         foreign = sorted(set(section) - {"mlflow"})
@@ -171,10 +173,15 @@ def load_config(
                 f"{mlflow_file} may hold the section 'mlflow' only, but it has {foreign[0]!r}; "
                 "give other sections with --config"
             )
-        merged = merge(merged, section, f"in {mlflow_file}")
-    for override in overrides:
-        given = parse_override(override)
-        merged = merge(without_overruled(merged, given), given, "on the command line")
+        parts.append((section, f"in {mlflow_file}"))
+    parts += [(parse_override(override), "on the command line") for override in overrides]
+    names = [name for content, _ in parts for name in plain_names(content.get("models"))]
+    name, merged = next(iter(names), variant), OmegaConf.create()
+    for content, where in parts:
+        models = OmegaConf.to_container(OmegaConf.create(content.get("models") or {}))
+        if name in VARIANTS and all(isinstance(one, dict | None) for one in models.values()):
+            content["models"] = without_patterns(models, name, _keys_of_variants())
+        merged = merge(merged, content, where)
     return config_from_dict(OmegaConf.to_container(merged), variant=variant, interpolate=True)
 
 
@@ -197,16 +204,10 @@ def config_from_dict(
         _refuse_interpolations(values)
     models, methods = (values.pop(key, None) or {} for key in ("models", "methods"))
     _check_sections(values, models, methods)
-    wildcard = models.pop(ANY_VARIANT, None) or {}
-    name = _the_variant(models, variant, VARIANTS)
+    name = _the_variant(plain_names(models), variant, VARIANTS)
+    models = without_patterns(models, name, _keys_of_variants())
     schema = OmegaConf.structured(RunConfig)
     section = OmegaConf.structured(VARIANTS[name].config_class)
-    known_somewhere = {k for v in VARIANTS.values() for k in v.config_class.__dataclass_fields__}
-    for key, value in wildcard.items():
-        if key in section:
-            models[name] = {**(models.get(name) or {}), key: value}
-        elif key not in known_somewhere:
-            raise UserError(unknown_key(f"models.{ANY_VARIANT}.{key}", known_somewhere))
     section = merge(section, OmegaConf.create(models.get(name) or {}), "", prefix=f"models.{name}")
     schema = merge(schema, OmegaConf.create(values), "")
     schema.models = {name: section}
@@ -238,9 +239,10 @@ def config_hash(config: RunConfig) -> str:
     values = config_to_dict(config)
     values.pop("mlflow")
     for section, keys in LATER.items():  # older runs keep their names
+        place = values["models"][config.variant] if section == "models" else values[section]
         for key, default in keys.items():
-            if values[section][key] == default:
-                del values[section][key]
+            if place.get(key, default) == default:
+                place.pop(key, None)
     if not values["methods"]:
         del values["methods"]
     for section, keys in NOT_HASHED.items():
@@ -306,7 +308,11 @@ def _check_sections(values: dict[str, Any], models: Any, methods: Any) -> None:
             raise UserError(f"{name} must be a section of keys, not {section!r}")
 
 
-def _the_variant(models: dict[str, Any], expected: str | None, variants: dict[str, Any]) -> str:
+def _keys_of_variants() -> dict[str, list[str]]:
+    return {name: list(v.config_class.__dataclass_fields__) for name, v in VARIANTS.items()}
+
+
+def _the_variant(models: Sequence[str], expected: str | None, variants: dict[str, Any]) -> str:
     for name in models:
         if name not in variants:
             raise UserError(unknown_key(f"models.{name}", list(variants)))

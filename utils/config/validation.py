@@ -131,10 +131,11 @@ def _check_training(config: Any) -> None:
             "training.early_stopping_patience",
             "selection 'fixed' has no score to stop by; use validation, or 0",
         )
-    if training.min_sensitivity and training.selection == "fixed":
-        _refuse(
-            config, "training.min_sensitivity", "selection 'fixed' chooses no thresholds; use 0"
-        )
+    for key, value in (("selection", "fixed"), ("thresholds", "default")):
+        if training.min_sensitivity and getattr(training, key) == value:
+            _refuse(
+                config, "training.min_sensitivity", f"{key} '{value}' chooses no thresholds; use 0"
+            )
     if training.accumulation_steps > config.dataset.batch_size:
         _refuse(config, "training.accumulation_steps", "dataset.batch_size is smaller than that")
     if training.device == "cuda" or training.precision == "fp16":

@@ -107,6 +107,7 @@ def baseline_predictions(
     *,
     selection: str,
     pos_weight: Sequence[float] | None = None,
+    thresholds: str = "chosen",
     min_sensitivity: float = 0.0,
 ) -> dict[str, tuple[pd.DataFrame, tuple[float, ...]]]:
     """Predictions table of the test part and thresholds of each baseline.
@@ -116,6 +117,7 @@ def baseline_predictions(
         selection: `validation`: thresholds from the validation rows; `fixed`: the default;
             `test`: from the test rows, like the model's.
         pos_weight: [K] of the training loss.
+        thresholds, min_sensitivity: as in section `training`, like the model's.
     """
     label = task.labels(table["Crackles"].to_numpy(), table["Wheezes"].to_numpy())
     features = design_matrix(MetadataStatistics.fit(table.iloc[split.train]), table)
@@ -126,13 +128,13 @@ def baseline_predictions(
     rows = {"validation": split.val, "test": split.test}.get(selection)
     out = {}
     for name, values in logits.items():
-        thresholds = task.default_thresholds
-        if rows is not None:
-            thresholds = choose_thresholds(
+        rule = task.default_thresholds
+        if rows is not None and thresholds == "chosen":
+            rule = choose_thresholds(
                 task, task.probabilities(values[rows]), label[rows], min_sensitivity
             )
-        frame = make_predictions(task, table, split.test, values[split.test], thresholds)
-        out[name] = frame, thresholds
+        frame = make_predictions(task, table, split.test, values[split.test], rule)
+        out[name] = frame, rule
     return out
 
 
@@ -143,6 +145,7 @@ def baseline_reports(
     *,
     selection: str,
     pos_weight: Sequence[float] | None = None,
+    thresholds: str = "chosen",
     min_sensitivity: float = 0.0,
     bootstrap: int = 2000,
     seed: int = 0,
@@ -150,12 +153,13 @@ def baseline_reports(
     """Metrics of each baseline on the test part; arguments as for `baseline_predictions`."""
     made = baseline_predictions(
         task, table, split,
-        selection=selection, pos_weight=pos_weight, min_sensitivity=min_sensitivity,
+        selection=selection, pos_weight=pos_weight, thresholds=thresholds,
+        min_sensitivity=min_sensitivity,
     )  # fmt: skip
     reports = {}
-    for name, (frame, thresholds) in made.items():
+    for name, (frame, rule) in made.items():
         report = evaluate_predictions(
-            frame, task, thresholds, selection=selection, bootstrap=bootstrap, seed=seed
+            frame, task, rule, selection=selection, bootstrap=bootstrap, seed=seed
         )
         reports[name] = Baseline(
             metrics=report.metrics,

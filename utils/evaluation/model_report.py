@@ -58,7 +58,7 @@ def notes(model: TrainedModel, split: str) -> list[str]:
             f"{len(model.rows(split)):,} cycles; the metrics say nothing about new patients."
         )
     if split in ("val", "all") and len(model.data.split.val):
-        out.append("SELECTED HERE: epoch and thresholds were chosen on the validation part.")
+        out.append("SELECTED HERE: the run made its choices on the validation part.")
     return out
 
 
@@ -70,6 +70,7 @@ def baselines_of(model: TrainedModel) -> dict[str, Baseline]:
         model.data.split,
         selection=model.selection,
         pos_weight=model.checkpoint.pos_weight or None,
+        thresholds=model.config.training.thresholds,
         min_sensitivity=model.config.training.min_sensitivity,
     )
 

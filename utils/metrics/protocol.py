@@ -22,8 +22,8 @@ class Selection(str, Enum):
     VALIDATION = (
         "validation",
         "selected on validation patients",
-        "Epoch and thresholds were chosen on held-out validation patients; the test part was "
-        "opened once, at the end.",
+        "Epoch and thresholds (unless training.thresholds is default) were chosen on held-out "
+        "validation patients; the test part was opened once, at the end.",
     )
     FIXED = (
         "fixed",
@@ -33,8 +33,8 @@ class Selection(str, Enum):
     TEST = (
         "test",
         "SELECTED ON TEST",
-        "SELECTED ON TEST: epoch and thresholds were chosen on the test part itself, so these "
-        "metrics are optimistic.",
+        "SELECTED ON TEST: epoch and thresholds (unless training.thresholds is default) were "
+        "chosen on the test part itself, so these metrics are optimistic.",
     )
 
     def __new__(cls, value: str, label: str, statement: str):

@@ -67,6 +67,7 @@ def write_run_report(
         data.split,
         selection=checkpoint.selection,
         pos_weight=checkpoint.pos_weight or None,
+        thresholds=config.training.thresholds,
         min_sensitivity=config.training.min_sensitivity,
     )
     report = RunReport(

@@ -344,9 +344,10 @@ class Trainer:
             logits, loss = self.predict(self.selection_rows, with_loss=True)
             probability = task.probabilities(logits)
             label = self.data.label[self.selection_rows].numpy()
-            thresholds = choose_thresholds(
-                task, probability, label, min_sensitivity=self.training.min_sensitivity
-            )
+            if self.training.thresholds == "chosen":
+                thresholds = choose_thresholds(
+                    task, probability, label, min_sensitivity=self.training.min_sensitivity
+                )
             figures = summarise(task, probability, label, thresholds)
             score = figures["score"]
             row[f"{name}_loss"] = loss
