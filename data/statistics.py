@@ -85,17 +85,17 @@ class MetadataStatistics:
             tuple(sites),
         )
 
-    def transform(self, table: pd.DataFrame) -> Metadata:
+    def transform(self, table: pd.DataFrame, *, warn: bool = True) -> Metadata:
         """`Metadata` of all N rows of a cycle table.
 
         A device or site that is missing, not in the vocabulary or never seen in training becomes
-        unknown, with one warning per process that names it.
+        unknown, with one warning per process that names it (unless `warn` is False).
         """
         values = _scalars(table)
         values = np.where(np.isnan(values), self.medians, values)
         device, device_note = _seen(table["Device"], self.devices, self.device_counts, "device")
         site, site_note = _seen(table["AuscLoc"], self.sites, self.site_counts, "site")
-        unseen = device_note | site_note
+        unseen = device_note | site_note if warn else {}
         if notes := {name: n for name, n in unseen.items() if (self, name) not in _warned}:
             named = "; ".join(f"{name} ({n} cycles)" for name, n in notes.items())
             log.warning("not seen in training, treated as unknown: %s", named)

@@ -69,8 +69,7 @@ class Method(nn.Module):
         return patches
 
     def keep(self, tokens: Tensor, plan: Plan) -> Tensor:
-        """CLS, DIST and patches with positions [R, 2 + N, D] -> those that the blocks see, in
-        training; CLS and DIST stay first."""
+        """Tokens with positions [R, N, D] -> those that the blocks see, in training."""
         return tokens
 
     def loss(

@@ -16,6 +16,8 @@ import torch
 from data.splits import Split
 from models.conditioner import Features
 from models.registry import VARIANTS
+from tests.test_predict import agrees_with_evaluation
+from tests.utils.tiny import random_checkpoint
 from utils.config.schema import RunConfig, config_from_dict
 from utils.runs.run import Run
 from utils.training.assemble import build_data, build_frontend, build_trainer
@@ -138,3 +140,17 @@ def test_it_learns_32_real_cycles_by_heart(variant, handful, tmp_path):
     predicted = task.predicted_classes(probability, task.default_thresholds)
     assert len(np.unique(data.classes(chosen))) >= 3
     assert (predicted == data.classes(chosen)).mean() > 0.95
+
+
+@pytest.fixture(scope="module")
+def cycles(handful, tmp_path_factory):
+    return build_data(configure("ast", handful, tmp_path_factory.mktemp("cycles")))
+
+
+@pytest.mark.parametrize("n_cls", [4, 2])
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_predictions_are_those_of_evaluation(variant, n_cls, handful, cycles, tmp_path):
+    config = configure(variant, handful, tmp_path)
+    config.dataset.n_cls = n_cls
+    checkpoint = random_checkpoint(config, cycles, tmp_path / "m.pt")
+    agrees_with_evaluation(checkpoint, cycles, HANDFUL[::3])

@@ -44,6 +44,46 @@ def test_extra_chunks_are_no_damage(tmp_path):
     assert len(read_recording(path)[0]) == 800
 
 
+def with_length(path, length: int):
+    """A WAV of 800 samples whose header promises `length` bytes."""
+    content = bytearray(write(path, tone_in_noise(0.1, 8000), 8000).read_bytes())
+    content[40:44] = length.to_bytes(4, "little")
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("length", [0x7FFFFFFF, 0x7FFFF000, 0x80000000, 0xFFFFFFDA, 0xFFFFFFFF])
+def test_wav_written_into_a_pipe_is_read(tmp_path, length):
+    assert len(read_recording(with_length(tmp_path / "a.wav", length))[0]) == 800
+
+
+@pytest.mark.parametrize("length", [1602, 1 << 30, 0x90000000])
+def test_wav_that_promises_more_is_cut_off(tmp_path, length):
+    with pytest.raises(BadRecording, match=f"promises {length} bytes of sound, 1600 are there"):
+        read_recording(with_length(tmp_path / "a.wav", length))
+
+
+@pytest.mark.parametrize(("samples", "found"), [(0, 800), ((1 << 36) - 1, None)])
+def test_flac_of_unknown_or_absurd_length(tmp_path, samples, found):
+    path = write(tmp_path / "a.flac", tone_in_noise(0.1, 8000), 8000)
+    content = bytearray(path.read_bytes())
+    word = int.from_bytes(content[18:26], "big") >> 36 << 36 | samples
+    content[18:26] = word.to_bytes(8, "big")
+    path.write_bytes(content)
+    if found:
+        assert len(read_recording(path)[0]) == found
+    else:
+        with pytest.raises(BadRecording, match=f"cut off: 800 of {samples} samples"):
+            read_recording(path)
+
+
+def test_chunk_of_odd_length_without_padding_is_named(tmp_path):
+    content = write(tmp_path / "a.wav", tone_in_noise(0.1, 8000), 8000).read_bytes()
+    (tmp_path / "a.wav").write_bytes(content[:36] + b"LIST\5\0\0\0INFOx" + content[36:])
+    with pytest.raises(BadRecording, match="No 'data' chunk"):
+        read_recording(tmp_path / "a.wav")
+
+
 SPOILT = {
     "empty file": "read as audio",
     "text": "read as audio",

@@ -7,6 +7,7 @@ takes some hundredths of a second. The parts are the real ones, put together as 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from data.splits import Split
 from data.statistics import MetadataStatistics
 from utils.config.schema import RunConfig, config_from_dict, config_to_dict
 from utils.tracking import Tracker
-from utils.training.assemble import build_trainer
+from utils.training.assemble import build_trainer, describe_run
+from utils.training.build import build_model
+from utils.training.checkpoint import Checkpoint, save_checkpoint
 from utils.training.checkpointer import Checkpointer
 from utils.training.device import Runtime
 from utils.training.fingerprint import fingerprint
@@ -176,6 +179,23 @@ def tiny_trainer(
     runtime = Runtime(config.training.device, config.training.precision, config.training.compile)
     checkpointer = Checkpointer(RunFolder(folder), config_to_dict(config), fingerprint(data.table))
     return build_trainer(config, data, runtime, checkpointer=checkpointer, tracker=tracker)
+
+
+def random_checkpoint(config: RunConfig, data: Cycles, path: Path) -> Path:
+    """A checkpoint of random weights, in which the metadata count, as if trained on the data."""
+    data = replace(data, task=config.task)
+    torch.manual_seed(0)
+    model = build_model(config, data.statistics)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    rule = {"thresholds": (0.45,) * config.task.n_thresholds, "epoch": 0, "score": 50.0}
+    weights = {"weights": model.state_dict(), "layer_norm_eps": 1e-6}
+    pos_weight = tuple(2.0 + k for k in range(len(config.task.outputs)))
+    save_checkpoint(
+        path, Checkpoint(**weights, **rule, pos_weight=pos_weight, **describe_run(config, data))
+    )
+    return path
 
 
 def step_losses(trainer: Trainer) -> list[float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import filecmp
 import logging
 import textwrap
+from collections.abc import Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from data.batch import Batch
+from data.batch import Batch, Metadata
 from data.frontend import AudioFrontend
 from data.loader import Cycles
 from data.splits import Split
@@ -26,6 +27,7 @@ from data.statistics import MetadataStatistics
 from data.synthetic.corpus import is_synthetic
 from models.build import ConditionedAST
 from models.conditioner import Conditioner
+from models.registry import VARIANTS
 from utils.common.errors import UserError
 from utils.evaluation.report import Origin
 from utils.metrics.predictions import make_predictions
@@ -69,6 +71,7 @@ class TrainedModel:
     ):
         self.path, self.checkpoint = Path(path), checkpoint
         self.config = checkpoint.config_to_read(data_folder)
+        self.variant = VARIANTS[self.config.variant]
         self.task = self.config.task
         self.selection = Selection(checkpoint.selection)
         self.thresholds = checkpoint.thresholds
@@ -88,7 +91,7 @@ class TrainedModel:
     @property
     def title(self) -> str:
         """Name in figures and tables, such as FiLM-AST."""
-        return self.config.title
+        return self.variant.title
 
     def headline(self) -> str:
         """Task, protocol, data, epochs and date: which model this is, at most 100 columns."""
@@ -130,13 +133,19 @@ class TrainedModel:
         """Whether the metadata can change a prediction: all variants but the plain AST."""
         return type(self.model.conditioner) is not Conditioner
 
-    @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """[B, K] float32 on the device."""
-        batch = batch.to(self.runtime.device)
+        return self.under(batch, [batch.metadata])[0]
+
+    @torch.no_grad()
+    def under(self, batch: Batch, metadata: Sequence[Metadata]) -> Tensor:
+        """[M, B, K] float32 on the device: the same sounds with each of M metadata."""
+        device = self.runtime.device
+        batch = batch.to(device)
         with self.runtime.autocast():
             features = self.frontend(batch.waveform, batch.length, None)
-            return self.model(features, batch.metadata).logits
+            logits = [self.model(features, one.to(device)).logits for one in metadata]
+        return torch.stack(logits)
 
     # ---------------------------------------------------------------- with data
 

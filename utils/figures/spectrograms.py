@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data.cycle_table import classes_of
@@ -102,8 +103,7 @@ def log_mel_figure(mels: Mapping[str, LogMel], *, low_freq: float, high_freq: fl
         if mel.duration < mel.clip_seconds:
             axis.axvline(mel.duration, color="white", linestyle="--", linewidth=0.8)
         axis.set_title(f"{name}: {mel.name}")
-        ticks = [f for f in (100, 250, 500, 1000, 2000, 4000, 8000) if low_freq <= f <= high_freq]
-        axis.set_yticks([_band(f, bands, low_freq, high_freq) for f in ticks], ticks)
+        mel_ticks(axis, bands, low_freq, high_freq)
     for axis in axes[-(len(axes) // 2) :]:
         axis.set_xlabel("time in the clip (s)")
     for axis in axes[:: len(axes) // 2]:
@@ -120,7 +120,13 @@ LOG_MEL_CAPTION = (
 )
 
 
-def _band(frequency: float, bands: int, low_freq: float, high_freq: float) -> float:
+def mel_ticks(axis: Axes, bands: int, low_freq: float, high_freq: float) -> None:
+    """Hz at the rows of a log-mel image."""
+    ticks = [f for f in (100, 250, 500, 1000, 2000, 4000, 8000) if low_freq <= f <= high_freq]
+    axis.set_yticks([_row(f, bands, low_freq, high_freq) for f in ticks], ticks)
+
+
+def _row(frequency: float, bands: int, low_freq: float, high_freq: float) -> float:
     """Row of a frequency in Hz: band b is centred at low + (b + 1) delta on the mel scale."""
     low, high, mel = (1127.0 * np.log1p(f / 700.0) for f in (low_freq, high_freq, frequency))
     return (mel - low) / (high - low) * (bands + 1) - 1

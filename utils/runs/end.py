@@ -46,6 +46,7 @@ def write_run_report(
     report.json comes last: where it is, everything else is. controls: `Conditioner.controls`.
     """
     config = checkpoint.run_config()
+    variant = VARIANTS[config.variant]
     parts = {
         part: evaluate_predictions(
             frame,
@@ -71,7 +72,7 @@ def write_run_report(
     )
     report = RunReport(
         variant=config.variant,
-        title=config.title,
+        title=variant.title,
         n_cls=config.dataset.n_cls,
         split_strategy=config.dataset.split_strategy,
         selection=checkpoint.selection,
@@ -87,7 +88,7 @@ def write_run_report(
         **parts,
     )
     named = replace(test, origin=report.origin(checkpoint.run), controls=controls)
-    write_text(folder.path / "report.md", to_markdown(named, f"{report.title}: test part"))
+    write_text(folder.path / "report.md", to_markdown(named, f"{variant.title}: test part"))
     card = model_card(
         named, training_counts=checkpoint.counts, initial_weights=config.backbone.weights
     )
