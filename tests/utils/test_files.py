@@ -15,7 +15,14 @@ import pytest
 
 from utils.common.cli import log_file
 from utils.common.errors import UserError
-from utils.common.files import TEMPORARY, atomic_write, write_error, write_text
+from utils.common.files import (
+    TEMPORARY,
+    atomic_write,
+    check_sum,
+    write_error,
+    write_last,
+    write_text,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -122,3 +129,24 @@ def test_a_log_survives_a_library_that_configures_logging(tmp_path):
         logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})
         logging.getLogger("utils.test").warning("later")
     assert (tmp_path / "run.log").read_text().endswith("later\n")
+
+
+def test_sums_name_what_has_changed(tmp_path):
+    (tmp_path / "predictions").mkdir()
+    table = tmp_path / "predictions" / "test.csv"
+    table.write_text("1,2\n")
+    write_last(tmp_path / "report.json", {"score": 50}, [table])
+    free = tmp_path / "notes.txt"  # not listed
+    free.write_text("a")
+    for path in (table, tmp_path / "report.json", free, tmp_path / "predictions" / "none.csv"):
+        check_sum(path)
+    for path in (table, tmp_path / "report.json"):
+        content = path.read_bytes()
+        path.write_bytes(content.replace(b"5", b"6").replace(b"2", b"3"))
+        with pytest.raises(UserError, match=f"{path.name} is not what the run wrote"):
+            check_sum(path)
+        path.unlink()
+        with pytest.raises(UserError, match=f"{path.name} is missing"):
+            check_sum(path)
+    (tmp_path / "SHA256SUMS").unlink()  # a run of an earlier version
+    check_sum(table)
