@@ -1,4 +1,4 @@
-"""Our AST against transformers' AST, and each conditioned variant against our AST.
+"""Our AST against transformers' AST; each conditioned variant and training method against our AST.
 
     python -m benchmarks.model_step [--device cpu|cuda] [--batch 1] [--rounds 5] [--threads 2]
                                     [--precision fp32 bf16] [--depth 12] [--compile]
@@ -6,6 +6,8 @@
 The paper's size (128 x 1,024, 12 blocks of width 768), the same weights, the same input. A step is
 forward pass, loss, backward pass and fused AdamW. Two kinds of work: `same work` computes the last
 block for all tokens, as transformers does; `ours` computes there only what the pooled vector needs.
+Methods act in training, so that their group has steps only; contrasts need --batch 2 or more.
+`flops_over_base` is the arithmetic that a method's `time_over_base` should follow.
 A round holds every contestant once and a large matrix product, the measure of what the machine can
 do: `of_matmul` is the contestant's FLOP/s (counted by torch) over the product's. `spread` is the
 interquartile range of the rounds' ratios over their median. On a machine that runs other jobs the
@@ -26,20 +28,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ASTConfig, ASTForAudioClassification
 
 from benchmarks.harness import interleave, options, rounded, spread, table
-from data.batch import Metadata
+from data.batch import Batch, Metadata
 from data.task import FIELDS
 from models.build import build_model
 from models.conditioned_ast import ConditionedAST
 from models.config import BackboneConfig
 from models.pretrained import Weights, from_transformers, load_into
-from models.registry import VARIANTS
+from models.registry import METHODS, VARIANTS
 
 N_MELS, N_OUTPUTS = 128, 2
 #: Of a corpus with four devices and seven sites, as many as ICBHI has.
 COUNTS = {"device_counts": (1.0,) * 4 + (0.0,), "site_counts": (1.0,) * 7 + (0.0,)}
 SAME_WORK, OURS, SDPA, EAGER, MATMUL = "same work", "ours", "transformers", "eager", "matmul"
 #: what the others of a group are compared with
-BASE = {"peers": SDPA, "variants": "ast"}
+BASE = {"peers": SDPA, "variants": "ast", "methods": "ast"}
 
 
 class Size(NamedTuple):
@@ -76,6 +78,20 @@ class Conditioned(nn.Module):
         return out.logits + out.regularisation
 
 
+class WithMethod(nn.Module):
+    """Our model with a training method, fixed metadata and labels and one fixed draw."""
+
+    def __init__(self, model: ConditionedAST, batch: Batch):
+        super().__init__()
+        self.model, self.metadata, self.step = model, batch.metadata, model.draw(batch, 0)
+
+    def forward(self, spectrogram: Tensor) -> Tensor:
+        """[B, 1, F, T] -> logits [B, K] plus the method's loss; every view is the same here."""
+        views = spectrogram.repeat(self.model.methods.views, 1, 1, 1)
+        out = self.model(views, self.metadata, self.step)
+        return out.logits + out.regularisation
+
+
 class Transformers(nn.Module):
     """transformers' model behind our input layout."""
 
@@ -97,7 +113,13 @@ class Transformers(nn.Module):
         return self.model(spectrogram[:, 0].transpose(1, 2)).logits
 
 
-def our_model(variant: str, size: Size, activation: str = "relu", **backbone: Any):
+def our_model(
+    variant: str,
+    size: Size,
+    activation: str = "relu",
+    methods: Collection[str] = (),
+    **backbone: Any,
+) -> ConditionedAST:
     """A variant with random weights; all blocks are trainable unless `backbone` says otherwise."""
     sizes = {"embed_dim": size.embed_dim, "depth": size.depth, "num_heads": size.heads}
     return build_model(
@@ -108,6 +130,7 @@ def our_model(variant: str, size: Size, activation: str = "relu", **backbone: An
         n_frames=size.n_frames,
         n_outputs=N_OUTPUTS,
         **COUNTS,
+        methods={name: METHODS[name].config_class() for name in methods},
     )
 
 
@@ -119,10 +142,16 @@ def without_casts(model: ConditionedAST, x: Tensor, metadata: Metadata) -> tuple
 
 
 def make_models(group: str, size: Size, metadata: Metadata) -> dict[str, nn.Module]:
-    """`variants`: every one there is. `peers`: our AST with both kinds of work and transformers'
-    with both kinds of attention, all with the same backbone weights."""
+    """`variants`: every one there is. `methods`: the plain AST without and with each. `peers`: our
+    AST with both kinds of work and transformers' with both kinds of attention, all with the same
+    backbone weights."""
     if group == "variants":
         return {name: Conditioned(our_model(name, size), metadata) for name in VARIANTS}
+    if group == "methods":
+        batch = some_batch(metadata)
+        models = {name: our_model("ast", size, methods=[name]) for name in METHODS}
+        with_method = {name: WithMethod(model, batch) for name, model in models.items()}
+        return {BASE[group]: Conditioned(our_model("ast", size), metadata), **with_method}
     sdpa, eager = Transformers(size, "sdpa"), Transformers(size, "eager")
     eager.load_state_dict(sdpa.state_dict())
     same, ours = our_model("ast", size), our_model("ast", size)
@@ -141,6 +170,13 @@ def some_metadata(batch: int, device: str) -> Metadata:
         rest=torch.zeros(batch, 3),
         known=torch.ones(batch, len(FIELDS), dtype=torch.bool),
     ).to(device)
+
+
+def some_batch(metadata: Metadata) -> Batch:
+    """A batch without sounds, on the metadata's device; two cycles per patient."""
+    rows = torch.arange(len(metadata), device=metadata.device.device)
+    label = torch.stack([rows % 2, rows // 2 % 2], dim=1).float()
+    return Batch(label[:, :0], rows, metadata, label, rows, rows // 2)
 
 
 def large_matmul(
@@ -182,7 +218,8 @@ def action(module: nn.Module, x: Tensor, kind: str, name: str, device: str) -> C
 
 def flops(module: nn.Module, x: Tensor, kind: str) -> float:
     """Of one forward pass, or of one training step (without the optimiser)."""
-    module, x = copy.deepcopy(module).to("meta"), x.to("meta")
+    if not isinstance(module, WithMethod):
+        module, x = copy.deepcopy(module).to("meta"), x.to("meta")
     with FlopCounterMode(display=False) as counter:
         if isinstance(module, Conditioned):  # meta tensors know no autocast
             logits, _ = without_casts(module.model, x, module.metadata.to("meta"))
@@ -190,6 +227,7 @@ def flops(module: nn.Module, x: Tensor, kind: str) -> float:
             logits = module(x)
         if kind == "step":
             logits.sum().backward()
+    module.zero_grad(set_to_none=True)
     return float(counter.get_total_flops())
 
 
@@ -220,8 +258,8 @@ def compare(
     dtype = torch.bfloat16 if name == "bf16" else torch.float32
     calls, cost, rows, peaks = {}, {}, {}, {}
     for label, module in models.items():
-        cost[label] = flops(module, x, kind)
         module.to(device).train(kind == "step")
+        cost[label] = flops(module, x, kind)
         eager = torch.compile(module) if compiled is None else module
         calls[label] = action(eager, x, kind, name, device)
         if label in (compiled or ()):
@@ -252,6 +290,7 @@ def compare(
             "time_over_base": over.median,
             "spread": spread(over),
             "seconds_spread": spread(own.clock),
+            **({"flops_over_base": cost[label] / cost[base]} if group == "methods" else {}),
             **peaks.get(label, {}),
         }
     return rows
@@ -261,7 +300,15 @@ def main() -> None:
     """Measure, print one table per comparison, and all of them as JSON in the last line."""
     args = options(
         __doc__,
-        **{"batch": 1, "rounds": 5, "warmup": 1, "depth": 12, "compile": False, "tf32": False},
+        **{
+            "batch": 1,
+            "rounds": 5,
+            "warmup": 1,
+            "depth": 12,
+            "frames": 1024,
+            "compile": False,
+            "tf32": False,
+        },
         device="cuda" if torch.cuda.is_available() else "cpu",
         threads=torch.get_num_threads(),
         precision=["fp32", "bf16"],
@@ -280,11 +327,13 @@ def main() -> None:
     for group in args.groups:
         for name in args.precision:
             for kind in args.kind:
+                if group == "methods" and kind == "forward":
+                    continue
                 rows = compare(
                     group,
                     kind,
                     name,
-                    Size(depth=args.depth),
+                    Size(depth=args.depth, n_frames=args.frames),
                     args.batch,
                     args.device,
                     rounds=args.rounds,

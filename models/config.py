@@ -225,6 +225,7 @@ class MethodType(NamedTuple):
         config_class: dataclass of the keys of `methods.<name>`.
         build: build(config, *, embed_dim, n_devices, n_outputs) -> `models.method.Method`.
         adds_rows: whether views or mixes make the batch longer; at most one method may.
+        removes: metadata fields that the features are to know nothing of.
     """
 
     name: str
@@ -232,6 +233,7 @@ class MethodType(NamedTuple):
     config_class: type
     build: Callable[..., Any]
     adds_rows: bool = False
+    removes: tuple[str, ...] = ()
 
 
 _HOME = "models.conditioners"

@@ -69,7 +69,8 @@ class Method(nn.Module):
         return patches
 
     def keep(self, tokens: Tensor, plan: Plan) -> Tensor:
-        """Tokens with positions [R, N, D] -> those that the blocks see, in training."""
+        """CLS, DIST and patches with positions [R, 2 + N, D] -> those that the blocks see, in
+        training; CLS and DIST stay first."""
         return tokens
 
     def loss(

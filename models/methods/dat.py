@@ -76,4 +76,5 @@ METHOD = MethodType(
     "DAT",
     DATConfig,
     lambda config, *, embed_dim, n_devices, **_: DAT(config, embed_dim, n_devices),
+    removes=("device",),
 )

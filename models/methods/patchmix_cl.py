@@ -28,6 +28,11 @@ def mix_tokens(patches: Tensor, order: Tensor, taken: Tensor) -> Tensor:
     return torch.where(taken[:, None], patches[order], patches)
 
 
+def n_taken(tokens: int, lam: float) -> int:
+    """Token positions that come from the partner; rounded down, in double precision."""
+    return int(tokens * (1 - lam))
+
+
 def patchmix_contrast(
     mixed: Tensor, clean: Tensor, order: Tensor, kept: Tensor, temperature: float
 ) -> Tensor:
@@ -68,7 +73,7 @@ class PatchMix(Method):
         beta = torch.full((1,), float(self.config.beta))
         gammas = torch._standard_gamma(beta.repeat(2), generator=rng)
         lam = (gammas[0] / gammas.sum()).item()
-        count = int(tokens * (1 - lam))
+        count = n_taken(tokens, lam)
         order = torch.randperm(clips, generator=rng)
         taken = torch.zeros(tokens, dtype=torch.bool)
         taken[torch.randperm(tokens, generator=rng)[:count]] = True

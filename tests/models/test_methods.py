@@ -9,7 +9,13 @@ from torch.nn import functional as F
 from models.method import Aside
 from models.methods.dat import DAT, DATConfig, ReverseGradient, ganin
 from models.methods.pafa import PAFA, PAFAConfig, patient_losses
-from models.methods.patchmix_cl import PatchMix, PatchMixConfig, mix_tokens, patchmix_contrast
+from models.methods.patchmix_cl import (
+    PatchMix,
+    PatchMixConfig,
+    mix_tokens,
+    n_taken,
+    patchmix_contrast,
+)
 from models.methods.sg_scl import SGSCL, SGSCLConfig, device_contrast
 
 Z1 = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
@@ -32,6 +38,27 @@ def test_mixed_tokens_come_from_the_partner():
     mixed = mix_tokens(tokens, torch.tensor([2, 0, 1]), taken)[..., 0]
     assert mixed.tolist() == [[20, 21, 2, 23, 4], [0, 1, 12, 3, 14], [10, 11, 22, 13, 24]]
     assert torch.equal(mix_tokens(tokens, torch.tensor([2, 0, 1]), taken & False), tokens)
+    whole = mix_tokens(tokens, torch.tensor([2, 0, 1]), taken | True)
+    assert torch.equal(whole, tokens[[2, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    "tokens, lam, taken, kept",
+    [
+        (5, 1.0, 0, 1.0),
+        (5, 0.4, 3, 0.4),
+        (5, 0.9, 0, 1.0),  # 5 (1 - 0.9) is a little less than 0.5
+        (5, 0.0, 5, 0.0),
+        (10, 0.9, 0, 1.0),  # 10 (1 - 0.9) is a little less than 1
+        (948, 0.9, 94, 0.900844),
+        (948, 0.5, 474, 0.5),
+        (948, 0.999, 0, 1.0),
+        (948, 0.1, 853, 0.100211),
+    ],
+)
+def test_taken_positions_are_rounded_down(tokens, lam, taken, kept):
+    assert n_taken(tokens, lam) == taken
+    assert 1 - taken / tokens == pytest.approx(kept, abs=5e-7)
 
 
 @pytest.mark.parametrize(
@@ -171,8 +198,7 @@ def test_patient_losses_at_the_ends():
 
 # ---------------------------------------------------------------- all
 
-
-@pytest.mark.parametrize(
+ALL = pytest.mark.parametrize(
     "method, rows",
     [
         (PatchMix(PatchMixConfig(), 4), 2),
@@ -182,11 +208,27 @@ def test_patient_losses_at_the_ends():
     ],
     ids=lambda value: type(value).__name__,
 )
+
+
+@ALL
 def test_one_clip_gives_a_finite_loss(method, rows):
     """The fillers of a distributed step have one clip; every parameter still gets a gradient."""
     assert method.views + method.adds_mix == rows
     features = torch.randn(rows, 1, 4, requires_grad=True)
     loss = method.loss(features, aside(1), method.draw(1, 9, 0), None)
     loss.backward()
-    assert torch.isfinite(loss)
+    assert torch.isfinite(loss) and (loss == 0) == (not isinstance(method, DAT))
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in method.parameters())
+
+
+@ALL
+def test_nothing_known_of_the_devices(method, rows):
+    """What looks at devices has no loss then; the others do not care."""
+    features = torch.randn(rows, 6, 4, requires_grad=True)
+    unknown = aside(6, patient=[0, 0, 1, 1, 2, 2])
+    unknown = unknown._replace(device_known=torch.zeros(6, dtype=torch.bool))
+    method.zero_grad()
+    loss = method.loss(features, unknown, method.draw(6, 9, 0), None)
+    loss.backward()
+    assert torch.isfinite(loss) and (loss == 0) == isinstance(method, DAT | SGSCL)
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in method.parameters())

@@ -8,7 +8,6 @@ import pandas as pd
 from data.corpora.icbhi import DEVICES, SITES
 from data.splits import Split
 from data.task import Task
-from models.registry import VARIANTS
 from utils.config.schema import RunConfig
 from utils.evaluation.baselines import baseline_reports
 from utils.evaluation.report import evaluate_predictions
@@ -75,7 +74,7 @@ def finish_run(config: RunConfig, table: pd.DataFrame | None = None, seed: int =
     folder.write_report(
         {
             "variant": config.variant,
-            "title": VARIANTS[config.variant].title,
+            "title": config.title,
             "n_cls": config.dataset.n_cls,
             "split_strategy": config.dataset.split_strategy,
             "selection": config.training.selection,

@@ -7,12 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
+from data.loader import epoch_plan
 from data.splits import Split
 from tests.utils.tiny import (
     LIVELY,
@@ -39,6 +42,16 @@ SCENARIOS = {
     "grf": ("ast_grf", QUIET | {"training.sampler": "balanced"}),
     "frozen": ("ast", QUIET | {"backbone.trainable_blocks": 0}),
 }
+#: Contrasts live inside a micro-batch: one process computes those of the two, with their seeds.
+STILL = LIVELY | {"models.*.dropout": 0.0}
+METHODS = {
+    "patchmix_dat_pafa": (
+        "ast_softfilm",
+        STILL | {"methods.patchmix_cl": {}, "methods.dat": {}, "methods.pafa": {}},
+    ),
+    "sg_scl": ("ast", STILL | {"methods.sg_scl": {}}),
+}
+SCENARIOS |= METHODS
 #: With everything random switched on; compared with itself only.
 RANDOM = LIVELY | {"models.*.metadata_dropout": 0.2}
 
@@ -55,6 +68,12 @@ def trainer_of(name: str, folder: Path):
     return tiny_trainer(config, folder / name, data_of(config))
 
 
+def dealt(order, *, rank, world, **options):
+    """The steps of one process with the micro-batches of two."""
+    first, second = (epoch_plan(order, rank=r, world=2, **options) for r in (0, 1))
+    return [[*ours, *theirs] for ours, theirs in zip(first, second, strict=True)]
+
+
 def record(name: str, folder: Path) -> dict:
     """Losses of every cycle in every epoch, history, weights and predictions of a scenario."""
     trainer = trainer_of(name, folder)
@@ -67,7 +86,9 @@ def record(name: str, folder: Path) -> dict:
 
     trainer.close_epoch = watched
     norms = gradient_norms(trainer)
-    trainer.fit()
+    alone = name in METHODS and trainer.runtime.world == 1
+    with patch("utils.training.trainer.epoch_plan", dealt) if alone else nullcontext():
+        trainer.fit()
     test = trainer.data.split.test
     return {
         "losses": losses,

@@ -264,13 +264,14 @@ def run_folder(tmp_path):
 
     def make(variant="ast_film", *, seed=0, n_cls=4, selection="validation", blocks=12,
              layers="all", partial="", lr=3e-5, patients=12, synthetic=False,
-             split="official"):  # fmt: skip
+             split="official", method=""):  # fmt: skip
         task = Task(n_cls)
         test = report_of(
             task, selection=selection, seed=seed, partial_message=partial, patients=patients
         )
         test.baselines = {"class prior": Baseline(report_of(task, seed=9).metrics)}
         title = TITLES[NAMES.index(variant)] if variant in NAMES else variant
+        title += f" + {method}" if method else ""
         report = RunReport(
             variant, title, n_cls, selection, seed, partial=bool(partial), partial_message=partial,
             synthetic=synthetic, counts={"train": test.counts}, test=test, split_strategy=split,
@@ -408,6 +409,29 @@ def test_freezing_and_layers_tables(run_folder):
     assert (
         main_table.notes[-1].startswith("Left out") and "run0, run3, run4" in main_table.notes[-1]
     )
+
+
+def test_methods_are_columns_of_their_own_table(run_folder):
+    folders = [
+        run_folder(variant, method=method, lr=1e-4 if method else 3e-5)
+        for variant in ("ast_softfilm", "ast")
+        for method in ("PAFA", "")
+    ]
+    main_table, table = build_tables(read_runs(folders), ["4-class", "methods"])
+    assert list(table.frame) == ["Variant", "none", "PAFA"]
+    assert list(table.frame["Variant"]) == ["AST", "SoftFiLM-AST"]
+    assert "–" not in table.frame.to_numpy()
+    assert table.notes[-1] == "PAFA: training.lr=0.0001, unlike the runs without a method."
+    titles = [title for title in main_table.frame["Method"] if title.startswith("AST")]
+    assert titles == ["AST", "AST + PAFA"]
+    assert row_of(main_table, Method="AST + PAFA")["Score, paper"] == "–"
+    # what differs among the runs of one method makes a row of its own
+    folders.append(run_folder("ast", method="PAFA", lr=1e-3))
+    (table,) = build_tables(read_runs(folders), ["methods"])
+    assert list(table.frame)[:2] == ["Variant", "training.lr"]
+    row = row_of(table, Variant="AST", lr="0.001")
+    assert row["none"] == "–" and row["PAFA"].endswith("n = 1")
+    assert build_tables(read_runs(folders[1::2]), ["methods"]) == []
 
 
 def test_command_prints_each_format(run_folder, capsys):

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 import evaluate
 from data.synthetic.corpus import write_corpus
@@ -22,11 +23,13 @@ from utils.common.errors import UserError
 from utils.config.schema import config_hash, load_config
 from utils.runs import grid as grids
 from utils.runs.grid import Cell, read_grid, run_grid, run_tracked, start_process
+from utils.runs.run import Run
 from utils.runs.start import parse_arguments
+from utils.training.device import Runtime
 
 ROOT = Path(__file__).resolve().parents[2]
 FREEZING = ROOT / "configs" / "ablations" / "freezing.yaml"
-SHIPPED = {"freezing": 20, "conditioned_layers": 3}
+SHIPPED = {"ablations/freezing": 20, "ablations/conditioned_layers": 3, "grids/methods": 25}
 GRID = """
 table: freezing
 scripts:
@@ -69,7 +72,7 @@ def finish(cell: Cell, seed: int = 0) -> float:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_shipped_grids_are_sound(name, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    grid = read_grid(f"configs/ablations/{name}.yaml", overrides=["dataset.data_folder=DIR"])
+    grid = read_grid(f"configs/{name}.yaml", overrides=["dataset.data_folder=DIR"])
     assert len(grid.cells) == SHIPPED[name] == len({c.folder.path for c in grid.cells})
     for cell, line in zip(grid.cells, grid.commands(), strict=True):
         python, script, *arguments = shlex.split(line)
@@ -80,7 +83,11 @@ def test_the_shipped_grids_are_sound(name, monkeypatch, capsys):
         assert config_hash(config) == config_hash(cell.config)
         assert options.member_of == grid.folder
         assert f'VARIANT = "{config.variant}"' in (ROOT / script).read_text()
-    if name == "freezing":
+    if name == "grids/methods":
+        names = [c.config.title for c in grid.cells]
+        added = ["", " + Patch-Mix CL", " + SG-SCL", " + DAT", " + PAFA"]
+        assert names == [v.title + method for v in list(VARIANTS.values())[:5] for method in added]
+    elif name == "ablations/freezing":
         cells = [(c.config.variant, c.config.backbone.trainable_blocks) for c in grid.cells]
         assert cells == [(v, n) for v in list(VARIANTS)[:5] for n in (0, 4, 8, 12)]
     else:
@@ -114,6 +121,7 @@ def test_seeds_and_words_reach_every_cell(grid_file):
         (("ast_train.py", "ast_trian.py"), [], "no file ast_trian.py"),
         (("scripts:", "overrides:"), [], "scripts is missing"),
         (("table:", "table: ["), [], "not readable YAML"),
+        (("grid:", "configs: [configs/mixup.yaml]\ngrid:"), [], "no file configs/mixup.yaml"),
         (("", ""), ["backbone.trainable_blocks=4"], "is set by the grid"),
         (("", ""), ["training.seed=4"], "is set by --seeds"),
     ],
@@ -217,6 +225,35 @@ def test_sigterm_reaches_the_cell_and_its_state_counts(here):
 
 
 # -------------------------------------------------------------------- the whole thing
+
+
+def test_methods_and_variants_end_in_one_table(here, synthetic_corpus, monkeypatch, capsys):
+    """FiLM without a method and with PAFA, each trained for an epoch in this process."""
+    monkeypatch.setattr("utils.runs.end.draw_figures", lambda *_: None)
+    words = yaml.safe_load((ROOT / "configs" / "grids" / "methods.yaml").read_text())
+    words["scripts"] = dict(list(words["scripts"].items())[2:3])
+    words["configs"] = [words["configs"][0], words["configs"][-1]]
+    (here / "excerpt.yaml").write_text(yaml.safe_dump(words, sort_keys=False))
+    folder = {"dataset.data_folder": synthetic_corpus, "dataset.store_workers": 1}
+    overrides = small(**folder, **{"training.epochs": 1, "dataset.cycle_metadata_path": "null"})
+    overrides = [word for word in overrides if not word.startswith("dataset.batch_size")]
+    overrides.append("models.*.conditioned_layers=all")
+    grid = read_grid("excerpt.yaml", overrides=[*overrides, "backbone.trainable_blocks=2"])
+
+    def start(cell, log):
+        with Run(cell.config, Runtime("cpu", "fp32", "false"), grid.folder) as run:
+            data = run.data()
+            run.test(run.fit(run.model(data), data))
+        return 0
+
+    assert run_tracked(grid, start) == []
+    table = (grid.folder / "table.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    scores = [cell.score().split()[1] for cell in grid.cells]
+    assert rows[0] == ["| Variant", "none", "PAFA |"]
+    assert [cell.split()[0] for cell in rows[1][1:]] == scores and rows[1][0] == "| FiLM-AST"
+    assert "PAFA: dataset.batch_size=32, unlike the runs without a method" in table
+    assert "# FiLM-AST + PAFA: test part" in (grid.cells[1].folder.path / "report.md").read_text()
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import torch
 
 from data import corpora
 from data.splits import split_cycles
-from models.registry import VARIANTS
+from models.registry import METHODS, VARIANTS
 from tests.utils.tiny import LIVELY, cycle_table, tiny_config, tiny_data, tiny_trainer
 from utils.common.errors import UserError
 from utils.config.schema import RunConfig, config_to_dict, flatten
@@ -233,6 +233,22 @@ KEYS: dict[str, tuple] = {
     "mlflow.run_name": ("other", tracked, {}),
     "mlflow.tags": ({"cohort": "pilot"}, tracked, {}),
     **{
+        f"methods.{key}": (value, trained, {"training.epochs": 1})
+        for key, value in {
+            "patchmix_cl.loss": "ce",
+            "patchmix_cl.temperature": 0.5,
+            "patchmix_cl.weight": 0.1,
+            "patchmix_cl.beta": 0.2,
+            "sg_scl.temperature": 0.5,
+            "sg_scl.weight": 0.1,
+            "dat.weight": 0.1,
+            "dat.alpha": 0.1,
+            "dat.schedule": "ganin",
+            "pafa.pcsl_weight": 0.1,
+            "pafa.gpal_weight": 0.1,
+        }.items()
+    },
+    **{
         f"augment.{name}_probability": (0.0, trained, {})
         for name in ("noise", "speed", "loudness", "vtlp", "specaugment")
     },
@@ -257,6 +273,9 @@ def all_keys() -> set[str]:
     for name in VARIANTS:
         flat = flatten(config_to_dict(tiny_config(name)))
         keys |= {key.replace(f"models.{name}.", "models.*.") for key in flat}
+    for name in METHODS:
+        flat = flatten(config_to_dict(tiny_config("ast", **{f"methods.{name}": {}})))
+        keys |= {key for key in flat if key.startswith("methods.")}
     return keys | {"mlflow.tags", "dataset.label_map"}  # an empty dictionary has no leaf
 
 
@@ -267,6 +286,8 @@ def test_no_key_is_forgotten():
 
 def variant_with(key: str) -> str:
     leaf = key.rpartition(".")[2]
+    if key.startswith("methods."):
+        return "ast"
     variant = "ast_grf" if leaf == "gate_init" else "ast_softfilm"
     assert (
         not key.startswith("models.") or leaf in VARIANTS[variant].config_class.__dataclass_fields__
@@ -285,6 +306,8 @@ def test_a_second_value_matters(key, baseline, tmp_path, synthetic_corpus):
     value, probe, surroundings = KEYS[key]
     variant = variant_with(key)
     common = {**LIVELY, "training.epochs": 3, **surroundings}
+    if key.startswith("methods."):
+        common[key.rpartition(".")[0]] = {}
     if probe is read:
         common |= {
             "dataset.data_folder": str(synthetic_corpus),

@@ -120,6 +120,12 @@ class RunConfig:
         return self.models[self.variant]
 
     @property
+    def title(self) -> str:
+        """Name in reports, figures and tables, such as FiLM-AST + Patch-Mix CL."""
+        titles = (METHODS[name].title for name in self.methods)
+        return " + ".join([VARIANTS[self.variant].title, *titles])
+
+    @property
     def task(self) -> Task:
         """What is classified, from dataset.n_cls and training.loss."""
         return Task(self.dataset.n_cls, exclusive=self.training.loss == "ce")
@@ -245,6 +251,8 @@ def config_hash(config: RunConfig) -> str:
                 place.pop(key, None)
     if not values["methods"]:
         del values["methods"]
+    elif len(values["methods"]) > 1:  # they act in this order
+        values["methods"] = list(values["methods"].items())
     for section, keys in NOT_HASHED.items():
         for key in keys:
             values[section].pop(key)

@@ -39,13 +39,19 @@ def _check_methods(config: Any) -> None:
             f"methods.{' and methods.'.join(adding)} cannot run together: each adds rows to the "
             "batch; name one of them"
         )
-    clips = config.dataset.batch_size // config.training.accumulation_steps
+    check_micro_batches(config)
+
+
+def check_micro_batches(config: Any, processes: int = 1) -> None:
+    """Refuse a `RunConfig` that deals too few clips to each process for a contrast among them."""
+    adding = [name for name in config.methods if METHODS[name].adds_rows]
+    steps = config.training.accumulation_steps
+    clips = config.dataset.batch_size // (steps * processes)
     if adding and clips < 4:
-        refuse(
-            "training.accumulation_steps",
-            config.training.accumulation_steps,
-            f"methods.{adding[0]} contrasts the clips of a micro-batch, of which {clips} are left; "
-            "leave at least 4",
+        raise UserError(
+            f"methods.{adding[0]} contrasts the clips of a micro-batch, of which "
+            f"dataset.batch_size={config.dataset.batch_size}, training.accumulation_steps={steps} "
+            f"and {processes} process{'es' * (processes > 1)} leave {clips}; leave at least 4"
         )
 
 
@@ -74,6 +80,18 @@ def _check_parts(config: Any) -> None:
         )
     if config.training.selection != "validation" and any(part.role == "val" for part in parts):
         _refuse(config, "training.selection", "a part with the role val needs validation")
+
+
+def opposed(config: Any) -> list[str]:
+    """One line for each method of a `RunConfig` that works against the conditioner."""
+    given = getattr(config.model, "metadata_fields", ())
+    return [
+        f"methods.{name} removes the {field} from the features and models.{config.variant}"
+        f".metadata_fields adds it: the two pull in opposite directions"
+        for name in config.methods
+        for field in METHODS[name].removes
+        if field in given
+    ]
 
 
 def _check_shapes(config: Any) -> None:

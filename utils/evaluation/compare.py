@@ -163,7 +163,7 @@ def _names(models: Sequence[TrainedModel]) -> list[str]:
     runs = [model.checkpoint.run for model in models]
     if twice := next((run for run in runs if runs.count(run) > 1), None):
         raise UserError(f"{twice} is given twice; name each model once")
-    titles = [model.variant.title for model in models]
+    titles = [model.title for model in models]
     return [t if titles.count(t) == 1 else r for t, r in zip(titles, runs, strict=True)]
 
 

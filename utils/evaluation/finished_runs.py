@@ -149,6 +149,16 @@ class RunGroup:
         return self.first.report.title
 
     @property
+    def variant(self) -> str:
+        """Title of the variant alone."""
+        return self.title.partition(" + ")[0]
+
+    @property
+    def methods(self) -> str:
+        """Titles of the training methods, or none."""
+        return self.title.partition(" + ")[2] or "none"
+
+    @property
     def n_cls(self) -> int:
         return self.first.report.n_cls
 
@@ -242,7 +252,7 @@ def group_runs(runs: Sequence[Run]) -> list[tuple[Protocol, list[RunGroup]]]:
     """
     same: dict[tuple, dict[int, Run]] = {}
     for run in runs:
-        key = (run.protocol, run.report.variant, run.report.n_cls, *sorted(run.setting.items()))
+        key = (run.protocol, run.report.title, run.report.n_cls, *sorted(run.setting.items()))
         other = same.setdefault(key, {}).setdefault(run.report.seed, run)
         if other is not run:
             raise UserError(

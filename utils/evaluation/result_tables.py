@@ -87,6 +87,7 @@ TABLES: dict[str, Kind] = {
         "Conditioned layers, 4-class", 4, ("score",), LAYERS,
         lambda run: run.blocks == run.depth and run.layers is not None,
     ),
+    "methods": Kind("Score under each training method, 4-class", 4, ("score",), None, _whole),
 }  # fmt: skip
 
 
@@ -98,7 +99,9 @@ def build_tables(runs: Sequence[Run], names: Sequence[str] = tuple(TABLES)) -> l
     """
     grouped = group_runs(runs)
     made = (
-        _table(TABLES[name], protocol, groups) for name in names for protocol, groups in grouped
+        (_methods if name == "methods" else _table)(TABLES[name], protocol, groups)
+        for name in names
+        for protocol, groups in grouped
     )
     return [table for table in made if table is not None]
 
@@ -127,12 +130,41 @@ def _table(kind: Kind, protocol: Protocol, groups: Sequence[RunGroup]) -> Table 
     rows += _baseline_rows(collapsed, kind, keys, "collapsed_", COLLAPSED)
     frame = pd.concat([frame, pd.DataFrame(rows)], ignore_index=True)
     frame = frame.reindex(columns=head).fillna(NOTHING)
-    title = kind.title + ("" if protocol.split == "official" else f", split {protocol.split}")
-    title = caption(title, protocol.selection, protocol.partial, protocol.synthetic,
-                    protocol.leaky)  # fmt: skip
     shown = [*own, *collapsed]
     left_out = [g for g in groups if g.n_cls == kind.n_cls and g not in shown]
-    return Table(title, frame, _notes(kind, protocol, shown, left_out), protocol)
+    return Table(_title(kind, protocol), frame, _notes(kind, protocol, shown, left_out), protocol)
+
+
+def _methods(kind: Kind, protocol: Protocol, groups: Sequence[RunGroup]) -> Table | None:
+    """Variants as rows, training methods as columns; a note says what else a method's runs set."""
+    own = [g for g in groups if g.n_cls == kind.n_cls and kind.belongs(g.first)]
+    columns: dict[str, list[RunGroup]] = {}
+    for group in own:
+        columns.setdefault(group.methods, []).append(group)
+    if len(columns) < 2:
+        return None
+    keys = list(dict.fromkeys(key for column in columns.values() for key in _differing(column)))
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for group in own:
+        values = {key: group.first.setting.get(key, NOTHING) for key in keys}
+        row = rows.setdefault(
+            (group.variant, *values.values()), {"Variant": group.variant} | values
+        )
+        row[group.methods] = cell(group, "score")
+    head = ["Variant", *keys, *sorted(columns, key=lambda name: (name != "none", name))]
+    frame = pd.DataFrame(sorted(rows.values(), key=lambda row: _rank(row["Variant"])))
+    notes = _notes(kind, protocol, own, [])
+    for name, column in columns.items():
+        for key in _differing([*column, *columns.get("none", [])]):
+            if key not in keys:
+                (value,) = {g.first.setting[key] for g in column if key in g.first.setting}
+                notes.append(f"{name}: {key}={value}, unlike the runs without a method.")
+    return Table(_title(kind, protocol), frame[head].fillna(NOTHING), notes, protocol)
+
+
+def _title(kind: Kind, protocol: Protocol) -> str:
+    title = kind.title + ("" if protocol.split == "official" else f", split {protocol.split}")
+    return caption(title, protocol.selection, protocol.partial, protocol.synthetic, protocol.leaky)
 
 
 def _differing(groups: Sequence[RunGroup]) -> list[str]:
@@ -187,14 +219,19 @@ def _paper(kind: Kind) -> pd.DataFrame:
 
 
 def _place(row: pd.Series, kind: Kind) -> tuple:
-    """Sorts by the table's key (numbers in their order), then by `Variant.order`; a variant that is
-    no longer in `models/` comes last."""
-    titles = [variant.title for variant in VARIANTS.values()]
+    """Sorts by the table's key (numbers in their order), then by `_rank`."""
     value = row[kind.key] if kind.key else ""
     n = value.removeprefix("last ")
     size = int(n) if n.isdigit() else BLOCKS + 1 if value == "all" else -1
-    title = row["Method"]
-    return size, value, titles.index(title) if title in titles else len(titles), title
+    return size, value, *_rank(row["Method"])
+
+
+def _rank(title: str) -> tuple[int, str]:
+    """Sorts titles by `Variant.order`, with methods after without; a variant that is no longer in
+    `models/` comes last."""
+    titles = [variant.title for variant in VARIANTS.values()]
+    name = title.partition(" + ")[0]
+    return titles.index(name) if name in titles else len(titles), title
 
 
 def _baseline_rows(

@@ -27,7 +27,6 @@ from data.statistics import MetadataStatistics
 from data.synthetic.corpus import is_synthetic
 from models.build import ConditionedAST
 from models.conditioner import Conditioner
-from models.registry import VARIANTS
 from utils.common.errors import UserError
 from utils.evaluation.report import Origin
 from utils.metrics.predictions import make_predictions
@@ -71,7 +70,6 @@ class TrainedModel:
     ):
         self.path, self.checkpoint = Path(path), checkpoint
         self.config = checkpoint.config_to_read(data_folder)
-        self.variant = VARIANTS[self.config.variant]
         self.task = self.config.task
         self.selection = Selection(checkpoint.selection)
         self.thresholds = checkpoint.thresholds
@@ -91,7 +89,7 @@ class TrainedModel:
     @property
     def title(self) -> str:
         """Name in figures and tables, such as FiLM-AST."""
-        return self.variant.title
+        return self.config.title
 
     def headline(self) -> str:
         """Task, protocol, data, epochs and date: which model this is, at most 100 columns."""

@@ -46,7 +46,6 @@ def write_run_report(
     report.json comes last: where it is, everything else is. controls: `Conditioner.controls`.
     """
     config = checkpoint.run_config()
-    variant = VARIANTS[config.variant]
     parts = {
         part: evaluate_predictions(
             frame,
@@ -72,7 +71,7 @@ def write_run_report(
     )
     report = RunReport(
         variant=config.variant,
-        title=variant.title,
+        title=config.title,
         n_cls=config.dataset.n_cls,
         split_strategy=config.dataset.split_strategy,
         selection=checkpoint.selection,
@@ -88,7 +87,7 @@ def write_run_report(
         **parts,
     )
     named = replace(test, origin=report.origin(checkpoint.run), controls=controls)
-    write_text(folder.path / "report.md", to_markdown(named, f"{variant.title}: test part"))
+    write_text(folder.path / "report.md", to_markdown(named, f"{report.title}: test part"))
     card = model_card(
         named, training_counts=checkpoint.counts, initial_weights=config.backbone.weights
     )

@@ -38,7 +38,6 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from models.registry import VARIANTS
 from utils.common.cli import EXIT_BUSY, EXIT_INTERRUPTED, EXIT_PREEMPTED, command
 from utils.common.errors import Preempted, UserError
 from utils.common.files import write_json, write_text
@@ -60,9 +59,11 @@ SUFFIXES = {"markdown": "md", "latex": "tex", "csv": "csv"}
 
 @dataclass
 class GridFile:
-    """What a grid file holds: every combination of a script and of the keys' values is a cell."""
+    """What a grid file holds: every combination of a script, a further configuration (null: none)
+    and of the keys' values is a cell."""
 
     scripts: dict[str, str] = field(default_factory=dict)  # script: its configuration
+    configs: list[Any] = field(default_factory=lambda: [None])  # merged after it, one per cell
     grid: dict[str, Any] = field(default_factory=dict)  # key: values
     overrides: dict[str, Any] = field(default_factory=dict)  # key: value, in every cell
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -171,10 +172,10 @@ def read_grid(
             raise UserError(f"{key} is set by {by}; leave {word} out")
     axes = content.grid | {"training.seed": content.seeds if seeds is None else seeds_from(seeds)}
     cells = []
-    for (script, config_file), values in itertools.product(
-        content.scripts.items(), override_sets(axes)
+    for (script, config_file), further, values in itertools.product(
+        content.scripts.items(), content.configs, override_sets(axes)
     ):
-        files = [_found(config_file), *config_files]
+        files = [*map(_found, filter(None, (config_file, further))), *config_files]
         *varied, seed = [_word(key, value) for key, value in values.items()]
         words = [*fixed, *varied, *overrides, seed]
         shown = [f"{key.rpartition('.')[2]}={_text(value)}" for key, value in values.items()]
@@ -184,7 +185,7 @@ def read_grid(
             raise UserError(f"{script} {' '.join(shown)}: {error}") from None
         arguments = [_found(script), "--config", *files, *words]
         arguments += ["--mlflow-config", mlflow_file] if mlflow_file else []
-        cells.append(Cell(" ".join([VARIANTS[config.variant].title, *shown]), config, arguments))
+        cells.append(Cell(" ".join([config.title, *shown]), config, arguments))
     name = Path(file).stem
     folder = f"ablation-{name}-{digest([cell.folder.path.name for cell in cells])}"
     folder = Path(cells[0].config.training.output_dir) / folder

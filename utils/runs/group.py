@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 
 from data.splits import N_FOLDS
-from models.registry import VARIANTS
 from utils.common.errors import UserError
 from utils.common.files import plain, write_last, write_text
 from utils.config.schema import RunConfig, config_hash
@@ -88,7 +87,7 @@ class Group:
         name = f"{start}-{digest([config_hash(config) for config in configs])}"
         self.path = Path(first.training.output_dir) / name
         self.folders = [RunFolder.of(config) for config in configs]  # folds within seeds
-        self.title = f"{VARIANTS[first.variant].title}, {first.dataset.n_cls}-class"
+        self.title = f"{first.title}, {first.dataset.n_cls}-class"
         self.tracker = Tracker()
 
     def start(self) -> None:

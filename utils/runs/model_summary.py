@@ -25,7 +25,6 @@ from models.ast import N_SPECIAL
 from models.build import build_model
 from models.conditioned_ast import ConditionedAST
 from models.conditioner import Modulation
-from models.registry import VARIANTS
 from utils.common.cli import command
 from utils.config.schema import RunConfig, load_config
 
@@ -172,10 +171,9 @@ def summarise(config: RunConfig) -> str:
     model = model_for_summary(config)
     backbone = model.backbone
     f, t = backbone.grid
-    title = VARIANTS[config.variant].title
     return "\n\n".join(
         [
-            f"{title} (models.{config.variant}): {backbone.depth} blocks of width "
+            f"{config.title} (models.{config.variant}): {backbone.depth} blocks of width "
             f"{backbone.embed_dim}, input {config.dataset.h} x {config.dataset.w}, "
             f"{f} x {t} patches, {N_SPECIAL + f * t} tokens, "
             f"{len(config.task.outputs)} logits",

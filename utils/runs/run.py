@@ -15,12 +15,12 @@ import torch
 from data.corpora import read_corpus
 from data.loader import Cycles
 from models.build import ConditionedAST
-from models.registry import VARIANTS
 from utils.common.cli import log_file, set_up_logging
 from utils.common.errors import Busy, Preempted, UserError
 from utils.common.files import atomic_write, write_text
 from utils.common.lock import held
 from utils.config.schema import RunConfig, flatten
+from utils.config.validation import check_micro_batches, opposed
 from utils.evaluation.report import RunReport
 from utils.evaluation.trained_model import TrainedModel
 from utils.metrics.predictions import make_predictions, write_predictions
@@ -57,6 +57,7 @@ def runs_of(
     configs = group.expand(config, seeds, folds)
     runtime = Runtime(config.training.device, config.training.precision, config.training.compile)
     set_up_logging(quiet=not runtime.is_main)
+    check_micro_batches(config, runtime.world)
     if len(configs) == 1:
         yield from _unfinished(Run(configs[0], runtime, member_of))
         return
@@ -90,7 +91,6 @@ class Run:
 
     def __init__(self, config: RunConfig, runtime: Runtime, parent: Path | None = None):
         self.config, self.runtime = config, runtime
-        self.variant = VARIANTS[config.variant]
         self.folder = RunFolder.of(config)
         self.parent, self.is_member = parent, parent is not None
         self.tracker = Tracker()
@@ -132,13 +132,15 @@ class Run:
     def __enter__(self) -> Run:
         with ExitStack() as stack:
             self._log_to = stack.enter_context(log_file())  # warnings of the data, banners
-            logger.info("%s: %s", self.variant.title, self.folder.path)
+            logger.info("%s: %s", self.config.title, self.folder.path)
             if self.runtime.is_main:
                 self._lost = stack.enter_context(held(self.folder.path))
                 if self.config.training.resume == "auto" and self.folder.finished:
                     raise Busy(f"{self.folder.path} was finished by another process just now")
             if self.config.training.selection == "test":
                 logger.warning("%s", banner("SELECTED ON TEST: these metrics will be optimistic"))
+            for line in opposed(self.config):
+                logger.warning("%s", line)
             self._stack = stack.pop_all()
         return self
 
@@ -148,7 +150,7 @@ class Run:
             self.folder.prepare(self.config, fresh=self.config.training.resume == "never")
             self._log_to(self.folder.log)
         self.runtime.barrier()
-        logger.info("%s on %s", self.variant.title, describe(self.runtime))
+        logger.info("%s on %s", self.config.title, describe(self.runtime))
 
     def __exit__(self, kind, *_) -> None:
         stopped = kind in (Preempted, SystemExit)
@@ -230,6 +232,7 @@ class Run:
         task = f"{config.dataset.n_cls}-class"
         tags = {
             "variant": config.variant,
+            "methods": ", ".join(config.methods) or "none",
             "task": task,
             "selection": training.selection,
             "seed": training.seed,
@@ -242,7 +245,7 @@ class Run:
         tracker = start_tracking(
             config.mlflow,
             self.folder.path,
-            run_name=f"{self.variant.title} {task} {training.selection} s{training.seed}",
+            run_name=f"{config.title} {task} {training.selection} s{training.seed}",
             tags=tags,
             params=flatten(self.description["config"]) | flatten(counts, "data."),
             parent=self.parent,
