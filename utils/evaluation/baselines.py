@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -144,18 +145,12 @@ def baseline_reports(
     split: Split,
     *,
     selection: str,
-    pos_weight: Sequence[float] | None = None,
-    thresholds: str = "chosen",
-    min_sensitivity: float = 0.0,
     bootstrap: int = 2000,
     seed: int = 0,
+    **rules: Any,
 ) -> dict[str, Baseline]:
     """Metrics of each baseline on the test part; arguments as for `baseline_predictions`."""
-    made = baseline_predictions(
-        task, table, split,
-        selection=selection, pos_weight=pos_weight, thresholds=thresholds,
-        min_sensitivity=min_sensitivity,
-    )  # fmt: skip
+    made = baseline_predictions(task, table, split, selection=selection, **rules)
     reports = {}
     for name, (frame, rule) in made.items():
         report = evaluate_predictions(
