@@ -216,13 +216,17 @@ def action(module: nn.Module, x: Tensor, kind: str, name: str, device: str) -> C
     return step
 
 
-def flops(module: nn.Module, x: Tensor, kind: str) -> float:
-    """Of one forward pass, or of one training step (without the optimiser)."""
-    if not isinstance(module, WithMethod):
+def flops(module: nn.Module, x: Tensor, kind: str, computed: bool = False) -> float:
+    """Of one forward pass, or of one training step (without the optimiser).
+
+    computed: count real operations, of which some attention kernels are not known to the counter,
+        and not those on meta tensors, which know no autocast.
+    """
+    if not computed:
         module, x = copy.deepcopy(module).to("meta"), x.to("meta")
     with FlopCounterMode(display=False) as counter:
-        if isinstance(module, Conditioned):  # meta tensors know no autocast
-            logits, _ = without_casts(module.model, x, module.metadata.to("meta"))
+        if isinstance(module, Conditioned):
+            logits, _ = without_casts(module.model, x, module.metadata.to(x.device))
         else:
             logits = module(x)
         if kind == "step":
@@ -259,7 +263,7 @@ def compare(
     calls, cost, rows, peaks = {}, {}, {}, {}
     for label, module in models.items():
         module.to(device).train(kind == "step")
-        cost[label] = flops(module, x, kind)
+        cost[label] = flops(module, x, kind, computed=group == "methods")
         eager = torch.compile(module) if compiled is None else module
         calls[label] = action(eager, x, kind, name, device)
         if label in (compiled or ()):
