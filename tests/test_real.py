@@ -6,6 +6,7 @@ Skipped where there are none (set ICBHI_ROOT, or put them at ../shared/icbhi).
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,22 @@ import pandas as pd
 import pytest
 import torch
 
+from data.loader import Cycles
 from data.splits import Split
 from models.conditioner import Features
 from models.registry import VARIANTS
 from tests.test_predict import agrees_with_evaluation
-from tests.utils.tiny import random_checkpoint
-from utils.config.schema import RunConfig, config_from_dict
+from tests.utils.tiny import differing, random_checkpoint
+from utils.common.errors import Preempted
+from utils.config.schema import RunConfig, config_from_dict, config_to_dict
 from utils.runs.run import Run
 from utils.training.assemble import build_data, build_frontend, build_trainer
+from utils.training.checkpointer import Checkpointer
 from utils.training.device import Runtime
+from utils.training.fingerprint import fingerprint
 from utils.training.inputs import Inputs
 from utils.training.runfolder import RunFolder
+from utils.training.trainer import Trainer
 
 pytestmark = pytest.mark.real
 
@@ -106,6 +112,45 @@ def test_it_trains_for_two_epochs_and_writes_every_artifact(
         assert len(pd.read_csv(folder.predictions / f"{part}.csv"))
     for name in ("config.yaml", "run.log", "report.md", "model_card.md"):
         assert (folder.path / name).stat().st_size
+
+
+def trainer_of(config: RunConfig, data: Cycles) -> Trainer:
+    """A run's trainer, that saves its state where the run would."""
+    folder = RunFolder.of(config)
+    folder.prepare(config, fresh=False)
+    checkpointer = Checkpointer(folder, config_to_dict(config), fingerprint(data.table))
+    runtime = Runtime("cpu", "fp32", "false")
+    return build_trainer(config, data, runtime, checkpointer=checkpointer)
+
+
+def test_methods_learn_resume_and_are_named(handful, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.runs.end.draw_figures", lambda *_: None)
+
+    def config(place: str) -> RunConfig:
+        values = config_to_dict(configure("ast_softfilm", handful, tmp_path / place, epochs=2))
+        return config_from_dict(values | {"methods": {"patchmix_cl": {}, "dat": {}, "pafa": {}}})
+
+    with Run(config("whole"), Runtime("cpu", "fp32", "false")) as run:
+        data = run.data()
+        whole = run.fit(run.model(data), data)
+        run.test(whole)
+    loss = [row["train_loss"] for row in whole.progress.history]
+    assert loss[1] < loss[0]
+    report = (run.folder.path / "report.md").read_text(encoding="utf-8")
+    assert report.startswith("# SoftFiLM-AST + Patch-Mix CL + DAT + PAFA: test part")
+    step, left = Trainer.step, iter(range(7, 0, -1))  # of five steps an epoch
+
+    def stopped(trainer, *arguments):
+        if next(left, 0) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return step(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "step", stopped)
+    with pytest.raises(Preempted):
+        trainer_of(config("cut"), data).fit()
+    cut = trainer_of(config("cut"), data)
+    cut.fit()
+    assert not differing(whole.best, cut.best)
 
 
 class Remembered(Inputs):
