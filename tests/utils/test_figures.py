@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from data.task import Task
 from utils.common.errors import UserError
-from utils.evaluation.published import TABLE, read_published, systems
+from utils.evaluation.published import PEOPLE, TABLE, read_published, systems
 from utils.figures import style
 from utils.figures.evaluation import (
     confusion_figure,
@@ -210,13 +210,16 @@ def test_published_rows_have_sources_and_add_up():
         ("task", "3-class", "task must be"),
         ("selection", "good", "selection must be"),
         ("score", 160.0, "score"),
+        ("split", "80/20", "split must be"),
+        ("caveat", "odd", "caveat must be"),
+        ("split", "unclear", "need a note"),
     ],
 )
 def test_faulty_published_rows_are_named(tmp_path, column, value, message):
     table = pd.read_csv(TABLE)
     row = int(np.flatnonzero(table.selection == Selection.TEST)[0])
     table[column] = table[column].astype(object)
-    table.loc[row, column] = value
+    table.loc[row, [column, "note"]] = value, None
     path = tmp_path / "published.csv"
     table.to_csv(path, index=False)
     with pytest.raises(UserError, match=rf"line {row + 2} .*{message}"):
@@ -244,5 +247,34 @@ def test_results_are_in_blocks_by_selection():
     for row in table[(table.task == "4-class") & (table.selection == Selection.TEST)].itertuples():
         assert any(y > heads[Selection.TEST] for t, y in labels.items() if t.startswith(row.method))
     drawn = sorted(round(float(b.lines[0].get_xdata()[0]), 2) for b in axis.containers)
-    expected = [*table[table.task == "4-class"].score, 55.0, 60.0]
+    of_systems = table[(table.task == "4-class") & (table.backbone != PEOPLE)]
+    expected = [*of_systems.score, 55.0, 60.0]
     assert drawn == sorted(round(float(s), 2) for s in expected)
+
+
+def test_split_and_caveats_are_marked_and_come_last():
+    axis, other = sota_figure().axes
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    heads = [t.get_position()[1] for t in axis.texts if t.get_fontweight() == "bold"]
+    for row in systems().query("task == '4-class' and backbone != @PEOPLE").itertuples():
+        (place,) = [n for n, text in enumerate(labels) if text.startswith(f"{row.method} ’")]
+        mark = {"recordings shuffled": "†", "unclear": "‡", "another Se": "§",
+                "label in the input": "¶", "ensemble": "°"}  # fmt: skip
+        for what in (row.split, row.caveat):
+            assert mark.get(what, "") in labels[place]
+        if row.split != "official" or row.caveat in ("another Se", "label in the input"):
+            y = axis.get_yticks()[place]
+            below = [n for n, h in enumerate(axis.get_yticks()) if h > y]
+            block_ends = min([h for h in heads if h > y], default=np.inf)
+            later = [n for n in below if axis.get_yticks()[n] < block_ends]
+            assert all(set(labels[n]) & set("†‡§¶") for n in later)
+    assert sum("†" in text for text in labels) == 3
+    key = other.texts[-1].get_text()
+    assert "76 patients in both parts" in key and all(mark in key for mark in "†‡§¶°*+")
+
+
+def test_physicians_are_a_line():
+    axis = sota_figure().axes[0]
+    lines = [line for line in axis.lines if line.get_linestyle() == "--"]
+    assert [line.get_xdata()[0] for line in lines] == [47.77]
+    assert any("seven senior physicians" in text.get_text() for text in axis.texts)

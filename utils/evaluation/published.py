@@ -1,7 +1,9 @@
-"""Published systems on the official split of ICBHI 2017: `utils/figures/published.csv`, checked.
+"""Published systems on ICBHI 2017: `utils/figures/published.csv`, checked; the papers' values.
 
 One row per system and task, with its source. `selection` says how the epoch and the thresholds were
-chosen as far as the paper or its public code shows it, `evidence` where that was seen. `blocks` and
+chosen as far as the paper or its public code shows it, `evidence` where that was seen. `split` is
+`official` where a paper states it and no public code says otherwise. `caveat` names what else keeps
+a value from being compared, `note` explains both. `blocks` and
 `layers` are set in the rows of the ablations of the paper behind SoftFiLM: trainable blocks, number
 of conditioned layers (the last ones); empty in a row means all 12.
 """
@@ -19,11 +21,16 @@ from utils.metrics.protocol import Selection
 TABLE = Path(__file__).parents[1] / "figures" / "published.csv"
 COLUMNS = (
     "task", "method", "authors", "year", "venue", "backbone", "metadata", "sp", "se", "score",
-    "score_sd", "selection", "evidence", "source", "values_from", "note", "sp_sd", "se_sd",
-    "blocks", "layers",
+    "score_sd", "split", "selection", "caveat", "evidence", "source", "values_from", "note",
+    "sp_sd", "se_sd", "blocks", "layers",
 )  # fmt: skip
 TASKS = ("4-class", "2-class")
 NOT_STATED = "not stated"
+OFFICIAL, SHUFFLED, UNCLEAR = "official", "recordings shuffled", "unclear"
+SPLITS = (OFFICIAL, SHUFFLED, UNCLEAR, "quarter of the official test part")
+OTHER_SE, LABEL_SEEN, ENSEMBLE = "another Se", "label in the input", "ensemble"
+CAVEATS = (OTHER_SE, LABEL_SEEN, ENSEMBLE)
+PEOPLE = "people"  # backbone of the physicians
 AUTHORS = "Kontogiannis et al."  # of the paper that this repository implements
 BLOCKS = 12  # of the AST
 
@@ -44,6 +51,12 @@ def read_published(path: Path = TABLE) -> pd.DataFrame:
             raise UserError(f"{where}: task must be one of {', '.join(TASKS)}, not {row.task!r}")
         if row.selection not in (*Selection, NOT_STATED):
             raise UserError(f"{where}: selection must be validation, fixed, test or {NOT_STATED}")
+        if row.split not in SPLITS:
+            raise UserError(f"{where}: split must be one of {', '.join(SPLITS)}")
+        if not (pd.isna(row.caveat) or row.caveat in CAVEATS):
+            raise UserError(f"{where}: caveat must be empty or one of {', '.join(CAVEATS)}")
+        if (row.split != OFFICIAL or not pd.isna(row.caveat)) and pd.isna(row.note):
+            raise UserError(f"{where}: split and caveat need a note that explains them")
         if row.selection != NOT_STATED and pd.isna(row.evidence):
             raise UserError(f"{where}: selection {row.selection!r} needs its evidence")
         if pd.isna(row.source) or pd.isna(row.values_from) or not 0 < row.score < 100:

@@ -1,4 +1,4 @@
-"""Published systems on the official split of ICBHI 2017, and results of this repository."""
+"""Published systems on ICBHI 2017, and results of this repository on the official split."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from utils.evaluation.published import NOT_STATED, TASKS, systems
+from utils.evaluation.published import (
+    ENSEMBLE,
+    LABEL_SEEN,
+    NOT_STATED,
+    OFFICIAL,
+    OTHER_SE,
+    PEOPLE,
+    SHUFFLED,
+    TASKS,
+    UNCLEAR,
+    systems,
+)
 from utils.figures import style
 from utils.metrics.protocol import Selection
 
@@ -19,6 +30,18 @@ _BLOCKS = {  # in the order they are drawn: heading, colour, marker, filled
     NOT_STATED: ("Selection not stated", style.GREY, "D", False),
     ON_TEST: ("Selected on the test half", style.VERMILLION, "s", False),
 }
+#: Split or caveat -> mark at a system's name, and what the mark means.
+_MARKS = {
+    SHUFFLED: ("†", "public code shuffles the recordings:\n76 patients in both parts"),
+    UNCLEAR: ("‡", "split unclear"),
+    OTHER_SE: ("§", "Se counts any abnormal class as right"),
+    LABEL_SEEN: ("¶", "text input whose public form holds the label"),
+    ENSEMBLE: ("°", "ensemble of several models"),
+}
+_METADATA = {"yes": "+", "training only": "(+)"}
+_KEY = {"+": "metadata is an input", "(+)": "metadata steers the training loss only",
+        "*": "collapsed from a 4-class model"}  # fmt: skip
+_KEY |= dict(_MARKS.values())
 
 
 @dataclass(frozen=True)
@@ -43,51 +66,61 @@ class OwnResult:
 
 
 def sota_figure(own: Sequence[OwnResult] = ()) -> Figure:
-    """Two panels (4-class, 2-class): Score of every system, in blocks by how it was selected."""
-    rows = pd.concat([_published_rows(systems()), _own_rows(own)], ignore_index=True)
+    """Two panels (4-class, 2-class): Score of every system, in blocks by how it was selected.
+
+    In each block the best comes first; pale and last are those whose split, Se or input is another.
+    """
+    table = systems()
+    people, table = table[table.backbone == PEOPLE], table[table.backbone != PEOPLE]
+    rows = pd.concat([_published_rows(table), _own_rows(own)], ignore_index=True)
     panels = [_lines(rows[rows.task == task]) for task in TASKS]
     heights = [len(lines) for lines in panels]
-    figure = style.new_figure(style.PAGE, 0.165 * max(heights) + 0.75)
+    figure = style.new_figure(style.PAGE, 0.155 * max(heights) + 0.75)
     axes = figure.subplots(1, 2)
     for axis, task, lines in zip(axes, TASKS, panels, strict=True):
-        _panel(axis, lines, max(heights))
+        _panel(axis, lines, max(heights), people[people.task == task])
         axis.set_title(f"{task} task")
+    key = [f"{mark}  {text}".replace("\n", "\n      ") for mark, text in _KEY.items()]
+    axes[1].text(
+        0, 0.52, "\n".join(["Marks", *key, "pale: not comparable with its block"]),
+        transform=axes[1].transAxes, fontsize=6.5, va="top", linespacing=1.4,
+    )  # fmt: skip
     figure.get_layout_engine().set(wspace=0.04)
     return figure
 
 
 def sota_caption(own: Sequence[OwnResult] = ()) -> str:
     """What the reader must know to read the figure, from the table itself."""
-    notes = systems().set_index("method").note.fillna("")
+    table = systems()
     text = (
-        "Published systems on the official 60/40 split of ICBHI 2017, by how epoch and thresholds "
-        "were chosen; ICBHI Score = (Sp + Se)/2, percent, with Sp and Se where the source gives "
-        "them; bars: sd over seeds. “+”: metadata is an input; “(+)”: it steers the training loss "
-        "only; “*”: collapsed from a 4-class model. Sources, evidence and notes: "
-        "utils/figures/published.csv."
+        "Values are the papers' but for “(ours)”. Published systems that state the official 60/40 "
+        "split of ICBHI 2017, by how epoch and thresholds were chosen; compare within a block "
+        "only. ICBHI "
+        "Score = (Sp + Se)/2, percent, with Sp and Se where the source gives them; bars: sd over "
+        "seeds. Sources, evidence and notes: utils/figures/published.csv."
     )
-    if notes.str.contains("does not add up").any():
-        text += (
-            " The TAFiLM 2-class row is drawn as printed (71.10), though (77.80 + 66.40)/2 = 72.10."
-        )
-    unseen = notes.index[notes.str.contains("seen nowhere else")]
-    if len(unseen):
-        text += f" Known from the README of the paper behind SoftFiLM only: {', '.join(unseen)}."
+    odd = table[table.note.fillna("").str.contains("does not add up")]
+    if len(odd):
+        rows = [f"{r.method} {r.task} ({r.score:.2f}, not {(r.sp + r.se) / 2:.2f})"
+                for r in odd.itertuples()]  # fmt: skip
+        text += f" Drawn as printed, though Sp and Se give another Score: {', '.join(rows)}."
     if not own:
-        text += (
-            " No published row shows a selection without the test half; results of this repository "
-            "are added with --run DIR."
-        )
+        text += " Results of this repository are added with --run DIR."
     return text
 
 
 def _published_rows(table: pd.DataFrame) -> pd.DataFrame:
     rows = table[["task", "method", "sp", "se", "score", "score_sd"]].copy()
     rows["block"] = table.selection.replace({"validation": HONEST, "fixed": HONEST})
-    mark = table.metadata.map({"yes": " +", "training only": " (+)"}).fillna("")
-    collapsed = table.note.fillna("").str.startswith("collapsed").map({True: " *", False: ""})
-    year = table.year.map(lambda y: "" if pd.isna(y) else f" ’{int(y) % 100:02d}")
-    rows["label"] = table.method + year + mark + collapsed
+    rows["other"] = (table.split != OFFICIAL) | table.caveat.isin([OTHER_SE, LABEL_SEEN])
+    rows["label"] = table.method + table.year.map(
+        lambda year: "" if pd.isna(year) else f" ’{int(year) % 100:02d}"
+    )
+    collapsed = table.note.fillna("").str.startswith("collapsed").map({True: "*", False: ""})
+    marks = {name: mark for name, (mark, _) in _MARKS.items()}
+    for found in (table.metadata.map(_METADATA), collapsed, table.split.map(marks),
+                  table.caveat.map(marks)):  # fmt: skip
+        rows["label"] += found.fillna("").map(lambda mark: f" {mark}".rstrip())
     rows["own"] = False
     return rows
 
@@ -97,7 +130,7 @@ def _own_rows(own: Sequence[OwnResult]) -> pd.DataFrame:
         {
             "task": r.task, "method": r.name, "sp": r.sp, "se": r.se, "score": r.score,
             "score_sd": r.score_sd, "block": HONEST if Selection(r.protocol).honest else ON_TEST,
-            "label": f"{r.name} (ours)", "own": True,
+            "label": f"{r.name} (ours)", "own": True, "other": False,
         }
         for r in own
     )  # fmt: skip
@@ -107,35 +140,49 @@ def _lines(rows: pd.DataFrame) -> list:
     """Headings (str) and rows (Series) from top to bottom; best Score first in each block."""
     lines: list = []
     for block in _BLOCKS:
-        inside = rows[rows.block == block].sort_values("score", ascending=False)
+        inside = rows[rows.block == block].sort_values(["other", "score"], ascending=[True, False])
         if len(inside):
             lines += [_BLOCKS[block][0], *(row for _, row in inside.iterrows())]
     return lines
 
 
-def _panel(axis: Axes, lines: list, height: int) -> None:
+def _panel(axis: Axes, lines: list, height: int, people: pd.DataFrame) -> None:
     ticks, labels = [], []
     scores = [row.score for row in lines if not isinstance(row, str)]
-    low, high = min(scores) - 2.5, max(scores) + 2
+    low, high = min([*scores, *people.score]) - 2.5, max(scores) + 2
+    for one in people.itertuples():
+        axis.axvline(one.score, color=style.BLACK, linestyle=(0, (4, 2)), linewidth=0.8, zorder=1)
+        axis.annotate(
+            f"{one.method.lower()} ({one.split}): {one.score:.2f}", (one.score, len(lines) * 0.75),
+            xytext=(3, 0), textcoords="offset points", fontsize=6, va="center", rotation=90,
+        )  # fmt: skip
     for y, row in enumerate(lines):
         if isinstance(row, str):
-            axis.text(low, y, row, fontsize=6.8, fontweight="bold", va="center", color="#303030")
+            axis.text(
+                low, y, row, fontsize=6.8, fontweight="bold", va="center", color="#303030",
+                bbox={"color": "white", "pad": 1},
+            )  # fmt: skip
             continue
         _, colour, marker, filled = _BLOCKS[row.block]
+        ink = style.GREY if row.other else style.BLACK
         sd = None if pd.isna(row.score_sd) else row.score_sd
         axis.plot([low, high], [y, y], color=style.PALE, linewidth=0.5, zorder=0)
         axis.errorbar(
             row.score, y, xerr=sd, fmt=marker, color=colour, capsize=1.5, elinewidth=0.8,
             markerfacecolor=colour if filled or row.own else "white", markersize=4,
+            alpha=0.4 if row.other else 1,
         )  # fmt: skip
         detail = "" if pd.isna(row.sp) or pd.isna(row.se) else f"  {row.sp:.2f} / {row.se:.2f}"
         axis.annotate(
             f"{row.score:.2f}{detail}", (high, y), xytext=(2, 0), textcoords="offset points",
-            fontsize=6, va="center", annotation_clip=False,
+            fontsize=6, va="center", annotation_clip=False, color=ink,
         )  # fmt: skip
         ticks.append(y)
         labels.append(row.label)
     axis.set_yticks(ticks, labels, fontsize=6.5)
+    rows = (row for row in lines if not isinstance(row, str))
+    for text, row in zip(axis.get_yticklabels(), rows, strict=True):
+        text.set_color(style.GREY if row.other else style.BLACK)
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)
     axis.annotate(
