@@ -2,12 +2,17 @@
 
     python evaluate.py --checkpoint checkpoints/softfilm_best.pt
     python evaluate.py --checkpoint FILE --data-folder DIR --split val
+    python evaluate.py --checkpoint FILE --corpus corpus.yaml
     python evaluate.py --compare checkpoints/ast_best.pt checkpoints/softfilm_best.pt
 
 The report has 95 % intervals over patients, subgroups, calibration, metadata-only baselines and,
 for models that see metadata, the metadata permutation test: the same model and sounds with real,
 shuffled and unknown metadata. report.json, report.md, predictions.csv and figures/ go to
 evaluation/<split>/ in the run's folder, and to the run in MLflow where it was tracked.
+
+--corpus judges the model on any other corpus, named by the section `dataset` of a configuration
+file: on its test part, or on all of it where it has none. Audio settings and classes are the
+model's; a device or site that it was not trained on is unknown to it.
 
 --compare prints and writes the paired patient bootstrap of each pair on the test part. It takes
 the predictions from the runs' folders where they are there, and computes them otherwise.
@@ -47,7 +52,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--checkpoint", metavar="FILE", help="report on this model")
     what.add_argument("--compare", nargs="+", metavar="FILE", help="two models or more")
     parser.add_argument("--data-folder", metavar="DIR", help="instead of the checkpoint's own")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="part of the data")
+    parser.add_argument("--corpus", metavar="FILE.yaml", help="another corpus to judge it on")
+    parser.add_argument("--split", choices=SPLITS, help="part of the data; default: test")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: as configured")
     parser.add_argument("--batch-size", type=int, metavar="N", help="cycles per forward pass")
     parser.add_argument(
@@ -57,7 +63,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.compare and len(options.compare) < 2:
         parser.error("--compare needs two checkpoints or more")
-    if options.compare and options.split != "test":
+    if options.corpus and (options.compare or options.data_folder):
+        parser.error("--corpus goes with --checkpoint, and names its data folder itself")
+    if options.corpus and options.split not in (None, "test", "all"):
+        parser.error("nothing of --corpus was trained on; --split is test or all")
+    if options.compare and options.split not in (None, "test"):
         parser.error("--compare is about the test part; leave --split out")
     if options.batch_size is not None and options.batch_size < 1:
         parser.error("--batch-size must be at least 1")
@@ -67,8 +77,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def evaluate(options: argparse.Namespace) -> None:
     """--checkpoint."""
     model = open_model(options.checkpoint, options)
-    folder = options.output or output_folder(model, options.split)
-    report, frame = report_on(model, options.split, with_metadata_test=not options.no_metadata_test)
+    split = options.split or model.default_part()
+    folder = options.output or output_folder(model, split)
+    report, frame = report_on(model, split, with_metadata_test=not options.no_metadata_test)
     warn(*warnings(report.partial_message, report.synthetic, report.leaky), *report.notes)
     write_evaluation(folder, report, frame)
     track(model, folder, report)
@@ -81,6 +92,7 @@ def open_model(path: str, options: argparse.Namespace) -> TrainedModel:
     model = TrainedModel.open(
         path,
         data_folder=options.data_folder,
+        corpus_file=options.corpus,
         device=options.device,
         batch_size=options.batch_size,
     )
@@ -99,7 +111,9 @@ def output_folder(model: TrainedModel, split: str) -> Path:
     own = model.run_folder
     root = own.path if own else model.path.with_name(f"{model.path.stem}_evaluation")
     name = split
-    if model.other_data():
+    if model.corpus_file:
+        name += f"-{model.corpus_file.stem}"
+    elif model.other_data():
         name += f"-{Path(model.config.dataset.data_folder).resolve().name}"
     return root / "evaluation" / name if own else root / name
 

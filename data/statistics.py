@@ -93,9 +93,8 @@ class MetadataStatistics:
         """
         values = _scalars(table)
         values = np.where(np.isnan(values), self.medians, values)
-        device, device_note = _seen(table["Device"], self.devices, self.device_counts, "device")
-        site, site_note = _seen(table["AuscLoc"], self.sites, self.site_counts, "site")
-        unseen = device_note | site_note if warn else {}
+        device, site, unseen = self._seen(table)
+        unseen = unseen if warn else {}
         if notes := {name: n for name, n in unseen.items() if (self, name) not in _warned}:
             named = "; ".join(f"{name} ({n} cycles)" for name, n in notes.items())
             log.warning("not seen in training, treated as unknown: %s", named)
@@ -110,6 +109,15 @@ class MetadataStatistics:
             rest=torch.from_numpy(rest.astype(np.float32)),
             known=torch.from_numpy(known),
         )
+
+    def unseen(self, table: pd.DataFrame) -> dict[str, int]:
+        """Cycles whose device or site is unknown to a model, by what they have: `device X`."""
+        return self._seen(table)[2]
+
+    def _seen(self, table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+        device, devices = _seen(table["Device"], self.devices, self.device_counts, "device")
+        site, sites = _seen(table["AuscLoc"], self.sites, self.site_counts, "site")
+        return device, site, devices | sites
 
     def to_dict(self) -> dict:
         """Plain lists, numbers and strings, fit for `torch.load(weights_only=True)` and JSON."""

@@ -6,7 +6,6 @@ B batch, F mel bands, T frames, D width, K logits.
 from __future__ import annotations
 
 import hashlib
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -26,20 +25,17 @@ from models.encoders import activation
 from models.method import Methods, Step
 
 
-def full_precision(tensor: Tensor) -> AbstractContextManager:
+def full_precision(tensor: Tensor) -> torch.autocast:
     """Context without autocast: conditioner and head are tiny, and 1 + dg in bf16 would round away
-    every |dg| below 2^-8. An exported program, which files cannot hold such a context of, has none:
-    it computes in float32."""
-    if getattr(torch.compiler, "is_exporting", bool)():  # torch 2.4 has none
-        return nullcontext()
+    every |dg| below 2^-8."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 class Head(nn.Sequential):
     """LN, Dropout, Linear D -> hidden, act, Dropout, Linear hidden -> K (PyTorch's default start).
 
-    With `head_hidden_dim: 0` LN, Dropout, Linear D -> K. Width 64 and dropout 0.4 are the
-    authors' in FiLM, TAFiLM and SoftFiLM.
+    With `head_hidden_dim: 0` LN, Dropout, Linear D -> K. Width-64 hidden layer and dropout 0.4 are
+    the paper's.
     """
 
     def __init__(self, config: ModelConfig, dim: int, n_outputs: int):

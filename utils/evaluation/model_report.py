@@ -6,9 +6,10 @@ On the data it was trained with, the metrics of the test part are those of the r
 from __future__ import annotations
 
 import pandas as pd
+import torch
 
 from utils.evaluation.baselines import baseline_reports
-from utils.evaluation.metadata_test import metadata_test
+from utils.evaluation.metadata_test import metadata_test, shuffle_metadata
 from utils.evaluation.report import Baseline, Report, evaluate_predictions, read_report
 from utils.evaluation.trained_model import TrainedModel
 from utils.metrics.predictions import read_predictions
@@ -34,13 +35,16 @@ def report_on(
         synthetic=model.synthetic,
     )
     report.origin, report.notes = model.origin(split), notes(model, split)
-    if split == "test":
+    if split == "test" and not model.corpus_file:
         report.baselines = baselines_of(model)
-    if with_metadata_test and model.is_conditioned:
-        rows = model.rows(split)
+    rows = model.rows(split)
+    table = model.data.table.iloc[rows]
+    if with_metadata_test and model.is_conditioned and not shuffling_matters(model, table):
+        report.notes.append("NO PERMUTATION TEST: another patient's metadata look the same here.")
+    elif with_metadata_test and model.is_conditioned:
         report.metadata_test = metadata_test(
             lambda metadata: map(model.task.probabilities, model.predictor.under(rows, metadata)),
-            model.data.table.iloc[rows],
+            table,
             model.statistics.transform,
             model.task,
             model.thresholds,
@@ -48,9 +52,18 @@ def report_on(
     return report, frame
 
 
+def shuffling_matters(model: TrainedModel, table: pd.DataFrame) -> bool:
+    """Whether metadata of another patient differ for the model in any of these cycles."""
+    real, other = map(model.statistics.transform, (table, shuffle_metadata(table, 0)))
+    return any(not torch.equal(getattr(real, name), getattr(other, name)) for name in vars(real))
+
+
 def notes(model: TrainedModel, split: str) -> list[str]:
     """What must be said before metrics of this part are read."""
     out = []
+    if model.corpus_file:
+        unknown = model.unknown_metadata(model.rows(split)) if model.is_conditioned else ""
+        return [unknown] if unknown else []
     if split in ("train", "all"):
         seen = len(model.data.split.train)
         out.append(

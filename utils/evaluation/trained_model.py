@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch, Metadata
+from data.cycle_table import SCALAR_COLUMNS
 from data.frontend import AudioFrontend
 from data.loader import Cycles
 from data.splits import Split
@@ -54,6 +55,7 @@ class TrainedModel:
     Args:
         path: where it was read; checkpoint: its content.
         data_folder: read instead of the folder that the checkpoint names.
+        corpus_file: YAML whose section `dataset` names another corpus to judge the model on.
         device: auto | cpu | cuda; None: as configured.
         batch_size: cycles per forward pass; None: as configured. Another one, like another device,
             changes the logits by rounding.
@@ -65,15 +67,17 @@ class TrainedModel:
         checkpoint: Checkpoint,
         *,
         data_folder: str | None = None,
+        corpus_file: str | Path | None = None,
         device: str | None = None,
         batch_size: int | None = None,
     ):
         self.path, self.checkpoint = Path(path), checkpoint
-        self.config = checkpoint.config_to_read(data_folder)
+        self.config = checkpoint.config_to_read(data_folder, corpus_file)
         self.task = self.config.task
         self.selection = Selection(checkpoint.selection)
         self.thresholds = checkpoint.thresholds
-        self.other_folder = data_folder is not None
+        self.corpus_file = corpus_file and Path(corpus_file)
+        self.other_folder = data_folder is not None or corpus_file is not None
         self.batch_size = batch_size or self.config.dataset.batch_size
         self._device = device or self.config.training.device
 
@@ -101,6 +105,8 @@ class TrainedModel:
             f"; {config.dataset.split_strategy} split, seed {config.training.seed}, epoch "
             f"{checkpoint.epoch + 1} of {config.training.epochs}, saved {saved:%Y-%m-%d %H:%M}"
         )
+        if self.corpus_file:
+            text += f"; judged on {config.dataset.name} {', '.join(config.dataset.folders)}"
         return textwrap.fill(text, 100, subsequent_indent="  ")
 
     # ---------------------------------------------------------------- without data
@@ -161,17 +167,17 @@ class TrainedModel:
     def corpus(self) -> tuple[pd.DataFrame, Split]:
         """Cycle table and split, without opening any sound."""
         folder = self.config.dataset.data_folder
-        if not Path(folder).is_dir():
+        if not Path(folder).exists():
             raise UserError(
                 f"the data folder {folder} of the checkpoint does not exist; "
                 "name it with --data-folder DIR"
             )
-        return build_split(self.config)
+        return build_split(self.config, judged=self.corpus_file is not None)
 
     @cached_property
     def data(self) -> Cycles:
         """The cycles, encoded with the checkpoint's statistics."""
-        return build_data(self.config, self.statistics)
+        return build_data(self.config, self.statistics, judged=self.corpus_file is not None)
 
     @cached_property
     def predictor(self) -> Predictor:
@@ -188,12 +194,18 @@ class TrainedModel:
         if split == "all":
             return np.sort(np.concatenate([parts.train, parts.val, parts.test]))
         rows = getattr(parts, split)
+        if not len(rows) and self.corpus_file:
+            raise UserError(f"{self.corpus_file} has no {split} part; evaluate --split all")
         if not len(rows):
             raise UserError(
                 f"{self.path} was trained with training.selection={self.selection.value}, "
                 f"which has no {split} part; evaluate another --split"
             )
         return rows
+
+    def default_part(self) -> str:
+        """`test`; `all` of another corpus that has no test part."""
+        return "all" if self.corpus_file and not len(self.data.split.test) else "test"
 
     def predictions(self, split: str) -> pd.DataFrame:
         """Predictions table of a part, decided by the checkpoint's thresholds."""
@@ -216,6 +228,8 @@ class TrainedModel:
 
     def other_data(self) -> str:
         """How the data differ from what the run saw, by their counts; empty: not at all."""
+        if self.corpus_file:
+            return self._other_corpus()
         then, now = self.checkpoint.counts, count_parts(self.data)
         parts = [
             f"{part} {then[part]['cycles']:,} cycles of {then[part]['patients']} patients then, "
@@ -229,6 +243,33 @@ class TrainedModel:
             f"OTHER DATA: {self.config.dataset.data_folder} is not what the run was made with "
             f"({'; '.join(parts)}). A patient of this test part may have been in training."
         )
+
+    def _other_corpus(self) -> str:
+        dataset, trained = self.config.dataset, self.checkpoint.counts["train"]
+        text = (
+            f"OTHER CORPUS: trained on {trained['cycles']:,} cycles of {trained['patients']} "
+            f"patients of {self.checkpoint.config['dataset'].get('name', 'icbhi')}, judged on "
+            f"{dataset.name} {', '.join(dataset.folders)}."
+        )
+        known = self.checkpoint.fingerprint.get("recordings", {})
+        shared = len(set(self.data.table["Filename"].unique()) & known.keys())
+        if shared:
+            text += (
+                f" {shared} recordings have names of the run's own: they may have been trained on."
+            )
+        return text
+
+    def unknown_metadata(self, rows: np.ndarray) -> str:
+        """What a model that sees metadata does not know of the given rows; empty: nothing."""
+        table = self.data.table.iloc[rows]
+        parts = [f"{name} ({n:,} cycles)" for name, n in self.statistics.unseen(table).items()]
+        missing = {name: int(table[name].isna().sum()) for name in SCALAR_COLUMNS}
+        medians = dict(zip(SCALAR_COLUMNS, self.statistics.medians, strict=True))
+        text = f"UNKNOWN METADATA: not seen in training: {', '.join(parts)}." if parts else ""
+        filled = [f"{k} ({n:,} cycles, {medians[k]:g})" for k, n in missing.items() if n]
+        if filled:
+            text += f" MISSING METADATA: training median instead: {', '.join(filled)}."
+        return text.strip()
 
     def partial_message(self) -> str:
         """Everything that makes the metrics incomparable with those on the whole database."""

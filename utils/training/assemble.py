@@ -36,10 +36,18 @@ from utils.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def build_split(config: RunConfig) -> tuple[pd.DataFrame, Split]:
-    """Cycle table and split of a run, without opening any sound."""
+def build_split(config: RunConfig, *, judged: bool = False) -> tuple[pd.DataFrame, Split]:
+    """Cycle table and split of a run, without opening any sound.
+
+    Args:
+        judged: nothing is trained on this corpus: `test` is its own test part, which may be
+            empty, and `train` stands for every other cycle.
+    """
     dataset = config.dataset
     table = read_corpus(dataset)
+    if judged:
+        test = (table["Split"] == "test").to_numpy()
+        return table, Split(np.flatnonzero(~test), np.zeros(0, np.int64), np.flatnonzero(test))
     split = split_cycles(
         table,
         strategy=dataset.split_strategy,
@@ -53,14 +61,17 @@ def build_split(config: RunConfig) -> tuple[pd.DataFrame, Split]:
     return table, split
 
 
-def build_data(config: RunConfig, statistics: MetadataStatistics | None = None) -> Cycles:
+def build_data(
+    config: RunConfig, statistics: MetadataStatistics | None = None, *, judged: bool = False
+) -> Cycles:
     """Cycle table, split, metadata and waveforms of a run.
 
     Args:
         statistics: those of a checkpoint; None fits them on the training part.
+        judged: as for `build_split`.
     """
     dataset = config.dataset
-    table, split = build_split(config)
+    table, split = build_split(config, judged=judged)
     corpus, ready_made = CORPORA[dataset.name], dataset.ready_made
     if not ready_made:
         store, split = _waveforms(config, table, split)
@@ -105,6 +116,11 @@ def _spectrograms(
     store = SpectrogramStore.of(table)
     if store.shape != (dataset.h, dataset.w):
         h, w = store.shape
+        if statistics.level is not None:
+            raise UserError(
+                f"the model takes spectrograms of {dataset.h} x {dataset.w}, those of "
+                f"{dataset.data_folder} are {h} x {w}; give it a corpus of its own size"
+            )
         raise UserError(
             f"dataset.h={dataset.h} and dataset.w={dataset.w} cannot be: the spectrograms of "
             f"{dataset.data_folder} are {h} x {w}; set dataset.h={h} dataset.w={w}"

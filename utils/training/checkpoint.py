@@ -11,20 +11,25 @@ import platform
 import subprocess
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 import torch
+from omegaconf import OmegaConf
 
+from data.config import DatasetConfig
 from data.statistics import MetadataStatistics
 from models.build import ConditionedAST
 from utils.common.errors import UserError
 from utils.common.files import atomic_write
+from utils.config.merge import read_yaml
 from utils.config.schema import RunConfig, config_from_dict
 from utils.training.build import build_model
 
+#: Keys of `dataset` that belong to a model, whatever corpus it is judged on.
+OF_MODEL = ("class_split", "split_strategy", "n_cls", "batch_size", "h", "w")
 FORMAT = "metadata-conditioned-ast"
 VERSION = 1
 
@@ -74,7 +79,9 @@ class Checkpoint:
         """The configuration, checked against today's schema."""
         return config_from_dict(self.config)
 
-    def config_to_read(self, data_folder: str | None = None) -> RunConfig:
+    def config_to_read(
+        self, data_folder: str | None = None, corpus_file: str | Path | None = None
+    ) -> RunConfig:
         """The configuration to read data with; it makes no file where the checkpoint's author says.
 
         A checkpoint may come from anyone: its metadata file and its cache are taken where they
@@ -82,17 +89,37 @@ class Checkpoint:
 
         Args:
             data_folder: read instead of the configured one, to which the metadata file belongs.
+            corpus_file: YAML whose section `dataset` names another corpus. What the model takes
+                and gives (audio settings, spectrogram size, classes) stays the checkpoint's.
+
+        Raises:
+            UserError: corpus_file is faulty, or gives audio to a model of ready-made spectrograms
+                or the other way round.
         """
         config = self.run_config()
+        if corpus_file is not None:
+            config.dataset = self._dataset_of(corpus_file, config.dataset)
         dataset = config.dataset
         if data_folder is not None:
             dataset.data_folder = data_folder
         metadata = dataset.cycle_metadata_path
         if data_folder is not None or not (metadata and Path(metadata).is_file()):
             dataset.cycle_metadata_path = None
-        if not Path(dataset.cache_dir).is_dir():
+        if corpus_file is None and not Path(dataset.cache_dir).is_dir():
             dataset.cache_dir = RunConfig().dataset.cache_dir
         return config
+
+    def _dataset_of(self, file: str | Path, own: DatasetConfig) -> DatasetConfig:
+        """Section `dataset` of a YAML file with what the model takes and gives."""
+        content = OmegaConf.to_container(read_yaml(file))
+        sections = {k: v for k, v in content.items() if k not in ("models", "methods")}
+        variant = next(iter(self.config["models"]))
+        given = config_from_dict(sections, variant=variant, interpolate=True).dataset
+        if own.ready_made != given.ready_made:
+            kinds = (one.ready_made for one in (own, given))
+            takes, has = ("ready-made spectrograms" if kind else "audio" for kind in kinds)
+            raise UserError(f"the model of {self.run} takes {takes}, and {file} holds {has}")
+        return replace(given, **{k: getattr(own, k) for k in OF_MODEL})
 
     def metadata_statistics(self) -> MetadataStatistics:
         """The training cycles' statistics, for encoding any other cycles in the same way."""
