@@ -106,7 +106,13 @@ class Job:
         beside = self.options.annotation or file.with_suffix(".txt")
         if not (self.options.annotation or beside.is_file()):
             return {}
-        return {"annotation" if self.options.windows else "cycles": read_annotation(beside)}
+        try:
+            return {"annotation" if self.options.windows else "cycles": read_annotation(beside)}
+        except UserError as error:
+            if not self.options.windows:
+                raise
+            logger.warning("%s; it is not drawn", error)
+            return {}
 
 
 def line(prediction: Prediction) -> str:

@@ -333,19 +333,22 @@ def _notes(
     else:
         if missing := [name for name in NAMES if name not in known]:
             notes.append(f"{' and '.join(missing)} unknown")
-        for name in NUMBERS.keys() - known.keys():
-            median = statistics.medians[SCALARS.index(name)]
-            notes.append(f"{name} unknown: {median:g}, training's median, stands in")
+        for name in NUMBERS:
+            if name not in known:
+                median = statistics.medians[SCALARS.index(name)]
+                notes.append(f"{name} unknown: the training median {median:g} is used")
         for name, names, counts in (
             ("device", statistics.devices, statistics.device_counts),
             ("site", statistics.sites, statistics.site_counts),
         ):
             if name in known and not counts[names.index(known[name])]:
-                notes.append(f"{name} {known[name]} was not in training: as good as unknown")
+                notes.append(f"{name} {known[name]} does not occur in training: treated as unknown")
         if not duration:
-            notes.append("a window's duration is no breath's: unknown to the model (z = 0)")
-    if (longer := int((np.diff(spans)[:, 0] > audio.clip_seconds * stream.sample_rate).sum())) > 0:
-        notes.append(f"{longer} cycles are cut to the {audio.clip_seconds:g} s that it hears")
+            notes.append("a window's duration is not a breath's: unknown to the model (z = 0)")
+    longer = int((np.diff(spans)[:, 0] > audio.clip_seconds * stream.sample_rate).sum())
+    if longer:
+        heard = f"the model hears their first {audio.clip_seconds:g} s"
+        notes.append(f"{longer} cycles are too long: {heard}")
     if stream.channels > 1:
         notes.append(f"mean of {stream.channels} channels")
     if stream.resampler != audio.resampler:
