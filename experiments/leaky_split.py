@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import table
+from experiments.planted_effect import REMARKS
 from models.registry import VARIANTS
 from utils.common.cli import command
 from utils.common.files import write_text
@@ -167,7 +168,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = {split: describe(config) for split, config in configs.items()}
     revision = reports["official"][0].revision
     head = f"# Leaky split, {date.today()}\n\n`python -m experiments.leaky_split {shown}`, "
-    write_text(options.output, to_markdown(reports, sizes, head + f"code revision {revision}."))
+    text = to_markdown(reports, sizes, head + f"code revision {revision}.")
+    old = options.output.read_text(encoding="utf-8") if options.output.is_file() else ""
+    write_text(options.output, f"{text}\n{REMARKS}\n{old.partition(REMARKS)[2].lstrip()}")
     print(f"wrote {options.output}")
 
 
