@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from utils.common.settings import MAX_SEED, MAX_SIZE, setting
+from utils.common.errors import UserError
+from utils.common.settings import MAX_SEED, MAX_SIZE, check_section, setting
 
 CORPORA = ("icbhi", "manifest", "sprsound", "spectrograms")
 #: What a part's cycles are for; official: its own halves.
@@ -134,3 +139,23 @@ class AugmentConfig:
     time_mask_width: int = setting(160, low=1, high=MAX_SIZE)  # frames, exclusive upper bound
     # zero | mean (of the clip's own spectrogram), after normalisation
     mask_value: str = setting("zero", choices=("zero", "mean"))
+
+
+def read_dataset(file: str | Path, overrides: Sequence[str] = ()) -> DatasetConfig:
+    """Section `dataset` of a YAML file, for commands that need no other; overrides: `key=value`.
+
+    Raises:
+        UserError: no such file, an unknown key, a missing or wrong value.
+    """
+    try:
+        own = OmegaConf.create({"dataset": OmegaConf.structured(DatasetConfig)})
+        given = {"dataset": OmegaConf.load(file).get("dataset") or {}}
+        merged = OmegaConf.merge(own, given, OmegaConf.from_dotlist(list(overrides))).dataset
+        if merged.parts:
+            merged.data_folder = "several corpora"
+        dataset = OmegaConf.to_object(merged)
+    except (OSError, ValueError, AttributeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the section dataset of {file} cannot be read: {reason}") from None
+    check_section(dataset, "dataset")
+    return dataset

@@ -1,9 +1,11 @@
-"""What a folder of ICBHI recordings holds, what is missing, and what is wrong with it.
+"""What a corpus holds, what is missing, and what is wrong with it.
 
-    python -m data.inspect --data-folder DIR
+    python -m data.inspect --data-folder DIR                           ICBHI
+    python -m data.inspect --corpus FILE.yaml [dataset.key=value ...]  any (configs/corpora/)
 
-Prints counts by split, class, device and site, durations, missing metadata, the traps of the
-split and every problem found; exit status 1 when there are problems, 2 when nothing can be read.
+Prints counts by part, class, device and site, durations, sampling rates, missing metadata, the
+traps of the split and every problem found; exit status 1 when there are problems, 2 when nothing
+can be read. `python -m utils.figures.data_overview` draws the same.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,10 @@ import pandas as pd
 import soundfile
 from tqdm import tqdm
 
-from data.corpora.icbhi import completeness, find_recordings, read_cycles
+from data.config import DatasetConfig, read_dataset
+from data.corpora import CORPORA, read_corpus
+from data.corpora.icbhi import find_recordings, read_cycles
+from data.corpora.spectrograms import SpectrogramStore
 from data.cycle_table import classes_of
 from data.splits import patients_in_both_halves, split_cycles
 from data.store import StorePlan
@@ -28,70 +34,70 @@ from data.task import CLASSES
 from utils.common.cli import command
 from utils.common.errors import UserError
 
-WIDTH = 100  # columns of the text
-PARTS = ("train", "test")
+WIDTH = 100  # columns of the report
+PARTS = ("train", "val", "test")
 _SHOWN = 50  # problems that are printed
 
-WIDTH = 100  # columns of the report
 
-
-def inspect_folder(data_folder: str | Path) -> tuple[pd.DataFrame, list[str]]:
-    """Read as much of the folder as can be read.
+def inspect_corpus(dataset: DatasetConfig) -> tuple[pd.DataFrame, list[str]]:
+    """Read as much of a corpus as can be read; of ICBHI the annotations are enough.
 
     Returns:
         the cycle table of the recordings without fault, and one sentence per problem.
 
     Raises:
-        UserError: there is no folder, no table or no usable recording at all.
+        UserError: no usable recording at all, or a faulty row of a manifest.
     """
     problems: list[str] = []
-    folder = Path(data_folder)
-    has_audio = folder.is_dir() and bool(find_recordings(folder, lambda problem: None)[0])
-    table = read_cycles(folder, require_audio=has_audio, report=problems.append)
-    if has_audio:
-        plan = StorePlan.of(table, 16000, "soxr_hq")
-        for number in tqdm(range(len(plan.recordings)), "decode", disable=None, ncols=WIDTH):
-            try:
-                silent = cut_cycles(plan.job(number))[1]
-            except UserError as error:
-                problems.append(str(error))
-                continue
-            if silent:
-                problems.append(
-                    f"{plan.recordings[number]}: {silent} cycles are silent throughout, which "
-                    "training takes as they are; get the recording again or remove them"
-                )
+    folder = Path(dataset.data_folder)
+    annotated = dataset.name == "icbhi" and folder.is_dir()
+    if annotated and not find_recordings(folder, lambda problem: None)[0]:
+        return read_cycles(folder, require_audio=False, report=problems.append), problems
+    table = read_corpus(replace(dataset, cycle_metadata_path=None), problems.append)
+    if dataset.ready_made:
+        SpectrogramStore.of(table).level(np.arange(len(table)))  # refuses what is not finite
+        return table, problems
+    plan = StorePlan.of(table, 16000, "soxr_hq")
+    for number in tqdm(range(len(plan.recordings)), "decode", disable=None, ncols=WIDTH):
+        try:
+            silent = cut_cycles(plan.job(number))[1]
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if silent:
+            problems.append(
+                f"{plan.recordings[number]}: {silent} cycles are silent throughout, which "
+                "training takes as they are; get the recording again or remove them"
+            )
     return table, problems
 
 
-def describe(table: pd.DataFrame, problems: Sequence[str]) -> str:
-    """The whole report, lines of at most `WIDTH` columns."""
-    state = completeness(table)
-    names = ("cycles", "recordings", "patients", *CLASSES)
-    counts = [[state.counts[f"{part}_{name}"] for name in names] for part in (*PARTS, "all")]
-    by_class = pd.DataFrame(counts, ["official train", "official test", "all"], names)
-    d = table["Duration"].to_numpy()
-    low, median, high = np.percentile(d, (5, 50, 95))
-    columns = ["Age", "Sex", "BMI", "CW", "CH", "Disease", "BMIDerived"]
+def describe(
+    table: pd.DataFrame, problems: Sequence[str], dataset: DatasetConfig | None = None
+) -> str:
+    """The whole report, lines of at most `WIDTH` columns; dataset: None for ICBHI."""
+    dataset = dataset or DatasetConfig()
+    state = CORPORA[dataset.name].completeness(table)
+    complete = "Complete: all counts are those of the whole corpus."
+    if dataset.name == "manifest":
+        complete = f"A manifest, {dataset.data_folder}."
+    columns = ["Device", "AuscLoc", "Age", "Sex", "BMI", "CW", "CH", "Disease", "BMIDerived"]
     missing = pd.DataFrame({"cycles": table[columns].isna().sum()})
     missing["patients"] = [table.loc[table[name].isna(), "PID"].nunique() for name in columns]
     listed = [f"- {problem}" for problem in problems[:_SHOWN]]
     if len(problems) > _SHOWN:
         listed.append(f"- and {len(problems) - _SHOWN} more")
+    halves = {f"official {p}": table[table["Split"] == p] for p in _parts_of(table) if p}
     sections = {
-        "": state.message or "Complete: all counts are those of the ICBHI 2017 database.",
-        "Cycles by part and class": _text(by_class),
+        "": state.message or complete,
+        "Cycles by part and class": _by_class({**halves, "all": table}),
         "Cycles by device": _by_value(table, "Device"),
         "Cycles by auscultation site": _by_value(table, "AuscLoc"),
-        "Cycle length": (
-            f"min {d.min():.3f}, 5 % {low:.3f}, median {median:.3f}, mean {d.mean():.2f}, "
-            f"95 % {high:.3f}, max {d.max():.3f} s\n"
-            f"{(d > 10).sum()} cycles are longer than 10 s; {d.sum() / 3600:.2f} h in total"
-        ),
+        "Cycle length": _lengths(table["Duration"].dropna().to_numpy()),
         "Missing metadata": _text(missing),
-        "Recordings": _audio(table),
+        "Recordings": _spectrograms(table) if dataset.ready_made else _audio(table),
         "Traps of the split": "\n".join(f"- {trap}" for trap in traps(table)),
-        "Parts under the default protocol": _parts(table),
+        f"Parts under the {dataset.split_strategy} split": _parts(table, dataset),
         "Problems": "\n".join(listed) or "none found",
     }
     blocks = (f"{title}\n{'-' * len(title)}\n{text}".lstrip() for title, text in sections.items())
@@ -101,7 +107,10 @@ def describe(table: pd.DataFrame, problems: Sequence[str]) -> str:
 def traps(table: pd.DataFrame) -> list[str]:
     """Sentences on what makes this split easy to misread."""
     found = ["No patient is in both halves."]
+    halves = _parts_of(table)
     test = table[table["Split"] == "test"]
+    if halves == [""]:
+        found = ["The corpus names no halves; set dataset.split_strategy to random or foldwise."]
     if both := patients_in_both_halves(table):
         shared = int(test["PID"].isin(both).sum())
         found = [
@@ -109,8 +118,8 @@ def traps(table: pd.DataFrame) -> list[str]:
             f"test cycles); split_strategy official_disjoint leaves {len(test) - shared:,}."
         ]
     abnormal = classes_of(table) > 0
-    for device in sorted(table["Device"].dropna().unique()):
-        rows = [((table["Device"] == device) & (table["Split"] == part)) for part in PARTS]
+    for device in sorted(table["Device"].dropna().unique()) if len(halves) > 1 else ():
+        rows = [((table["Device"] == device) & (table["Split"] == p)) for p in ("train", "test")]
         train, test = (int(part.sum()) for part in rows)
         if (train == 0) != (test == 0):
             empty = "train" if train == 0 else "test"
@@ -126,22 +135,62 @@ def traps(table: pd.DataFrame) -> list[str]:
     single = (table.groupby("PID")["Device"].nunique() == 1).sum()
     patients = table.drop_duplicates("PID")
     pairs = patients.dropna(subset=["Age", "BMIDerived"]).groupby(["Age", "BMIDerived"]).size()
+    own = (pairs == 1).sum() > len(patients) / 2
+    nearly = ": metadata is nearly a patient id" if own else ""
     found.append(
         f"{single} of {len(patients)} patients have one device only and {(pairs == 1).sum()} have "
-        "an (age, BMI) pair of their own: metadata is nearly a patient id."
+        f"an (age, BMI) pair of their own{nearly}."
     )
     return found
 
 
+def _parts_of(table: pd.DataFrame) -> list[str]:
+    """The halves that a table names, in order; [""] where it names none."""
+    return [part for part in PARTS if (table["Split"] == part).any()] or [""]
+
+
+def _by_class(groups: dict[str, pd.DataFrame]) -> str:
+    rows = {
+        name: [
+            *(len(part), part["Filename"].nunique(), part["PID"].nunique()),
+            *np.bincount(classes_of(part), minlength=len(CLASSES)),
+        ]
+        for name, part in groups.items()
+    }
+    names = ["cycles", "recordings", "patients", *CLASSES]
+    return _text(pd.DataFrame.from_dict(rows, orient="index", columns=names))
+
+
 def _by_value(table: pd.DataFrame, column: str) -> str:
-    table = table.assign(abnormal=100.0 * (classes_of(table) > 0))
-    frame = pd.DataFrame(index=sorted(table[column].dropna().unique()))
-    for part in PARTS:
+    table = table.assign(
+        abnormal=100.0 * (classes_of(table) > 0), **{column: table[column].fillna("unknown")}
+    )
+    frame = pd.DataFrame(index=sorted(table[column].unique(), key=lambda x: (x == "unknown", x)))
+    for part in _parts_of(table):
         groups = table[table["Split"] == part].groupby(column)
         for name, counts in (("cycles", groups.size()), ("patients", groups["PID"].nunique())):
-            frame[f"{part} {name}"] = counts.reindex(frame.index, fill_value=0)
-        frame[f"{part} abn. %"] = groups["abnormal"].mean()
+            frame[f"{part} {name}".strip()] = counts.reindex(frame.index, fill_value=0)
+        frame[f"{part} abn. %".strip()] = groups["abnormal"].mean()
     return _text(frame)
+
+
+def _lengths(d: np.ndarray) -> str:
+    if not len(d):
+        return "not given"
+    low, median, high = np.percentile(d, (5, 50, 95))
+    return (
+        f"min {d.min():.3f}, 5 % {low:.3f}, median {median:.3f}, mean {d.mean():.2f}, "
+        f"95 % {high:.3f}, max {d.max():.3f} s\n"
+        f"{(d > 10).sum()} cycles are longer than 10 s; {d.sum() / 3600:.2f} h in total"
+    )
+
+
+def _spectrograms(table: pd.DataFrame) -> str:
+    arrays = SpectrogramStore.of(table).arrays
+    return "\n".join(
+        f"{len(a):>5}  spectrograms of {a.shape[1]} bands x {a.shape[2]} frames, {a.dtype}"
+        for a in arrays
+    )
 
 
 def _audio(table: pd.DataFrame) -> str:
@@ -157,18 +206,20 @@ def _audio(table: pd.DataFrame) -> str:
     return "\n".join(lines) or "no audio here: annotations only"
 
 
-def _parts(table: pd.DataFrame) -> str:
+def _parts(table: pd.DataFrame, dataset: DatasetConfig) -> str:
     try:
-        split = split_cycles(table)
+        split = split_cycles(
+            table,
+            strategy=dataset.split_strategy,
+            test_fold=dataset.test_fold,
+            split_seed=dataset.split_seed,
+            test_fraction=dataset.test_fraction,
+            val_fraction=dataset.val_fraction,
+            val_seed=dataset.val_seed,
+        )
     except UserError as error:
         return str(error)
-    rows = {}
-    for name in ("train", "val", "test"):
-        part = table.iloc[getattr(split, name)]
-        classes = np.bincount(classes_of(part), minlength=len(CLASSES))
-        rows[name] = [len(part), part["PID"].nunique(), *classes]
-    columns = ["cycles", "patients", *CLASSES]
-    return _text(pd.DataFrame.from_dict(rows, orient="index", columns=columns))
+    return _by_class({name: table.iloc[getattr(split, name)] for name in PARTS})
 
 
 def _text(frame: pd.DataFrame) -> str:
@@ -186,11 +237,23 @@ def _wrapped(text: str) -> str:
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 1 when there are problems."""
-    parser = argparse.ArgumentParser(prog="python -m data.inspect", description=__doc__)
-    parser.add_argument("--data-folder", required=True, help="recordings, annotations, tables")
+    parser = argparse.ArgumentParser(
+        prog="python -m data.inspect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--data-folder", metavar="DIR", help="of ICBHI: recordings, annotations, tables"
+    )
+    what.add_argument("--corpus", metavar="FILE.yaml", help="any corpus, by the section dataset")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dataset.data_folder=DIR")
     options = parser.parse_args(arguments)
-    table, problems = inspect_folder(options.data_folder)
-    print(describe(table, problems))
+    dataset = DatasetConfig(data_folder=options.data_folder)
+    if options.corpus:
+        dataset = read_dataset(options.corpus, options.overrides)
+    table, problems = inspect_corpus(dataset)
+    print(describe(table, problems, dataset))
     return 1 if problems else 0
 
 

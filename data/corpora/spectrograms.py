@@ -8,7 +8,7 @@ replaced, waveform augmentation is off, SpecAugment stays.
     python -m data.corpora.spectrograms --from DIR --output DIR
 
 unpacks a folder that holds the array xz-compressed (`*.npy.xz`, uint8 levels of 80 dB below the
-cycle's maximum) with an `index.csv` into such a corpus.
+cycle's maximum) with an `index.csv` into such a corpus, and writes its configuration, corpus.yaml.
 """
 
 from __future__ import annotations
@@ -38,7 +38,22 @@ from utils.common.cli import command
 from utils.common.errors import UserError
 from utils.common.files import atomic_write, write_text
 
-ARRAY, MANIFEST = "spectrograms.npy", "manifest.csv"
+ARRAY, MANIFEST, YAML = "spectrograms.npy", "manifest.csv", "corpus.yaml"
+CONFIGURATION = """\
+# Ready-made spectrograms of {bands} bands x {frames} frames; stack it on a variant's configuration.
+dataset:
+  name: spectrograms
+  data_folder: {folder}
+  cycle_metadata_path: null
+  allow_shared_patients: true   # said wherever there are any
+  h: {bands}
+  w: {frames}
+
+models:
+  "*":
+    input_fdim: {bands}
+    input_tdim: {frames}
+"""
 REQUIRED = ("row", "crackle", "wheeze", "patient")
 
 
@@ -220,10 +235,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="corpus folder to write")
     options = parser.parse_args(arguments)
     folder = unpack(options.source, options.output)
-    shape = open_array(folder).shape
-    print(f"wrote {folder}: {shape[0]} cycles of {shape[1]} bands x {shape[2]} frames; train with")
-    print(f"  dataset.name=spectrograms dataset.data_folder={folder}", end=" ")
-    print(f"dataset.h={shape[1]} dataset.w={shape[2]} dataset.allow_shared_patients=true")
+    bands, frames = open_array(folder).shape[1:]
+    write_text(folder / YAML, CONFIGURATION.format(folder=folder, bands=bands, frames=frames))
+    print(f"wrote {folder}; stack {folder / YAML} on a variant's configuration to train on it")
 
 
 if __name__ == "__main__":

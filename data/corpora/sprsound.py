@@ -103,8 +103,10 @@ def completeness(table: pd.DataFrame) -> Completeness:
     events, children = counts["all_cycles"], counts["all_patients"]
     if (events, children) == (FULL_COUNTS["events"], FULL_COUNTS["patients"]):
         return Completeness(False, "", counts)
+    more = events > FULL_COUNTS["events"]  # the test part of 2023 came later
     message = (
-        f"PARTIAL DATA: {events:,} of {FULL_COUNTS['events']:,} SPRSound events, "
+        f"{'NOT THE 2022 RELEASE' if more else 'PARTIAL DATA'}: "
+        f"{events:,} of {FULL_COUNTS['events']:,} SPRSound events, "
         f"{children} of {FULL_COUNTS['patients']} children; not comparable"
     )
     return Completeness(True, message, counts)

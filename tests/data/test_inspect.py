@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 import soundfile
 
+from data.config import DatasetConfig
 from data.corpora.icbhi import read_cycles
-from data.inspect import describe, inspect_folder, main, traps
+from data.inspect import describe, inspect_corpus, main, traps
 
 STEM = "101_1b1_Al_sc_Meditron"
+
+
+def inspect_folder(folder):
+    return inspect_corpus(DatasetConfig(data_folder=str(folder)))
 
 
 def report(folder) -> str:
@@ -118,3 +123,45 @@ def test_nothing_to_inspect(tmp_path, caplog):
     (tmp_path / "empty").mkdir()
     assert main(["--data-folder", str(tmp_path / "empty")]) == 2
     assert "https://" in caplog.text  # where the tables come from
+
+
+def test_a_manifest_without_halves(tmp_path, capsys):
+    rows = ["file,start,end,crackle,wheeze,patient,device"]
+    for number in range(6):
+        noise = np.random.default_rng(number).normal(0, 0.1, 8000)
+        soundfile.write(tmp_path / f"{number}.wav", noise, 4000)
+        rows += [f"{number}.wav,{i},{i + 1},{i},{number & 1},{number},Eko" for i in (0, 1)]
+    (tmp_path / "cycles.csv").write_text("\n".join([*rows[:-1], rows[-1][:-3]]) + "\n")
+    words = [f"dataset.data_folder={tmp_path / 'cycles.csv'}", "dataset.split_strategy=random"]
+    assert main(["--corpus", "configs/corpora/manifest.yaml", *words]) == 0
+    out = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "all 12 6 6 3 3 3 3" in out
+    assert out[out.index("Cycles by device") + 3 :][:2] == ["Eko 11 6 72.7", "unknown 1 1 100.0"]
+    assert "Device 1 1" in out and "BMI 12 6" in out
+    assert "- The corpus names no halves; set dataset.split_strategy to random or foldwise." in out
+    parts = out[out.index("Parts under the random split") + 3 :][:3]
+    assert [line.split()[0] for line in parts] == ["train", "val", "test"]
+    assert sum(int(line.split()[1]) for line in parts) == 12
+
+
+def test_a_wrong_key_of_a_corpus_is_said(tmp_path, caplog):
+    file = tmp_path / "corpus.yaml"
+    for text in ("dataset:\n  folder: x\n", "dataset:\n  name: sprsound\n", "dataset: [\n"):
+        file.write_text(text)
+        assert main(["--corpus", str(file)]) == 2
+        assert f"the section dataset of {file} cannot be read" in caplog.messages[-1]
+        assert "\n" not in caplog.messages[-1]
+
+
+@pytest.mark.real
+def test_several_real_corpora(icbhi_root, capsys, monkeypatch):
+    children = icbhi_root.parent / "sprsound"
+    if not children.is_dir():
+        pytest.skip("the SPRSound sample is not there")
+    monkeypatch.setenv("ICBHI", str(icbhi_root / "recordings"))
+    monkeypatch.setenv("SPRSOUND", str(children))
+    assert main(["--corpus", "configs/corpora/icbhi_and_sprsound.yaml"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "SEVERAL CORPORA: icbhi as official, 470 cycles; PARTIAL DATA: 50 of 920" in out
+    assert "Yunting 411 59 22.1 0 0 -" in out
+    assert "109 8000 Hz, PCM_16" in out

@@ -1,16 +1,18 @@
 """Style, evaluation figures, learning curves, published table: what is drawn is what was given."""
 
 import re
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from data.corpora.icbhi import read_cycles
 from data.task import Task
 from utils.common.errors import UserError
 from utils.evaluation.published import PEOPLE, TABLE, read_published, systems
-from utils.figures import style
+from utils.figures import data_overview, style
 from utils.figures.evaluation import (
     confusion_figure,
     operating_figure,
@@ -278,3 +280,16 @@ def test_physicians_are_a_line():
     lines = [line for line in axis.lines if line.get_linestyle() == "--"]
     assert [line.get_xdata()[0] for line in lines] == [47.77]
     assert any("seven senior physicians" in text.get_text() for text in axis.texts)
+
+
+def test_overview_counts_what_the_table_has(synthetic_corpus, tmp_path):
+    words = ["--data-folder", str(synthetic_corpus), "--output", str(tmp_path)]
+    with patch.object(data_overview.style, "save", wraps=data_overview.style.save) as save:
+        assert data_overview.main(words) == 0
+    figure, table = save.call_args.args[0], read_cycles(synthetic_corpus)
+    bars = figure.axes[1].containers[0]  # training cycles by device
+    names = [label.get_text() for label in figure.axes[1].get_xticklabels()]
+    train = table[table["Split"] == "train"]["Device"].value_counts()
+    assert [bar.get_height() for bar in bars] == [train.get(name, 0) for name in names]
+    texts = " ".join(text.get_text() for text in figure.texts)
+    assert "SYNTHETIC" in texts and (tmp_path / "data_overview.pdf").is_file()

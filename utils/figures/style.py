@@ -40,7 +40,7 @@ def _colours(names: Sequence[str], *colours: str) -> dict[str, str]:
 
 CLASS_COLOURS = _colours((*CLASSES, "abnormal"), BLUE, ORANGE, GREEN, PURPLE, VERMILLION)
 FACTOR_COLOURS = {"device": BLUE, "site": ORANGE, "rest": GREEN}
-SPLIT_COLOURS = {"train": BLUE, "test": ORANGE}
+SPLIT_COLOURS = {"train": BLUE, "val": GREEN, "test": ORANGE, "all": GREY}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 #: Of any other values, in this order; an eighth has the first one's again.
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, VERMILLION, SKY, BLACK)
