@@ -127,7 +127,7 @@ def test_nothing_to_inspect(tmp_path, caplog):
 
 def test_a_manifest_without_halves(tmp_path, capsys):
     rows = ["file,start,end,crackle,wheeze,patient,device"]
-    for number in range(6):
+    for number in range(10):
         noise = np.random.default_rng(number).normal(0, 0.1, 8000)
         soundfile.write(tmp_path / f"{number}.wav", noise, 4000)
         rows += [f"{number}.wav,{i},{i + 1},{i},{number & 1},{number},Eko" for i in (0, 1)]
@@ -135,13 +135,13 @@ def test_a_manifest_without_halves(tmp_path, capsys):
     words = [f"dataset.data_folder={tmp_path / 'cycles.csv'}", "dataset.split_strategy=random"]
     assert main(["--corpus", "configs/corpora/manifest.yaml", *words]) == 0
     out = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "all 12 6 6 3 3 3 3" in out
-    assert out[out.index("Cycles by device") + 3 :][:2] == ["Eko 11 6 72.7", "unknown 1 1 100.0"]
-    assert "Device 1 1" in out and "BMI 12 6" in out
+    assert "all 20 10 10 5 5 5 5" in out
+    assert out[out.index("Cycles by device") + 3 :][:2] == ["Eko 19 10 73.7", "unknown 1 1 100.0"]
+    assert "Device 1 1" in out and "BMI 20 10" in out
     assert "- The corpus names no halves; set dataset.split_strategy to random or foldwise." in out
     parts = out[out.index("Parts under the random split") + 3 :][:3]
     assert [line.split()[0] for line in parts] == ["train", "val", "test"]
-    assert sum(int(line.split()[1]) for line in parts) == 12
+    assert sum(int(line.split()[1]) for line in parts) == 20
 
 
 def test_a_wrong_key_of_a_corpus_is_said(tmp_path, caplog):
