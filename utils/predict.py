@@ -347,8 +347,8 @@ def _notes(
             notes.append("a window's duration is not a breath's: unknown to the model (z = 0)")
     longer = int((np.diff(spans)[:, 0] > audio.clip_seconds * stream.sample_rate).sum())
     if longer:
-        heard = f"the model hears their first {audio.clip_seconds:g} s"
-        notes.append(f"{longer} cycles are too long: {heard}")
+        cycles = "1 cycle is" if longer == 1 else f"{longer} cycles are"
+        notes.append(f"{cycles} longer than {audio.clip_seconds:g} s: only the start is heard")
     if stream.channels > 1:
         notes.append(f"mean of {stream.channels} channels")
     if stream.resampler != audio.resampler:
