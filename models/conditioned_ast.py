@@ -34,8 +34,8 @@ def full_precision(tensor: Tensor) -> torch.autocast:
 class Head(nn.Sequential):
     """LN, Dropout, Linear D -> hidden, act, Dropout, Linear hidden -> K (PyTorch's default start).
 
-    With `head_hidden_dim: 0` LN, Dropout, Linear D -> K. Width-64 hidden layer and dropout 0.4 are
-    the paper's.
+    With `head_hidden_dim: 0` LN, Dropout, Linear D -> K. Width 64 and dropout 0.4 are the
+    authors' in FiLM, TAFiLM and SoftFiLM.
     """
 
     def __init__(self, config: ModelConfig, dim: int, n_outputs: int):
