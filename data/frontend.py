@@ -176,6 +176,13 @@ class AudioFrontend(nn.Module):
         mel = self.normalise(backend.log_mel(clip, self._warped_banks(plan)))  # [B, T, F]
         return self._fitted(self.augmentation.mask(mel, plan))
 
+    def traced(self, waveform: Tensor, length: Tensor) -> Tensor:
+        """`forward` without augmentation as one batched expression, whatever the device: what
+        torch.export takes."""
+        clip = pad_batch(waveform, length, self.clip_samples, self.audio.pad_type, self.fade)
+        energy = self._power(*self._frames(clip)) @ self.bank
+        return self._fitted(self.normalise(self._log(energy.float())))
+
     def normalise(self, mel: Tensor) -> Tensor:
         """(x - mean) / (2 std), the AST's convention."""
         return (mel - self.audio.mean) / (2 * self.audio.std)
@@ -366,6 +373,6 @@ def pad_batch(waveform: Tensor, length: Tensor, samples: int, pad_type: str, fad
         faded = (at >= samples - fade) & (n < samples)
         return torch.where(faded, clip * ramp[(samples - 1 - at).clamp(max=fade - 1)], clip)
     fades_in = (copy > 0) & (source < fade) & (n > fade)
-    fades_out = (copy < (samples - 1) // n) & (n - 1 - source < fade) & (n > fade)
+    fades_out = (copy < copy[:, -1:]) & (n - 1 - source < fade) & (n > fade)
     clip = torch.where(fades_in, clip * ramp[source.clamp(max=fade - 1)], clip)
     return torch.where(fades_out, clip * ramp[(n - 1 - source).clamp(max=fade - 1)], clip)

@@ -6,6 +6,7 @@ B batch, F mel bands, T frames, D width, K logits.
 from __future__ import annotations
 
 import hashlib
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,12 @@ from models.encoders import activation
 from models.method import Methods, Step
 
 
-def full_precision(tensor: Tensor) -> torch.autocast:
+def full_precision(tensor: Tensor) -> AbstractContextManager:
     """Context without autocast: conditioner and head are tiny, and 1 + dg in bf16 would round away
-    every |dg| below 2^-8."""
+    every |dg| below 2^-8. An exported program, which files cannot hold such a context of, has none:
+    it computes in float32."""
+    if getattr(torch.compiler, "is_exporting", bool)():  # torch 2.4 has none
+        return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
 
 
