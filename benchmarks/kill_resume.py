@@ -64,7 +64,9 @@ class Commands:
 
     def __init__(self, folder: Path, *overrides: str):
         self.folder, self.overrides = folder, overrides
-        write_corpus(folder / "corpus", patients=10, seed=0)
+        write_corpus(
+            folder / "corpus", patients=8, recordings_per_patient=2, cycles_per_recording=5
+        )
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(
             ["ast_film_soft", "utils.runs.run", "utils.figures.runs"]

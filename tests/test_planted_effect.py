@@ -131,7 +131,7 @@ def test_without_the_effect_metadata_do_not_matter(run):
 def test_the_command_keeps_finished_runs(tmp_path, monkeypatch):
     small = ["dataset.h=32", "dataset.w=32", "models.*.input_tdim=32", "audio.clip_seconds=0.5"]
     small += ["backbone.embed_dim=16", "backbone.num_heads=2"]
-    small += ["training.epochs=2", "training.warmup_epochs=1"]
+    small += ["training.epochs=1", "training.warmup_epochs=0"]
     planned = [("site", "ast", 0), ("site", "ast_softfilm", 0), ("off", "ast_softfilm", 0)]
     planned = [study.Job(*job) for job in planned]
     monkeypatch.setattr(study, "jobs", lambda fields, seeds: planned)

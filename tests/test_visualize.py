@@ -289,11 +289,3 @@ def test_log_mel_of_each_class_is_the_front_ends(synthetic_corpus, tmp_path):
 def test_log_mel_needs_recordings(caplog):
     assert run("--log-mel") == 2
     assert "--data-folder DIR" in caplog.text
-
-
-@pytest.mark.real
-def test_log_mel_of_real_recordings(icbhi_root, tmp_path):
-    assert (
-        run("--log-mel", "--data-folder", icbhi_root / "recordings", "--output-dir", tmp_path) == 0
-    )
-    assert written(tmp_path) == ["log_mel.pdf", "log_mel.png"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,22 +58,6 @@ def test_ratios_are_taken_round_by_round():
         for s in ([1.0, 2.0, 1.0], [2.0, 4.0, 3.0])
     )
     assert fast.faster(slow).times == [2.0, 2.0, 3.0]
-
-
-def test_sleep_costs_time_but_no_processor():
-    times = harness.interleave({"sleep": lambda: time.sleep(0.05)}, rounds=1, warmup=0)
-    assert times["sleep"].clock.median >= 0.05 > times["sleep"].processor.median
-
-
-def test_last_line_is_json(capsys):
-    harness.print_result({"a": 1 / 3, "b": {"c": 2.0}, "d": "x"})
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found == {"a": 0.3333, "b": {"c": 2.0}, "d": "x"}
-
-
-def test_tables_have_all_columns():
-    lines = harness.table({"x": {"a": 1 / 3}, "y": {"b_c": "z"}}).splitlines()
-    assert lines[0] == "| | a | b c |" and lines[2:] == ["| x | 0.3333 |  |", "| y |  | z |"]
 
 
 # ---------------------------------------------------------------------- model step

@@ -13,9 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.corpora.icbhi import (
-    DEVICES,
     FULL_COUNTS,
-    SITES,
     SUBFOLDERS,
     TABLES,
     _mention,
@@ -23,11 +21,9 @@ from data.corpora.icbhi import (
     read_cycles,
 )
 from data.corpora.icbhi_tables import (
-    MODES,
     parse_annotation,
     parse_demographics,
     parse_diagnosis,
-    parse_name,
     parse_split,
 )
 from data.cycle_table import COLUMNS, classes_of
@@ -349,45 +345,6 @@ def test_other_counts_are_said_too(real):
 
 
 # --- properties ----------------------------------------------------------------------------------
-
-names = st.builds(
-    "{}_{}{}{}_{}_{}_{}".format,
-    st.integers(101, 226), st.integers(1, 9), st.sampled_from("bp"), st.integers(1, 9),
-    st.sampled_from(SITES), st.sampled_from(MODES), st.sampled_from(DEVICES),
-)  # fmt: skip
-
-
-@quick
-@given(names)
-def test_every_name_comes_back(stem):
-    assert parse_name(stem).stem == stem
-
-
-@quick
-@given(st.text(max_size=40))
-def test_a_name_is_understood_exactly_or_refused(stem):
-    try:
-        assert parse_name(stem).stem == stem
-    except UserError:
-        return
-
-
-milliseconds = st.lists(
-    st.tuples(st.integers(0, 3000), st.integers(1, 9000), st.booleans(), st.booleans()),
-    min_size=1,
-    max_size=20,
-)
-
-
-@quick
-@given(milliseconds, st.sampled_from(["\t", " ", "   "]), st.sampled_from(["\n", "\r\n", "\n\n"]))
-def test_every_valid_annotation_comes_back(steps, blank, line_end):
-    now, cycles = 0, []
-    for gap, length, crackle, wheeze in steps:
-        cycles.append(((now + gap) / 1000, (now + gap + length) / 1000, int(crackle), int(wheeze)))
-        now += gap + length
-    text = line_end.join(blank.join(map(str, cycle)) for cycle in cycles)
-    assert [tuple(cycle) for cycle in parse_annotation(text, "x.txt")] == cycles
 
 
 @quick

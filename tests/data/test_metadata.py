@@ -15,8 +15,6 @@ from data.metadata import build_metadata, main
 from utils.common.errors import UserError
 from utils.config.schema import DatasetConfig
 
-NOTEBOOK = Path(__file__).parents[2] / "NBs" / "00-ICBHI_metadata_creation.ipynb"
-
 
 def read(folder, path, **keys) -> pd.DataFrame:
     return read_corpus(
@@ -123,16 +121,6 @@ def test_a_file_that_differs_is_refused(icbhi_folder, file, change, message):
     assert str(file) in str(error.value)
 
 
-def test_the_check_compares_every_column(icbhi_folder, file):
-    table = read(icbhi_folder, file)
-    for name in set(COLUMNS) - {"Fold", "Filename", "CycleIndex"}:
-        other = "other" if table[name].map(type).eq(str).any() else 999
-        values = table[name].astype(object).where(table.index > 0, other)
-        write_metadata(table.assign(**{name: values}), file)
-        with pytest.raises(UserError, match=f": {name} is {other}"):
-            check_metadata(table, file)
-
-
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00\x01", b'PID,Filename\n"1'])
 def test_what_is_no_csv_is_refused(tmp_path, content):
     (tmp_path / "m.csv").write_bytes(content)
@@ -167,18 +155,3 @@ def test_duration_and_bmi_are_derived():
     derived = derive(table)
     assert np.allclose(derived["BMIDerived"], expected, atol=1e-6, equal_nan=True)
     assert set(derived["Duration"]) == {0.2}
-
-
-@pytest.mark.slow
-def test_notebook_writes_the_same_file(icbhi_folder, tmp_path, monkeypatch):
-    nbclient = pytest.importorskip("nbclient", reason="the notebook's test needs nbclient")
-    nbformat = pytest.importorskip("nbformat", reason="the notebook's test needs nbformat")
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    assert all(not cell.get("outputs") for cell in notebook.cells)  # committed without outputs
-    monkeypatch.setenv("ICBHI_ROOT", str(icbhi_folder))
-    nbclient.NotebookClient(
-        notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}
-    ).execute()
-    expected = tmp_path / "expected.csv"
-    write_metadata(build_metadata(icbhi_folder), expected)
-    assert (icbhi_folder / "icbhi_metadata.csv").read_bytes() == expected.read_bytes()

@@ -101,14 +101,6 @@ def test_real_validation_patients(real, seed):
 
 
 @pytest.mark.real
-def test_real_validation_is_the_same_when_disjoint(real):
-    official = split_cycles(real, strategy="official")
-    disjoint = split_cycles(real, strategy="official_disjoint")
-    assert np.array_equal(official.val, disjoint.val)
-    assert not np.array_equal(official.val, split_cycles(real, val_seed=1).val)
-
-
-@pytest.mark.real
 def test_real_folds_are_the_published_ones(real):
     """Frozen: results of earlier runs must stay comparable with those of later versions."""
     sizes = real.groupby("Fold").agg(cycles=("PID", "size"), patients=("PID", "nunique"))

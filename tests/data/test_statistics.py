@@ -114,13 +114,6 @@ def test_the_unseen_is_unknown_with_one_warning(caplog):
     assert "Litt3200" not in caplog.records[1].getMessage()
 
 
-def test_a_device_missing_in_training_is_unknown():
-    statistics = fit(cycles(Device=["Meditron", None, "Stetho"]))
-    assert statistics.device_counts == (0, 0, 0, 1, 2)
-    device = statistics.transform(cycles(Device=[None, "Meditron"])).device
-    assert device.tolist() == [UNKNOWN_DEVICE, 3]
-
-
 def test_statistics_survive_json_and_a_checkpoint(tmp_path):
     train = cycles(Age=[10.0, 20.5, np.nan], Device=["Meditron", "Litt3200", "Meditron"])
     statistics = fit(train)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,6 @@ import pytest
 import soundfile
 import torch
 
-import data.store_build as store_build
 from tests.data.sounds import (
     open_in,
     recording_table,
@@ -24,9 +21,6 @@ from tests.data.sounds import (
     write,
 )
 from utils.common.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
-
 
 # -- the samples --------------------------------------------------------------------------------
 
@@ -152,25 +146,6 @@ def test_table_without_audio_is_refused(corpus, tmp_path):
         open_in(corpus.assign(Recording=""), tmp_path)
 
 
-def test_torchaudio_is_needed_for_resampling_only(corpus, tmp_path):
-    """Neither for soxr nor for opening a store that torchaudio made."""
-    store = open_in(corpus, tmp_path)
-    corpus.to_pickle(tmp_path / "table.pkl")
-    code = (
-        "import sys; sys.modules['torchaudio'] = None\n"
-        "import pandas as pd; from data.store_build import open_store\n"
-        f"table = pd.read_pickle({str(tmp_path / 'table.pkl')!r})\n"
-        f"cache = {str(tmp_path / 'cache')!r}\n"
-        "a = open_store(table, cache_dir=cache)\n"
-        "b = open_store(table, cache_dir=cache, resampler='soxr_hq', workers=1)\n"
-        "print(a.folder.name, len(b))\n"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert out.stdout.split() == [store.folder.name, "6"]
-
-
 # -- never a wrong store ------------------------------------------------------------------------
 
 
@@ -255,33 +230,3 @@ def test_damage_is_never_believed(corpus, tmp_path, name, how):
         store = open_in(corpus, tmp_path)
         for cycle in range(len(store)):
             store[cycle]
-
-
-def test_a_file_cut_while_in_use_is_noticed(corpus, tmp_path):
-    store = open_in(corpus, tmp_path)
-    store[5]
-    change(store.folder / "samples.f32", "cut")
-    with pytest.raises(UserError, match="cut off"):
-        store[5]
-
-
-def test_another_runs_store_is_not_believed(corpus, tmp_path):
-    one, two = (open_in(corpus, tmp_path, resampler=r).folder for r in ("torchaudio", "soxr_hq"))
-    shutil.rmtree(one)
-    two.rename(one)
-    with pytest.raises(UserError, match="other recordings"):
-        open_in(corpus, tmp_path)
-
-
-def test_a_recording_that_changes_while_read(corpus, tmp_path, monkeypatch):
-    read = store_build.read_recording
-
-    def read_and_change(path):
-        out = read(path)
-        Path(path).write_bytes(b"other")
-        return out
-
-    monkeypatch.setattr(store_build, "read_recording", read_and_change)
-    with pytest.raises(UserError, match=r"r0\.wav changed while"):
-        open_in(corpus, tmp_path, on_bad_recording="skip")
-    assert not stores_in(tmp_path)

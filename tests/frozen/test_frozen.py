@@ -1,8 +1,8 @@
-"""Frozen behaviour: configurations, reports, a checkpoint and benchmark keys as they were.
+"""Frozen behaviour: configurations, reports and a checkpoint as they were.
 
 Everything goes through what a user types, so that modules may move without touching this file.
 
-    python -m tests.frozen.test_frozen configs reports evaluation bench_keys
+    python -m tests.frozen.test_frozen configs reports evaluation
 
 writes the named figures again; say in the commit why they moved. checkpoint.json holds a
 checkpoint that the code of revision cfadfae wrote (SoftFiLM, width 8); it is never written again.
@@ -75,7 +75,8 @@ def type_in(*words: str | Path) -> str:
     argv[0] = argv[0] if module else str(ROOT / argv[0])
     with (
         mock.patch.object(sys, "argv", argv),
-        mock.patch("matplotlib.figure.Figure.savefig"),
+        mock.patch("utils.runs.end.draw_figures"),
+        mock.patch("utils.figures.runs.evaluation_figures", return_value=[]),
         contextlib.redirect_stdout(printed),
     ):
         try:
@@ -130,25 +131,6 @@ def evaluation() -> dict[str, Any]:
     texts = {k: [row[k] for row in rows] for k in ("recording", "cycle_index", "pred_class")}
     report = json.loads(Path("out/report.json").read_text("utf-8"))
     return essential({"report": report, "predictions": logits | texts})
-
-
-def bench_keys() -> dict[str, Any]:
-    """Key names of the last line of two benchmarks with as little work as they take."""
-    smallest = "--device cpu --batch 1 --threads 1 --rounds 1"
-    found = {}
-    for words in (
-        f"frontend {smallest}",
-        f"model_step {smallest} --warmup 0 --depth 1 --precision fp32 --kind forward",
-    ):
-        name, *options = words.split()
-        printed = type_in("-m", f"benchmarks.{name}", *options)
-        found[name] = names(json.loads(printed.splitlines()[-1]))
-    return found
-
-
-def names(value: Any) -> Any:
-    """Nested dictionary without its leaves."""
-    return {k: names(v) for k, v in value.items()} if isinstance(value, dict) else None
 
 
 def essential(value: Any) -> Any:
@@ -229,12 +211,6 @@ def test_an_old_checkpoint_evaluates_to_the_same(work, monkeypatch):
     monkeypatch.chdir(work)
     lines = moved(frozen("evaluation"), evaluation())
     assert not lines, f"{len(lines)} figures moved:\n" + "\n".join(lines[:40])
-
-
-@pytest.mark.slow
-def test_benchmarks_print_the_same_keys(monkeypatch, tmp_path):
-    monkeypatch.setenv("ICBHI_ROOT", str(tmp_path))  # noise is quicker than real recordings
-    assert bench_keys() == frozen("bench_keys")
 
 
 if __name__ == "__main__":

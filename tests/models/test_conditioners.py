@@ -12,7 +12,6 @@ from models.config import BackboneConfig
 from models.registry import VARIANTS
 
 CONDITIONED = ("ast_grf", "ast_film", "ast_tafilm", "ast_softfilm")
-MODULATED = ("ast_film", "ast_tafilm", "ast_softfilm")
 
 #: With 12 conditioned layers and 2 logits. TAFiLM: 88,644,034 with a patch generator in the last
 #: block, 99,840 = 64 * 1536 + 1536 less without it: no output depends on that block's patches.
@@ -175,13 +174,6 @@ def test_softfilm_follows_its_formula(mode, per_layer, make_model, make_metadata
         assert torch.allclose(m.shift[:, 0], shift, atol=1e-5)
 
 
-def test_rest_branch_of_softfilm_keeps_the_scale_of_the_scalars(make_model, make_metadata):
-    soft = make_model("ast_softfilm").conditioner.eval()
-    metadata = make_metadata(4)
-    h = soft.encoders["rest"](metadata.rest)
-    assert not torch.allclose(h, soft.encoders["rest"](10 * metadata.rest), atol=1e-3)
-
-
 @pytest.mark.parametrize(("act", "function"), [("relu", F.relu), ("gelu", F.gelu)])
 def test_head_follows_its_formula(act, function, make_model):
     head = make_model("ast", {"activation": act}).head.eval()
@@ -243,27 +235,6 @@ def test_tafilm_with_equal_generators_is_film(make_model, make_spectrogram, make
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
 
 
-def test_softfilm_with_open_masks_is_the_sum_of_three_films(
-    make_model, make_spectrogram, make_metadata
-):
-    model = make_model("ast_softfilm")
-    soft = model.conditioner.eval()
-    fill(soft)
-    torch.nn.init.constant_(soft.masks.logits, 1e4)
-    x, metadata = make_spectrogram(3), make_metadata(3)
-    parts = soft.embeddings(metadata)
-    modulation = []
-    for layer in range(3):
-        total = 0
-        for name, e in parts.items():
-            g = soft.generators[name]
-            total = total + soft.encoders[name](e) @ g.weight[layer].T + g.bias[layer]
-        modulation.append(Modulation(total[:, None, :48], total[:, None, 48:]))
-    tokens, pooled, _ = outputs(model, x, metadata, False)
-    assert torch.allclose(tokens, model.backbone.tokens(x, modulation), atol=1e-5)
-    assert torch.allclose(pooled, model.backbone(x, modulation), atol=1e-5)
-
-
 @pytest.mark.parametrize("bf16", [False, True])
 def test_grf_with_a_closed_gate_is_the_plain_ast(bf16, make_model, make_spectrogram, make_metadata):
     x, metadata = make_spectrogram(3), make_metadata(3)
@@ -288,20 +259,15 @@ def test_conditioner_and_head_stay_in_full_precision(make_model, make_spectrogra
 
 
 @pytest.mark.slow
-def test_compiled_models_have_one_graph_and_start_from_the_plain_ast(
-    make_model, make_spectrogram, make_metadata
-):
+def test_a_compiled_tafilm_starts_from_the_plain_ast(make_model, make_spectrogram, make_metadata):
     x, metadata = make_spectrogram(2), make_metadata(2)
-    logits = {}
-    for variant in ("ast", "ast_film", "ast_tafilm"):
-        model = make_model(variant, depth=2, trainable_blocks=2).eval()
-        torch._dynamo.reset()
-        with torch.no_grad():
-            compiled = torch.compile(model, fullgraph=True)(x, metadata).logits
-            assert torch.allclose(compiled, model(x, metadata).logits, atol=1e-5)
-        logits[variant] = compiled
-    assert torch.equal(logits["ast"], logits["ast_film"])
-    assert torch.equal(logits["ast"], logits["ast_tafilm"])
+    ast, tafilm = (
+        make_model(variant, depth=2, trainable_blocks=2).eval() for variant in ("ast", "ast_tafilm")
+    )
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(tafilm, fullgraph=True)(x, metadata).logits
+        assert torch.allclose(compiled, ast(x, metadata).logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", COUNTS)

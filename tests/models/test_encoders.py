@@ -47,25 +47,6 @@ def test_an_unknown_row_that_was_trained_stays():
         assert not torch.equal(embeddings.device.weight[2], before[2])
 
 
-def test_finalise_disturbs_neither_optimiser_nor_random_numbers(make_model, make_metadata):
-    results = []
-    for finalise in (False, True):
-        film = make_model("ast_film", {"dropout": 0.2}, **COUNTS).conditioner.train()
-        torch.nn.init.normal_(film.generators.weight)
-        optimiser = torch.optim.AdamW(film.parameters(), lr=1e-2)
-        metadata = make_metadata(8)
-        metadata.device[metadata.device == 2] = 0  # as counted
-        for _ in range(3):
-            if finalise:
-                film.finalise()
-            optimiser.zero_grad()
-            sum(m.scale.square().sum() for m in film.encode(metadata).modulation).backward()
-            optimiser.step()
-        rows = film.embeddings.device.weight[[0, 1, 3]]
-        results.append([rows, film.generators.weight, film.embeddings.site.weight[:7]])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
 @pytest.mark.parametrize("variant", CONDITIONED)
 def test_any_combination_of_missing_fields_is_answered(
     variant, make_model, make_metadata, make_spectrogram
@@ -118,27 +99,6 @@ def test_metadata_dropout_hides_each_field_at_its_rate(field):
     assert not hidden().any()
 
 
-def test_metadata_dropout_hides_fields_and_clips_independently():
-    """Hidden together at the product of the rates, and not in all clips of a batch at once."""
-    n, config = 4000, ConditionedConfig(metadata_dropout=0.5)
-    embeddings = MetadataEmbeddings(config, **COUNTS).train()
-    out = embeddings(
-        Metadata(
-            torch.zeros(n, dtype=torch.long),
-            torch.zeros(n, dtype=torch.long),
-            torch.ones(n, 3),
-            torch.ones(n, 5, dtype=torch.bool),
-        )
-    )
-    device, site = (
-        (out[k] == getattr(embeddings, k).weight[-1]).all(1) for k in ("device", "site")
-    )
-    hidden = torch.stack([device, site, *(out["rest"] == 0).T])
-    for a, b in itertools.combinations(hidden, 2):
-        assert 0.2 < (a & b).float().mean() < 0.3
-    assert (hidden[:, 1:] & hidden[:, :-1]).float().mean(dim=1).max() < 0.3
-
-
 def test_metadata_dropout_trains_the_unknown_rows(make_model, make_metadata):
     film = make_model("ast_film", {"metadata_dropout": 0.5}).conditioner.train()
     torch.nn.init.normal_(film.generators.weight)
@@ -162,14 +122,6 @@ def test_only_enabled_fields_matter(variant, fields, make_model, make_metadata, 
             assert same == (name not in fields), name
 
 
-def test_factors_of_softfilm_keep_their_thirds(make_model):
-    masks = make_model("ast_softfilm", {"metadata_fields": ["site", "age"]}).conditioner.masks
-    assert masks.factors == ("site", "rest")
-    positive = masks.logits[:, 0] > 0
-    assert positive[0].nonzero().flatten().tolist() == list(range(16, 32))
-    assert positive[1].nonzero().flatten().tolist() == list(range(32, 48))
-
-
 def test_wrong_settings_are_refused_by_key(make_model):
     for fields in (["device", "weight"], []):
         with pytest.raises(UserError, match=r"metadata_fields.*name at least one"):
@@ -178,12 +130,6 @@ def test_wrong_settings_are_refused_by_key(make_model):
         make_model("ast_grf", {"metadata_dropout": 1.0})
     with pytest.raises(ValueError, match="device_counts"):
         MetadataEmbeddings(ConditionedConfig(), [0, 0, 0], [1, 1])
-
-
-def test_tables_have_an_unknown_row():
-    embeddings = MetadataEmbeddings(ConditionedConfig(), **COUNTS)
-    assert embeddings.device.weight.shape == (len(DEVICES) + 1, 8)
-    assert embeddings.site.weight.shape == (len(SITES) + 1, 8)
 
 
 def test_probe_is_every_seen_device_with_every_seen_site_at_the_mean(make_model):

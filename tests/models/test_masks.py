@@ -109,15 +109,6 @@ def test_diagnostics_tell_overlaps_and_changed_owners(make_model):
     assert d["film/mean_abs_scale"] > 0
 
 
-def test_diagnostics_change_neither_mode_nor_random_numbers(make_model):
-    soft = make_model("ast_softfilm").conditioner.train()
-    state = torch.get_rng_state()
-    soft.diagnostics()
-    assert soft.training and torch.equal(torch.get_rng_state(), state)
-    grf = make_model("ast_grf", {"gate_init": 0.25}).conditioner
-    assert grf.diagnostics() == {"grf/gate": 0.25}
-
-
 def test_controls_start_from_the_initial_masks_at_the_final_temperature():
     masks = SoftMasks(
         FACTORS,
@@ -141,19 +132,6 @@ def test_controls_start_from_the_initial_masks_at_the_final_temperature():
     # judged at the final temperature also when its own training ends at another one
     short = mask_controls(masks, lr=1e-6, steps=4, steps_per_epoch=4)
     assert short["overlap_regularisers_only"] == pytest.approx(sigmoid_overlap(0.5, 0.2), rel=1e-3)
-
-
-def test_control_follows_the_learning_rate_schedule():
-    """Adam on a gradient of constant sign moves every logit by the sum of the learning rates."""
-    masks = SoftMasks(FACTORS, 48, SoftFiLMConfig())
-    lr, steps = 1e-3, 50
-    result = mask_controls(
-        masks, lr=lr, steps=steps, steps_per_epoch=10, schedule=lambda s: 1 - s / steps
-    )
-    moved = lr * sum(1 - s / steps for s in range(steps))
-    own, other = torch.sigmoid(torch.tensor([2 - moved, -2 - moved])).tolist()
-    expected = (2 * own * other + other**2) / 3
-    assert result["overlap_regularisers_only"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_factor_effects_tell_which_factor_acts(make_model, make_metadata):

@@ -20,6 +20,16 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory):
+    """MLflow's tables, made once: the migrations take seconds."""
+    from mlflow import MlflowClient
+
+    file = tmp_path_factory.mktemp("mlflow") / "empty.db"
+    MlflowClient(tracking_uri=f"sqlite:///{file}").search_experiments()
+    return file
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """An empty file system of one megabyte."""

@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.special import expit as sigmoid
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
@@ -87,20 +85,6 @@ def test_reliability_agrees_with_scikit_learn():
     rows = reliability(sigmoid(logit), target, bins=10)
     assert [row["observed"] for row in rows] == pytest.approx(observed)
     assert [row["predicted"] for row in rows] == pytest.approx(predicted)
-
-
-@given(st.lists(st.tuples(st.integers(0, 10), st.booleans()), min_size=1, max_size=50))
-@settings(max_examples=100, deadline=None)
-def test_bins_hold_every_cycle_once(pairs):
-    probability = np.array([p / 10 for p, _ in pairs])
-    target = np.array([t for _, t in pairs])
-    rows = reliability(probability, target)
-    assert sum(row["cycles"] for row in rows) == len(pairs)
-    assert sum(row["cycles"] * row["observed"] for row in rows) == pytest.approx(target.sum())
-    order = np.argsort(probability + 1e-3 * target, kind="stable")
-    assert expected_calibration_error(probability[order], target[order]) == pytest.approx(
-        expected_calibration_error(probability, target)
-    )
 
 
 def test_brier_agrees_with_scikit_learn():

@@ -220,12 +220,6 @@ def test_what_unpacks_to_more_is_refused_unread(tmp_path):
         load_checkpoint(path)
 
 
-def test_text_from_a_checkpoint_has_no_control_characters(good, tmp_path):
-    resave(good, tmp_path / "x.pt", run="a\x1b[31mrun\x07", partial="a\nb\u202e")
-    checkpoint = load_checkpoint(tmp_path / "x.pt")
-    assert checkpoint.run == "a[31mrun" and checkpoint.partial == "a\nb"
-
-
 def test_weights_that_do_not_fit_are_named(good):
     checkpoint = load_checkpoint(good)
     checkpoint.weights["head.2.weight"] = torch.zeros(3, 3)

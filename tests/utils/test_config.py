@@ -318,15 +318,6 @@ def test_keys_that_came_later_keep_the_names_of_older_runs():
         assert config_hash(shipped("ast_softfilm", word)) != "d465e33e"
 
 
-@given(st.dictionaries(st.text(min_size=1), st.integers() | st.text() | st.none(), max_size=3))
-@settings(deadline=None, max_examples=50)
-def test_any_section_loads_or_is_refused_in_words(section):
-    try:
-        config_from_dict({"dataset": {"data_folder": "x"}, "models": {"ast": {}}, **section})
-    except UserError as error:
-        assert str(error)
-
-
 def small(variant: str = "ast_softfilm") -> dict:
     return config_to_dict(shipped(variant, extra=("demo.yaml",)))
 

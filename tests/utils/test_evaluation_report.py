@@ -13,10 +13,9 @@ import yaml
 from data.task import Task
 from tests.utils.evaluation_tables import cycle_table, predictions
 from utils.common.errors import UserError
-from utils.common.files import plain
 from utils.evaluation.finished_runs import read_runs
 from utils.evaluation.published import AUTHORS, read_published
-from utils.evaluation.render import model_card, number, to_markdown
+from utils.evaluation.render import model_card, to_markdown
 from utils.evaluation.report import (
     Baseline,
     Origin,
@@ -193,16 +192,6 @@ def test_test_selected_metrics_are_tracked_apart():
     assert len(leaky) == 2 and not leaky & set(groups.values())
 
 
-def test_a_rounded_nought_has_no_sign():
-    assert [number(v, 1) for v in (-1e-14, 0.04, -0.04, -0.06)] == ["0.0", "0.0", "0.0", "-0.1"]
-    assert number(None) == "–"
-
-
-def test_plain_has_no_numpy_and_no_nan():
-    value = {"a": np.float32(np.nan), 2: (np.int64(3), np.array([1.5, np.inf])), "c": [None, "x"]}
-    assert plain(value) == {"a": None, "2": [3, [1.5, None]], "c": [None, "x"]}
-
-
 # --- subgroups -----------------------------------------------------------------------------------
 
 
@@ -374,17 +363,6 @@ def test_two_class_table_keeps_collapsed_metrics_apart(run_folder):
     own, other = (row_of(table, Method=f"Baseline: class prior{m}") for m in ("", mark))
     assert list(own)[1:4] != list(other)[1:4]
     assert any("72.10, printed 71.10" in note for note in table.notes)
-
-
-def test_variants_keep_their_order_in_every_table(run_folder):
-    """AST has no printed 2-class value, and runs/* comes in alphabetical order."""
-    order = ["ast", "ast_film", "ast_softfilm"]
-    folders = [
-        run_folder(name, n_cls=n_cls) for n_cls in (2, 4) for name in (*order[::-1], "ast_gone")
-    ]
-    for table in build_tables(read_runs(folders)):
-        rows = [m for m in table.frame["Method"] if not m.startswith("Baseline")]
-        assert rows[:6] == [*TITLES, "ast_gone"]
 
 
 def test_freezing_and_layers_tables(run_folder):

@@ -59,24 +59,6 @@ def test_adamw_step_is_the_one_of_the_paper():
     assert parameter.item() == pytest.approx(x, rel=1e-5)
 
 
-def test_found_inf_skips_the_fused_update_and_the_step_count():
-    parameter = nn.Parameter(torch.ones(3))
-    optimizer = build_optimizer(
-        [ParameterGroup("x", [parameter])], TrainingConfig(lr=0.1, weight_decay=0.5)
-    )
-    parameter.grad = torch.full((3,), float("nan"))
-    optimizer.found_inf = torch.ones(())
-    optimizer.step()
-    assert torch.equal(parameter.data, torch.ones(3))
-    assert optimizer.state[parameter]["step"].item() == 0
-    assert not optimizer.state[parameter]["exp_avg"].any()
-    parameter.grad = torch.ones(3)
-    optimizer.found_inf = torch.zeros(())
-    optimizer.step()
-    assert not torch.equal(parameter.data, torch.ones(3))
-    assert torch.isfinite(parameter.data).all()
-
-
 @pytest.mark.parametrize("variant", ["ast", "ast_grf", "ast_film", "ast_tafilm", "ast_softfilm"])
 def test_every_trainable_parameter_is_in_one_group(variant):
     config = tiny_config(variant, **{"backbone.trainable_blocks": 1})

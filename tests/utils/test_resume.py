@@ -31,7 +31,7 @@ STATEFUL = LIVELY | {
     "models.*.metadata_dropout": 0.2,
     "training.accumulation_steps": 2,
     "training.early_stopping_patience": 7,
-    "training.epochs": 12,
+    "training.epochs": 8,
 }
 STEPS = 3  # per epoch
 
@@ -170,7 +170,7 @@ def test_a_finished_training_is_not_trained_again(uninterrupted, tmp_path):
     assert np.array_equal(result["logits"], uninterrupted["logits"])
 
 
-@pytest.mark.parametrize("variant", ["ast", "ast_grf", "ast_film", "ast_tafilm"])
+@pytest.mark.parametrize("variant", ["ast_grf", "ast_tafilm"])
 def test_other_variants_resume_as_exactly(variant, tmp_path):
     config = tiny_config(variant, **LIVELY, **{"training.sampler": "balanced"})
     whole = tiny_trainer(config, tmp_path / "whole")

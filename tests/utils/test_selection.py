@@ -69,17 +69,20 @@ def train(config: RunConfig) -> dict:
 def both(synthetic_corpus, permuted_corpus, tmp_path_factory):
     """selection -> results on the corpus as it is, and on the permuted one."""
 
+    caches = [tmp_path_factory.mktemp("cache") for _ in range(2)]
+
     def run(selection: str) -> list[dict]:
         results = []
-        for folder in (synthetic_corpus, permuted_corpus):
+        for folder, cache in zip((synthetic_corpus, permuted_corpus), caches, strict=True):
             place = tmp_path_factory.mktemp(selection)
             keys = {
                 "dataset.data_folder": str(folder),
-                "dataset.cache_dir": str(place / "cache"),
+                "dataset.cache_dir": str(cache),
                 "dataset.store_workers": 1,
                 "training.output_dir": str(place / "runs"),
                 "training.checkpoint_dir": str(place / "checkpoints"),
                 "training.selection": selection,
+                "training.epochs": 2,
             }
             results.append(train(tiny_config("ast_film", **LIVELY, **keys)))
         return results
@@ -92,17 +95,15 @@ def _no_pictures(monkeypatch):
     monkeypatch.setattr("utils.runs.end.draw_figures", lambda *_: None)
 
 
-@pytest.mark.parametrize("selection", ["validation", "fixed"])
-def test_permuted_test_labels_change_test_metrics_only(selection, both):
-    plain, permuted = both(selection)
+def test_permuted_test_labels_change_test_metrics_only(both):
+    plain, permuted = both("validation")
     a, b = plain["checkpoint"], permuted["checkpoint"]
     assert not differing(a.weights, b.weights)
     assert (a.thresholds, a.epoch, a.pos_weight) == (b.thresholds, b.epoch, b.pos_weight)
     assert str(a.score) == str(b.score)
     assert a.statistics == b.statistics
     assert plain["history"] == permuted["history"]
-    assert plain["predictions"].get("val") == permuted["predictions"].get("val")
-    assert ("val" in plain["predictions"]) is (selection == "validation")
+    assert plain["predictions"]["val"] == permuted["predictions"]["val"]
     assert plain["logits"] == permuted["logits"]
     assert plain["true"] != permuted["true"]
     assert sorted(plain["true"]) == sorted(permuted["true"])

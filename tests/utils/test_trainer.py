@@ -162,14 +162,6 @@ def test_one_step_is_adamw_on_the_mean_loss(tmp_path):
         torch.testing.assert_close(found, value, atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_weight_decay_learning_rate_and_clipping_reach_the_step(tmp_path):
-    losses = {}
-    for key, value in (("seed", 0), ("lr", 1e-4), ("weight_decay", 5.0), ("grad_clip", 1e-3)):
-        config = tiny_config("ast_film", **QUIET | {f"training.{key}": value})
-        losses[key] = step_losses(tiny_trainer(config, tmp_path / key))
-    assert len({tuple(run) for run in losses.values()}) == len(losses)
-
-
 def test_an_infinite_gradient_updates_nothing_and_stops_the_run_by_name(tmp_path):
     config = tiny_config(**{"augment.enabled": False})
     trainer = tiny_trainer(config, tmp_path)
@@ -261,19 +253,6 @@ def test_default_thresholds_are_not_chosen(loss, rule, tmp_path):
     figures = summarise(data.task, probability, data.label[data.split.test].numpy(), rule)
     assert progress.thresholds == rule
     assert figures["score"] == pytest.approx(progress.best_score)
-
-
-def test_training_sees_every_cycle_once_an_epoch(tmp_path):
-    trainer = tiny_trainer(tiny_config(), tmp_path)
-    close, rows = trainer.close_epoch, []
-
-    def recorded():
-        rows.append(sorted(trainer.gather(trainer.seen)[0]))
-        return close()
-
-    trainer.close_epoch = recorded
-    trainer.fit()
-    assert rows == [sorted(trainer.rows)] * 3
 
 
 def test_pos_weight_comes_from_the_training_part(tmp_path):
@@ -374,14 +353,6 @@ def test_the_tracker_gets_each_epoch_once(tmp_path):
     trainer.fit()
     assert [step for step, _ in recorder.calls] == [1, 2, 3]
     assert {"train/loss", "train/clips_per_s", "val/score", "lr"} <= recorder.calls[0][1].keys()
-
-
-def test_the_epoch_line_fits_a_terminal(tmp_path):
-    for selection in ("validation", "fixed", "test"):
-        config = tiny_config(**{"training.selection": selection, "training.epochs": 1})
-        row = tiny_trainer(config, tmp_path / selection).fit().history[0]
-        row |= {"train_clips_per_s": 1234.5, "val_loss": 1234.5678, "epoch": 99.0}
-        assert len(epoch_line(row, 100, True)) <= 100
 
 
 def test_the_epoch_lines_stand_in_columns():
