@@ -8,16 +8,12 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
-import pandas as pd
 import pytest
-import torch
 
 import evaluate
 from data.frontend import AudioFrontend
 from data.synthetic.corpus import MARKER, write_corpus
 from data.task import FIELDS, Task
-from tests.test_real import HANDFUL, TABLES
 from tests.utils.tiny import tiny_config
 from utils.common.files import plain
 from utils.evaluation import compare as comparison
@@ -149,18 +145,6 @@ def test_the_metadata_test_reads_each_sound_once(work, monkeypatch):
     own = report_of(model.run_folder.path)["test"]["metrics"]["chosen"]
     for key in ("sp", "se", "score", "collapsed_score"):
         assert table[0][key] == own[key]["value"]
-
-
-def test_predictions_under_other_metadata(work):
-    model = TrainedModel.open(best(work, "ast_softfilm"))
-    rows = model.rows("test")[::-1].copy()
-    index = torch.from_numpy(rows)
-    real, hidden = model.data.metadata, model.data.metadata.without(*FIELDS)
-    plain, blind = model.predictor.under(rows, [real[index], hidden[index]])
-    np.testing.assert_array_equal(plain, model.predictor(rows))
-    model.data.metadata = hidden
-    np.testing.assert_array_equal(blind, model.predictor(rows))
-    assert np.abs(plain - blind).max() > 1e-3
 
 
 def test_the_run_is_found_from_a_copy_only_if_it_is_its(work, no_pictures, monkeypatch, tmp_path):
@@ -398,21 +382,3 @@ def test_a_leaky_split_is_marked_and_kept_apart(
 
 
 # -------------------------------------------------------------------- real recordings
-
-
-@pytest.mark.real
-def test_real_recordings(icbhi_root, no_pictures, monkeypatch, tmp_path):
-    folder = tmp_path / "icbhi"
-    folder.mkdir()
-    for stem in HANDFUL:
-        for suffix in (".wav", ".txt"):
-            shutil.copy(icbhi_root / "recordings" / f"{stem}{suffix}", folder)
-    for name in TABLES:
-        shutil.copy(icbhi_root / name, folder)
-    run = train("ast_tafilm", folder, tmp_path, **{"dataset.val_fraction": 0.3})
-    assert start(monkeypatch, "--checkpoint", run.best) == 0
-    own, again = run.read_report()["test"], report_of(run.path / "evaluation" / "test")
-    assert all(again[key] == own[key] for key in SAME)
-    assert len(again["metadata_test"]) == 8
-    groups = pd.DataFrame(again["subgroups"])
-    assert groups[groups["group"] == "device"]["cycles"].sum() == again["counts"]["cycles"]

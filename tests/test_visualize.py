@@ -16,11 +16,10 @@ from utils.evaluation.report import evaluate_predictions
 from utils.evaluation.trained_model import TrainedModel
 from utils.figures import commands
 from utils.figures.commands import Options, own_results
-from utils.figures.runs import model_notice, read_evaluation, run_figures
+from utils.figures.runs import read_evaluation, run_figures
 from utils.figures.spectrograms import log_mels, typical_cycles
 from utils.figures.style import Output
 from utils.metrics.predictions import make_predictions
-from utils.training.checkpoint import save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +77,6 @@ def test_figures_of_models_say_what_they_rest_on(checkpoints, tmp_path, monkeypa
     assert notice.partial.startswith("PARTIAL DATA") and "a-run, epoch 2" in notice.source
     _, split = TrainedModel.open(checkpoints / "softfilm_best.pt").corpus
     assert f"over {len(split.test)} cycles" in text
-
-
-def test_model_figures_say_synthetic(synthetic_corpus, tmp_path, monkeypatch):
-    checkpoint = write_checkpoint(tmp_path / "soft.pt", "ast_softfilm", synthetic_corpus)
-    checkpoint.config["dataset"]["data_folder"] = str(tmp_path / "gone")
-    for known in (False, True):
-        save_checkpoint(tmp_path / "soft.pt", replace(checkpoint, synthetic=known))
-        assert model_notice(TrainedModel.open(tmp_path / "soft.pt")).synthetic == known
 
 
 def test_paths_in_a_checkpoint_must_exist(synthetic_corpus, tmp_path):

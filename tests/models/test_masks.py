@@ -81,12 +81,6 @@ def test_temperature_is_never_below_a_tenth():
     assert torch.allclose(masks(), torch.sigmoid(masks.logits / 0.1))
 
 
-def test_softmax_masks_share_every_dimension():
-    masks = SoftMasks(FACTORS, 9, SoftFiLMConfig(mask_mode="softmax"))
-    torch.nn.init.normal_(masks.logits)
-    assert torch.allclose(masks().sum(dim=0), torch.ones(1, 9))
-
-
 def test_masks_have_their_own_learning_rate_and_no_weight_decay(make_model):
     groups = {g.name: g for g in make_model("ast_softfilm").parameter_groups()}
     assert groups["masks"].lr_multiplier == 10 and groups["masks"].weight_decay == 0

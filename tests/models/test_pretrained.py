@@ -79,12 +79,6 @@ def test_names_of_the_published_file_are_understood(transformers_folder):
     assert f"{prefix}intermediate.dense.bias" in keys
 
 
-def test_safetensors_file_reads_the_configuration_next_to_it(transformers_folder, make_model):
-    folder, _ = transformers_folder
-    path = str(folder / "model.safetensors")
-    assert make_model("ast", weights="audioset", weights_path=path).backbone.norm.eps == 1e-12
-
-
 def test_original_file_gives_the_same_function(original_file, make_model, make_spectrogram):
     path, source = original_file
     arguments = {"n_mels": 128, "n_frames": 1024, "freq_stride": 16, "time_stride": 16}
@@ -127,23 +121,6 @@ def test_wrapped_files_load_exactly(wrapper, original_file, tmp_path):
     state = {k: t for k, t in found.state.items() if not k.startswith("head")}
     assert found.grid == (8, 64) and state.keys() == own.keys()
     assert all(torch.equal(state[key], own[key]) for key in own)
-
-
-@pytest.mark.parametrize(("stride", "grid"), [(10, (12, 101)), (12, (10, 85)), (14, (9, 73))])
-def test_grid_of_the_authors_strides(stride, grid, original_file, tmp_path):
-    state = torch.load(original_file[0])
-    state["module.v.pos_embed"] = torch.randn(1, 2 + grid[0] * grid[1], 48)
-    torch.save(state, tmp_path / "strides.pth")
-    assert read_weights("audioset", str(tmp_path / "strides.pth")).grid == grid
-
-
-def test_bin_folder_is_read(transformers_folder, make_model):
-    folder, _ = transformers_folder
-    expected = read_weights("audioset", str(folder)).state
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    state = read_weights("audioset", str(folder)).state
-    assert all(torch.equal(state[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.utils.tiny import QUIET, differing, tiny_config, tiny_data, tiny_trainer
+from tests.utils.tiny import differing, tiny_config, tiny_data
 from utils.common.errors import UserError
 from utils.config.schema import config_to_dict
 from utils.training.assemble import build_model
@@ -23,7 +23,6 @@ from utils.training.checkpoint import (
     load_checkpoint,
     load_state,
     save_checkpoint,
-    save_state,
 )
 
 COUNTS = {part: {"cycles": 24, "recordings": 6, "patients": 6} for part in ("train", "val", "test")}
@@ -237,20 +236,3 @@ def test_a_configuration_with_unknown_keys_is_refused(good, tmp_path):
     resave(good, tmp_path / "changed.pt", config=config)
     with pytest.raises(UserError, match="learning_rate"):
         load_checkpoint(tmp_path / "changed.pt").run_config()
-
-
-def test_a_full_disk_keeps_the_old_checkpoint(small_disk):
-    path = small_disk / "last.pt"
-    save_state(path, {"epoch": 1})
-    with pytest.raises(UserError, match=r"disk is full: .*last\.pt .* about 4\.0 MB"):
-        save_state(path, {"epoch": 2, "weights": torch.zeros(1_000_000)})
-    assert load_state(path) == {"epoch": 1}
-    assert [p.name for p in small_disk.iterdir()] == ["last.pt"]
-
-
-def test_a_full_disk_stops_training_in_words(small_disk):
-    config = tiny_config("ast", **QUIET | {"backbone.embed_dim": 96, "training.epochs": 1})
-    trainer = tiny_trainer(config, small_disk / "run")
-    trainer.training.checkpoint_minutes = 1e-9
-    with pytest.raises(UserError, match=r"disk is full: .*checkpoints/last\.pt"):
-        trainer.fit()

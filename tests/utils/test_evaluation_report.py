@@ -41,8 +41,6 @@ from utils.metrics.protocol import (
     PARTIAL_MARK,
     SYNTHETIC_MARK,
     Selection,
-    caption,
-    metric_group,
 )
 from utils.metrics.score import sp_se_score
 from utils.metrics.subgroups import age_group, subgroup_table
@@ -178,18 +176,6 @@ def test_every_table_carries_rule_and_marks(selection, partial, synthetic, split
     assert "Validation" not in card
     val = {"train": report.counts, "val": report.counts}
     assert "Validation: 144 cycles" in model_card(report, training_counts=val)
-
-
-def test_caption_refuses_an_unknown_rule():
-    with pytest.raises(UserError, match="best-of-ten"):
-        caption("Table", "best-of-ten", False)
-
-
-def test_test_selected_metrics_are_tracked_apart():
-    groups = {rule: metric_group("test", rule) for rule in Selection}
-    assert groups["validation"] == groups["fixed"] == "test" != groups["test"]
-    leaky = {metric_group("test", rule, True) for rule in Selection}
-    assert len(leaky) == 2 and not leaky & set(groups.values())
 
 
 # --- subgroups -----------------------------------------------------------------------------------

@@ -125,22 +125,6 @@ def test_what_the_prefix_depends_on_names_the_file(changed, same, tmp_path):
     assert (names[0] == names[1]) is same
 
 
-def test_another_version_of_the_code_makes_another_file(tmp_path, monkeypatch):
-    config = tiny_config("ast", **options(tmp_path, 0, None))
-    old = tiny_trainer(config, tmp_path).inputs.path
-    monkeypatch.setattr(FrozenInputs, "VERSION", FrozenInputs.VERSION + 1)
-    assert tiny_trainer(config, tmp_path).inputs.path != old
-
-
-def test_other_waveforms_make_another_file(tmp_path):
-    config = tiny_config("ast", **options(tmp_path, 0, None))
-    names = {
-        tiny_trainer(config, tmp_path, tiny_data(config, seed=seed)).inputs.path.name
-        for seed in (0, 1)
-    }
-    assert len(names) == 2
-
-
 @pytest.mark.parametrize(
     ("changed", "kind"),
     [

@@ -85,14 +85,6 @@ def test_asymmetric_equals_the_formula(positive, negative, clip):
     torch.testing.assert_close(loss(logits, label), torch.tensor(expected))
 
 
-def test_asymmetric_without_asymmetry_is_bce():
-    logits, label = example()
-    loss = make(
-        "asymmetric", asymmetric_gamma_pos=0.0, asymmetric_gamma_neg=0.0, asymmetric_clip=0.0
-    )
-    torch.testing.assert_close(loss(logits, label), make("bce")(logits, label))
-
-
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_ce_is_a_softmax_over_the_four_classes(smoothing):
     logits, label = example(k=4)

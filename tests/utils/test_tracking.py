@@ -15,7 +15,6 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from omegaconf import OmegaConf
 
 from utils import tracking
 from utils.common.errors import UserError
@@ -185,13 +184,6 @@ def test_resuming_continues_the_run_and_doubles_nothing(tmp_path, uri):
     run = assert_complete(uri)
     assert run.data.metrics["evaluation/score"] == 50.0 and run.info.end_time == ended
     assert continue_tracking(tmp_path).finish(None) is None  # nothing is recorded there
-
-
-def test_the_shipped_yaml_states_the_defaults():
-    shipped = OmegaConf.load(ROOT / "configs" / "mlflow.yaml")
-    assert OmegaConf.to_container(shipped) == {
-        "mlflow": OmegaConf.to_container(OmegaConf.structured(MLflowConfig))
-    }
 
 
 @pytest.mark.parametrize("name", ["a%20b 100%", 'it\'s "x"', "really?", "%(here)s"])
