@@ -14,6 +14,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first (pyproject.toml keeps xdist from sorting them by their number of
+    tests), so that no worker begins a long one when the other has finished."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def icbhi_root() -> Path:
     """Folder with real ICBHI recordings; the test is skipped where there is none."""

@@ -22,6 +22,7 @@ from utils.config.schema import RunConfig
 from utils.evaluation.metadata_test import conditions
 from utils.metrics.score import sp_se_score
 
+pytestmark = pytest.mark.slow
 CONDITIONED = [name for name in VARIANTS if name != "ast"]
 CYCLES = 480
 HEARD = np.random.default_rng(2).choice(4, size=CYCLES, p=PLANTED_MIX)

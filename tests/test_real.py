@@ -29,7 +29,7 @@ from utils.training.fingerprint import fingerprint
 from utils.training.runfolder import RunFolder
 from utils.training.trainer import Trainer
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 # Training and test patients, all four devices, every class but "both".
 HANDFUL = (

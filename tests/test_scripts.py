@@ -22,6 +22,7 @@ from utils.config.schema import load_config
 from utils.training.checkpoint import load_checkpoint
 from utils.training.runfolder import RunFolder
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {
     "ast": ("ast_train.py", "ast_config.yaml"),

@@ -14,7 +14,6 @@ from utils.training.assemble import build_model, build_split
 from utils.training.checkpoint import Checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULATING = ("ast_film", "ast_tafilm", "ast_softfilm")
 SMALL = (
     "backbone.weights=none", "backbone.embed_dim=48", "backbone.depth=3", "backbone.num_heads=2",
     "backbone.freq_stride=16", "backbone.time_stride=16", "dataset.w=64", "dataset.h=32",
