@@ -32,9 +32,9 @@ def icbhi_root() -> Path:
 
 @pytest.fixture(scope="session")
 def synthetic_corpus(tmp_path_factory) -> Path:
-    """Some 100 cycles in ICBHI's layout, written once per test session; treat it as read-only."""
+    """Small ICBHI-shaped corpus, written once per test session; treat it as read-only."""
     from data.synthetic.corpus import write_corpus
 
     folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder, patients=10, seed=0, recordings_per_patient=2, cycles_per_recording=5)
+    write_corpus(folder, patients=10, seed=0)
     return folder

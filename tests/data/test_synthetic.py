@@ -87,7 +87,7 @@ def test_sampling_rates_and_depths_are_the_devices(synthetic_corpus):
 
 
 def test_the_reader_accepts_it_as_partial(synthetic_corpus):
-    assert len(list(synthetic_corpus.glob("*.wav"))) == 20
+    assert len(list(synthetic_corpus.glob("*.wav"))) == 30
     table = read_cycles(synthetic_corpus)
     report = json.loads((synthetic_corpus / MARKER).read_text())["report"]
     assert len(table) == sum(n for part in report["cycles"].values() for n in part.values())

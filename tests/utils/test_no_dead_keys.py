@@ -305,7 +305,7 @@ def baseline() -> dict:
 def test_a_second_value_matters(key, baseline, tmp_path, synthetic_corpus):
     value, probe, surroundings = KEYS[key]
     variant = variant_with(key)
-    common = {**LIVELY, "training.epochs": 1, **surroundings}
+    common = {**LIVELY, "training.epochs": 3, **surroundings}
     if key.startswith("methods."):
         common[key.rpartition(".")[0]] = {}
     if probe is read:
