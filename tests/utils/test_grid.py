@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shlex
-import shutil
 import signal
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,6 +28,7 @@ from utils.runs.start import parse_arguments
 from utils.training.device import Runtime
 
 ROOT = Path(__file__).resolve().parents[2]
+FREEZING = ROOT / "configs" / "ablations" / "freezing.yaml"
 SHIPPED = {"ablations/freezing": 20, "ablations/conditioned_layers": 3, "grids/methods": 25}
 GRID = """
 table: freezing
@@ -259,25 +257,18 @@ def test_methods_and_variants_end_in_one_table(here, synthetic_corpus, monkeypat
 
 
 @pytest.mark.slow
-def test_a_grid_resumes_and_nests_its_cells_in_mlflow(here, monkeypatch, capsys, empty_database):
-    """One cell is there; the script of the other one runs in this process, which saves seconds."""
+def test_a_grid_resumes_and_nests_its_cells_in_mlflow(here, monkeypatch, capsys):
+    """One cell is there, the other one runs as a process of its own, like under a scheduler."""
     from mlflow import MlflowClient
 
-    def start_here(cell: Cell, log: Path) -> int:
-        monkeypatch.setattr(sys, "argv", list(cell.arguments))
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / cell.arguments[0]), run_name="__main__")
-        return end.value.code
-
-    monkeypatch.setattr(grids, "run_tracked", partial(run_tracked, start=start_here))
-    monkeypatch.setattr("utils.runs.end.draw_figures", lambda *_: None)
-    write_corpus(here / "corpus", patients=6, recordings_per_patient=2, cycles_per_recording=5)
-    shutil.copy(empty_database, "mlflow.db")
+    write_corpus(here / "corpus", patients=9)
     (here / "one.yaml").write_text(GRID.replace("  ast_train.py: configs/ast_config.yaml\n", ""))
     overrides = small(**{"training.epochs": 1, "mlflow.enabled": True, "dataset.store_workers": 1})
     overrides.append("dataset.cycle_metadata_path=null")
     done, cell = read_grid("one.yaml", overrides=overrides).cells
     finish(done)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert grids.main(["one.yaml", *overrides]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     assert "finished before" in lines[0] and f": {cell.score()}, " in lines[1]

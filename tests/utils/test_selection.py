@@ -82,7 +82,6 @@ def both(synthetic_corpus, permuted_corpus, tmp_path_factory):
                 "training.output_dir": str(place / "runs"),
                 "training.checkpoint_dir": str(place / "checkpoints"),
                 "training.selection": selection,
-                "training.epochs": 2,
             }
             results.append(train(tiny_config("ast_film", **LIVELY, **keys)))
         return results

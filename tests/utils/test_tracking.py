@@ -428,7 +428,7 @@ def server(tmp_path, empty_database):
 
 @pytest.mark.slow
 def test_a_server_killed_in_the_middle(tmp_path, server, warnings, capfd, monkeypatch):
-    monkeypatch.setattr(tracking, "CLOSING", 30)
+    monkeypatch.setattr(tracking, "CLOSING", 100)
     tracker = start(server.uri, tmp_path / "run")
     epoch(tracker, 1)
     eventually(lambda: any(history(server.uri, r.info.run_id) for r in all_runs(server.uri)))
