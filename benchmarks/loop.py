@@ -83,8 +83,8 @@ def configure(name: str, folder: Path, *words: str) -> RunConfig:
 
 def corpus(config: RunConfig) -> Cycles:
     """A small synthetic corpus, its store built."""
-    folder, shape = Path(config.dataset.data_folder), {"patients": 10, "seed": 0}
-    write_corpus(folder, **shape, recordings_per_patient=2, cycles_per_recording=5)
+    shape = {"patients": 10, "recordings_per_patient": 2, "cycles_per_recording": 5}
+    write_corpus(Path(config.dataset.data_folder), seed=0, **shape)
     return build_data(config)
 
 
