@@ -43,6 +43,7 @@ from utils.training.checkpoint import Checkpoint, git_revision, load_checkpoint
 from utils.training.device import Runtime, describe
 from utils.training.predict import Predictor
 from utils.training.runfolder import RunFolder
+from utils.training.shared_folder import located
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +84,12 @@ class TrainedModel:
 
     @classmethod
     def open(cls, path: str | Path, **options) -> TrainedModel:
-        """Read a checkpoint; options: as above.
+        """Read a checkpoint, a shared folder or a hub's USER/NAME; options: as above.
 
         Raises:
             UserError: no such file, or no checkpoint of this repository.
         """
+        path = located(path)
         return cls(path, load_checkpoint(path), **options)
 
     @property

@@ -27,6 +27,7 @@ from utils.common.files import atomic_write
 from utils.config.merge import read_yaml
 from utils.config.schema import RunConfig, config_from_dict
 from utils.training.build import build_model
+from utils.training.shared_folder import located, read_folder
 
 #: Keys of `dataset` that belong to a model, whatever corpus it is judged on.
 OF_MODEL = ("class_split", "split_strategy", "n_cls", "batch_size", "h", "w")
@@ -142,17 +143,22 @@ class Checkpoint:
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write atomically; `load_checkpoint` gives an equal object back."""
-    _save(path, {"format": FORMAT, "version": VERSION, **vars(checkpoint)})
+    _save(path, content_of(checkpoint))
+
+
+def content_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What is written of a checkpoint."""
+    return {"format": FORMAT, "version": VERSION, **vars(checkpoint)}
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a model checkpoint with `weights_only=True`.
+    """Read a model checkpoint: a file with `weights_only=True`, a shared folder, a hub's USER/NAME.
 
     Raises:
         UserError: no such file, another kind of file, a damaged or foreign one.
     """
-    path = Path(path)
-    if not path.is_file():
+    path = located(path)
+    if not path.exists():
         raise UserError(
             f"no checkpoint {path}; a finished training run writes it (the scripts copy their "
             "latest best one to checkpoints/<variant>_best.pt)"
@@ -186,7 +192,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 def _content(path: Path, form: str, what: str) -> dict[str, Any]:
     """What was saved under a format name in this version."""
-    content = _load(path)
+    content = _printable(read_folder(path)) if path.is_dir() else _load(path)
     if not isinstance(content, dict) or content.pop("format", None) != form:
         raise UserError(f"{path} is not {what}")
     version = content.pop("version", None)
