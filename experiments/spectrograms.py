@@ -25,7 +25,7 @@ from utils.evaluation.report import Report, read_report
 OUTPUT = Path(__file__).parent / "results" / "spectrograms.md"
 RATES = {"sp": "Sp", "se": "Se", "score": "Score"}
 ALWAYS_NORMAL = ["always normal", "–", "100.0", "0.0", "50.0", "50.0"]
-SHOWN = ("shuffled", "all unknown", "duration unknown")
+SHOWN = ("shuffled", "all unknown", "device unknown", "site unknown", "duration unknown")
 
 
 def performance(groups: Sequence[RunGroup]) -> list[str]:

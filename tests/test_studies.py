@@ -29,7 +29,8 @@ def test_spectrograms_are_tabled(tmp_path, capsys):
     report = evaluate_predictions(
         predictions(task, table), task, (0.5, 0.5), selection="validation", bootstrap=20
     )
-    rows = [("real", 0.0), ("shuffled", -2.25), ("all unknown", 1.5), ("duration unknown", 0.25)]
+    rows = [("real", 0.0), ("shuffled", -2.25), ("all unknown", 1.5)]
+    rows += [(f"{name} unknown", 0.25) for name in ("device", "site", "duration")]
     report.metadata_test = [
         {"metadata": name, "score": 61.25, "difference": Difference(value, value - 1, value + 1, 1)}
         for name, value in rows
