@@ -386,6 +386,7 @@ def test_methods_are_columns_of_their_own_table(run_folder):
     assert list(table.frame["Variant"]) == ["AST", "SoftFiLM-AST"]
     assert "–" not in table.frame.to_numpy()
     assert table.notes[-1] == "PAFA: training.lr=0.0001, unlike the runs without a method."
+    assert not any("Paper:" in note for note in table.notes), "it holds no value of the paper"
     titles = [title for title in main_table.frame["Method"] if title.startswith("AST")]
     assert titles == ["AST", "AST + PAFA"]
     assert row_of(main_table, Method="AST + PAFA")["Score, paper"] == "–"

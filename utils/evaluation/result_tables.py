@@ -153,7 +153,7 @@ def _methods(kind: Kind, protocol: Protocol, groups: Sequence[RunGroup]) -> Tabl
         row[group.methods] = cell(group, "score")
     head = ["Variant", *keys, *sorted(columns, key=lambda name: (name != "none", name))]
     frame = pd.DataFrame(sorted(rows.values(), key=lambda row: _rank(row["Variant"])))
-    notes = _notes(kind, protocol, own, [])
+    notes = [note for note in _notes(kind, protocol, own, []) if note != SELECTION_NOTE]
     for name, column in columns.items():
         for key in _differing([*column, *columns.get("none", [])]):
             if key not in keys:
