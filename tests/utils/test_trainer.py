@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 
 import numpy as np
 import pytest
@@ -25,10 +24,9 @@ from tests.utils.tiny import (
     tiny_trainer,
     weights,
 )
-from utils.common.errors import Preempted, UserError
+from utils.common.errors import UserError
 from utils.config.schema import NOT_HASHED
 from utils.metrics.score import choose_thresholds, summarise
-from utils.tracking import Tracker
 from utils.training.signals import Signals
 from utils.training.trainer import epoch_line
 
@@ -340,21 +338,6 @@ def test_predictions_follow_the_rows_asked_for(tmp_path):
     assert not np.allclose(with_metadata[1], logits, atol=1e-6)
 
 
-def test_the_tracker_gets_each_epoch_once(tmp_path):
-    class Recorder(Tracker):
-        def __init__(self):
-            self.calls = []
-
-        def metrics(self, values, step=None):
-            self.calls.append((step, values))
-
-    recorder = Recorder()
-    trainer = tiny_trainer(tiny_config(), tmp_path, tracker=recorder)
-    trainer.fit()
-    assert [step for step, _ in recorder.calls] == [1, 2, 3]
-    assert {"train/loss", "train/clips_per_s", "val/score", "lr"} <= recorder.calls[0][1].keys()
-
-
 def test_the_epoch_lines_stand_in_columns():
     row = {"epoch": 0.0, "lr": 3e-5, "train_clips_per_s": 9.0}
     row |= {"val_sp": 50.0, "val_se": 100.0, "val_score": 75.0}
@@ -376,52 +359,6 @@ def test_a_label_that_is_always_the_same_is_refused(value, tmp_path):
     config = tiny_config()
     with pytest.raises(UserError, match="same 'wheeze' label"):
         tiny_trainer(config, tmp_path, tiny_data(config, table))
-
-
-# -------------------------------------------------------------------- signals
-
-
-def test_flags_come_one_step_late_and_keep_their_rows():
-    with pytest.raises(Preempted), Signals(torch.device("cpu"), 1, 1e9) as signals:
-        assert signals.post(torch.ones(()), torch.tensor([4, 5])) is None
-        flags = signals.post(torch.zeros(()), torch.tensor([6]))
-        assert flags.nonfinite
-        assert flags.rows.tolist() == [4, 5]
-        later = signals.drain()
-        assert not later.nonfinite
-        assert later.rows.tolist() == [6]
-        assert signals.drain() is None
-        signal.raise_signal(signal.SIGTERM)
-        assert signals.now().stop
-        raise Preempted
-
-
-def test_a_checkpoint_is_due_after_the_interval_and_not_before(monkeypatch):
-    clock = [100.0]
-    monkeypatch.setattr("utils.training.signals.time.monotonic", lambda: clock[0])
-    signals = Signals(torch.device("cpu"), 1, 60.0)
-    clock[0] = 159.0
-    assert not signals.now().save
-    clock[0] = 160.0
-    assert signals.now().save
-    signals.saved()
-    assert not signals.now().save
-
-
-def test_a_sigterm_after_the_last_look_is_handed_on():
-    caught = []
-    previous = signal.signal(signal.SIGTERM, lambda *_: caught.append(True))
-    try:
-        with Signals(torch.device("cpu"), 1, 1e9):
-            signal.raise_signal(signal.SIGTERM)
-            assert not caught
-        assert caught == [True]
-        with pytest.raises(Preempted), Signals(torch.device("cpu"), 1, 1e9):
-            signal.raise_signal(signal.SIGTERM)
-            raise Preempted
-        assert caught == [True]  # it was heeded: nothing to hand on
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def test_what_is_not_hashed_does_not_reach_the_loop(tmp_path):
