@@ -5,10 +5,14 @@ import pandas as pd
 import pytest
 import soundfile
 
+from data.config import read_dataset
 from data.corpora.icbhi import read_cycles
 from data.corpora.manifest import read_manifest, write_icbhi_manifest
 from data.cycle_table import COLUMNS
+from tests.utils.tiny import LIVELY, differing, step_losses, tiny_config, weights
 from utils.common.errors import UserError
+from utils.training.assemble import build_data, build_trainer
+from utils.training.device import Runtime
 
 HEADER = "file,start,end,crackle,wheeze,patient"
 
@@ -111,3 +115,21 @@ def test_icbhi_manifest_gives_the_same_table(synthetic_corpus, tmp_path):
     same.remove("Sex")
     pd.testing.assert_frame_equal(ours[same], theirs[same], check_dtype=False)
     assert (tmp_path / "m" / "icbhi.yaml").read_text().count("allow_shared_patients: true") == 1
+
+
+def test_training_on_icbhis_manifest_is_training_on_icbhi(synthetic_corpus, tmp_path):
+    yaml = write_icbhi_manifest(synthetic_corpus, tmp_path / "icbhi.csv")
+    shared = {"dataset.cache_dir": str(tmp_path), "dataset.store_workers": 1, **LIVELY}
+    losses, found = [], []
+    for keys in ({"name": "icbhi", "data_folder": str(synthetic_corpus)}, read_dataset(yaml)):
+        named = keys if isinstance(keys, dict) else vars(keys)
+        dataset = {f"dataset.{k}": named[k] for k in ("name", "data_folder")}
+        allowed = {"dataset.allow_shared_patients": named["name"] == "manifest"}
+        config = tiny_config("ast_film", **{**shared, **dataset, **allowed, "training.epochs": 1})
+        data = build_data(config)
+        found.append(data)
+        trainer = build_trainer(config, data, Runtime("cpu", "fp32", "false"))
+        losses.append((step_losses(trainer), weights(trainer)))
+    ours, theirs = found
+    assert ours.store.folder == theirs.store.folder and ours.statistics == theirs.statistics
+    assert losses[0][0] == losses[1][0] and not differing(losses[0][1], losses[1][1])

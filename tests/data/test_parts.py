@@ -119,6 +119,8 @@ def test_parts_are_trained_on_together(folders, tmp_path):
     assert "sprsound:0_1.5_0_p1_0" in description["fingerprint"]["recordings"]
     trainer = build_trainer(config, data, Runtime("cpu", "fp32", "false"))
     assert np.isfinite(step_losses(trainer)).all()
+    with pytest.raises(UserError, match="several corpora, so --data-folder"):
+        trainer.checkpoint(description).config_to_read("elsewhere")
 
 
 def test_spectrograms_of_several_folders(tmp_path):

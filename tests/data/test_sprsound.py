@@ -95,3 +95,14 @@ def test_real_folder(caplog):
     assert kinds == expected
     assert (len(table), table["Wheezes"].sum(), table["Crackles"].sum()) == (411, 17, 74)
     assert "PARTIAL DATA: 411 of 9,089" in completeness(table).message
+    rows = []
+    for path in (SHARED / "json").glob("*.json"):  # every event of every file, read plainly
+        patient, age, sex, place, _ = path.stem.split("_")
+        for event in json.loads(path.read_text())["event_annotation"]:
+            times = int(event["start"]) / 1000, int(event["end"]) / 1000
+            labels = "Crackle" in event["type"], event["type"] in ("Wheeze", "Rhonchi", "Stridor")
+            who = int(patient), float(age), "MF"[int(sex)], "PlLlPrLr"[2 * int(place[1]) - 2 :][:2]
+            rows.append((path.stem, *times, *map(int, labels), *who))
+    columns = ["Filename", "CycleStart", "CycleEnd", "Crackles", "Wheezes", "PID", "Age", "Sex"]
+    found = zip(*(table[name] for name in (*columns, "AuscLoc")), strict=True)
+    assert sorted(rows) == sorted(found)

@@ -168,12 +168,12 @@ class TrainedModel:
     @cached_property
     def corpus(self) -> tuple[pd.DataFrame, Split]:
         """Cycle table and split, without opening any sound."""
-        folder = self.config.dataset.data_folder
-        if not Path(folder).exists():
-            raise UserError(
-                f"the data folder {folder} of the checkpoint does not exist; "
-                "name it with --data-folder DIR"
-            )
+        for folder in self.config.dataset.folders:
+            if not Path(folder).exists():
+                raise UserError(
+                    f"the data folder {folder} of the checkpoint does not exist; "
+                    "name it with --data-folder DIR"
+                )
         return build_split(self.config, judged=self.corpus_file is not None)
 
     @cached_property

@@ -102,6 +102,11 @@ class Checkpoint:
             config.dataset = self._dataset_of(corpus_file, config.dataset)
         dataset = config.dataset
         if data_folder is not None:
+            if dataset.parts:
+                raise UserError(
+                    f"{self.run} was trained on several corpora, so --data-folder cannot say which "
+                    "is meant; name a corpus with evaluate.py --corpus FILE.yaml"
+                )
             dataset.data_folder = data_folder
         metadata = dataset.cycle_metadata_path
         if data_folder is not None or not (metadata and Path(metadata).is_file()):
