@@ -115,6 +115,7 @@ class Decoder:
                 yield file
         except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
             reason = getattr(error, "error_string", error)
+            reason = reason if self.path.is_file() else "there is no such file"
             self._refuse(f"cannot be read as audio ({reason})", error)
 
     def _refuse(self, problem: str, cause: Exception | None = None) -> NoReturn:
