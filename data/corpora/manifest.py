@@ -139,7 +139,7 @@ def read_rows(
     if unknown:
         log.warning("%s: columns without a meaning here: %s", path, ", ".join(unknown))
     if rows.empty:
-        raise UserError(f"{path} has no rows")
+        raise UserError(f"{path} has no rows; write one per breathing cycle")
     rows = rows.reindex(columns=[*required, *optional], fill_value="")
     return rows.apply(lambda column: column.str.strip())
 
@@ -227,7 +227,10 @@ def _check_recordings(rows: pd.DataFrame, files: dict[str, str], where: Where) -
         per = rows.groupby("recording")[name].transform("nunique")
         where.refuse(
             per > 1,
-            lambda row, n=name: f"recording {rows['recording'][row]} has more than one {n}",
+            lambda row, n=name: (
+                f"recording {rows['recording'][row]} has more than one {n}; correct the rows or "
+                "name the recordings differently"
+            ),
         )
 
 

@@ -7,7 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data.corpora.spectrograms import SpectrogramStore, open_array, read_spectrograms, unpack
+from data.config import read_dataset
+from data.corpora.spectrograms import (
+    SpectrogramStore,
+    main,
+    open_array,
+    read_spectrograms,
+    unpack,
+)
 from utils.common.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "icbhi_mel"
@@ -96,7 +103,13 @@ def test_packed_folders_are_unpacked(tmp_path):
     with lzma.open(source / "x.npy.xz", "wb") as file:
         np.save(file, array)
     index(4).to_csv(source / "index.csv", index=False)
-    out = unpack(source, tmp_path / "out")
+    out = tmp_path / "out"
+    assert main(["--from", str(source), "--output", str(out)]) == 0
+    dataset = read_dataset(out / "corpus.yaml")
+    assert (dataset.name, dataset.data_folder, dataset.h, dataset.w) == (
+        *("spectrograms", str(out)),
+        *(2, 3),
+    )
     table = read_spectrograms(out)
     assert np.array_equal(open_array(out), array)
     assert list(table["Row"]) == [2, 3, 0, 1]  # sorted by recording, then cycle
