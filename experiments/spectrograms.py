@@ -63,6 +63,13 @@ def permutation(groups: Sequence[RunGroup]) -> list[str]:
     return markdown_table(["model", "run", "real", *SHOWN], rows) if rows else []
 
 
+def write_result(path: Path, lines: Sequence[str]) -> None:
+    """Print the lines and write them, above the remarks that a person added to the file."""
+    kept = path.read_text(encoding="utf-8").partition(REMARKS)[2] if path.is_file() else ""
+    write_text(path, "\n".join([*lines, REMARKS, "", kept.strip("\n")]).rstrip("\n") + "\n")
+    print("\n".join(lines))
+
+
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the tables of both tasks."""
@@ -82,11 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             lines += [f"## {text}", "", *performance(of_task)]
             if tested := permutation(of_task):
                 lines += ["Permutation test: Score minus that with real metadata.", "", *tested]
-    kept = ""
-    if options.output.is_file():
-        kept = options.output.read_text(encoding="utf-8").partition(REMARKS)[2].strip("\n")
-    write_text(options.output, "\n".join([*lines, REMARKS, "", kept]).rstrip("\n") + "\n")
-    print("\n".join(lines))
+    write_result(options.output, lines)
 
 
 if __name__ == "__main__":

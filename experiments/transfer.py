@@ -2,10 +2,10 @@
 
     python -m experiments.transfer --icbhi DIR --sprsound DIR [--seeds 3] [--output FILE]
 
-The plain AST and SoftFiLM-AST are trained on each corpus without the patients of its test part,
-and judged on that part and on the whole of the other corpus, as `evaluate.py --corpus` does it,
-with the metadata that the corpus has and with none. The configuration is transfer.yaml. A model
-that lies in the work folder is not trained again.
+The plain AST and SoftFiLM-AST are trained on each corpus without the patients of its held-out part,
+and judged on that part and on the other corpus, as `evaluate.py --corpus` does it: on its official
+test part, or on the whole where it has none; with the metadata that the corpus has and with none.
+The configuration is transfer.yaml. A model that lies in the work folder is not trained again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from data.task import FIELDS
+from experiments.spectrograms import write_result
 from models.registry import VARIANTS
 from utils.common.cli import command
 from utils.common.files import write_text
@@ -86,11 +87,13 @@ def study(folders: dict[str, str], seeds: int, work: Path) -> tuple[list[list[st
                 path = trained(config, work / f"{source}-{variant}-s{seed}.pt")
                 own = TrainedModel.open(path)
                 other = TrainedModel.open(path, corpus_file=files[target])
-                for place, model in ((f"{NAMES[source]}, test part", own), (NAMES[target], other)):
+                part = "whole" if other.default_part() == "all" else "official test part"
+                places = f"{NAMES[source]}, held out", f"{NAMES[target]}, {part}"
+                for place, model in zip(places, (own, other), strict=True):
                     for metadata, result in judge(model).items():
                         found.setdefault((place, metadata), []).append(result)
                     sizes[place] = _size(model)
-                sizes[f"{NAMES[source]}, training part"] = _size(own, "train")
+                sizes[f"{NAMES[source]}, trained on"] = _size(own, "train")
             for (place, metadata), results in found.items():
                 shown = metadata if variant != "ast" else "none"
                 rows.append(
@@ -133,8 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "on; AUROC of abnormal, mean ± sd over seeds. Thresholds are 0.5; always normal scores 50.",
         "", *markdown_table(HEAD, rows),
     ]  # fmt: skip
-    write_text(options.output, "\n".join(lines).rstrip() + "\n")
-    print("\n".join(lines))
+    write_result(options.output, lines)
 
 
 if __name__ == "__main__":

@@ -81,14 +81,14 @@ def test_transfer_both_ways(sprsound, tmp_path, monkeypatch):
     text = (tmp_path / "out.md").read_text()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
     assert [row[1:4] for row in rows[:6]] == [
-        ["ICBHI, test part", "AST", "none"],
-        ["SPRSound", "AST", "none"],
-        ["ICBHI, test part", "SoftFiLM-AST", "real"],
-        ["ICBHI, test part", "SoftFiLM-AST", "unknown"],
-        ["SPRSound", "SoftFiLM-AST", "real"],
-        ["SPRSound", "SoftFiLM-AST", "unknown"],
+        ["ICBHI, held out", "AST", "none"],
+        ["SPRSound, whole", "AST", "none"],
+        ["ICBHI, held out", "SoftFiLM-AST", "real"],
+        ["ICBHI, held out", "SoftFiLM-AST", "unknown"],
+        ["SPRSound, whole", "SoftFiLM-AST", "real"],
+        ["SPRSound, whole", "SoftFiLM-AST", "unknown"],
     ]
-    assert len(rows) == 12 and "- SPRSound: 32 cycles (16 abnormal) of 8 patients" in text
+    assert len(rows) == 12 and "- SPRSound, whole: 32 cycles (16 abnormal) of 8 patients" in text
     path, file = tmp_path / "work" / "icbhi-ast-s0.pt", tmp_path / "work" / "sprsound.yaml"
     frame = TrainedModel.open(path, corpus_file=file).predictions("all")
     correct = frame["true_class"] == frame["pred_class"]
