@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     sliding = parser.add_argument_group("windows")
     sliding.add_argument("--window", type=float, metavar="S", help="default: training's median")
-    sliding.add_argument("--hop", type=float, default=0.5, metavar="S", help="default: 0.5")
+    sliding.add_argument("--hop", type=float, metavar="S", help="default: 0.5, at most a window")
     sliding.add_argument(
         "--duration", choices=("unknown", "window"), default="unknown",
         help="what the model is told of a window's duration (default: unknown)",

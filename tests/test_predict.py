@@ -123,6 +123,12 @@ def test_windows_are_averaged_over_each_step(model, wav):
     assert any("z = 0" in note for note in unknown.notes)
 
 
+def test_a_hop_is_at_most_a_short_window(model, wav):
+    found = predict_recording(model, wav, window=0.3, overview=False)
+    assert found.hop == 0.3 and len(found.table) == round(found.seconds / 0.3)
+    assert predict_recording(model, wav, overview=False).hop == 0.5
+
+
 def test_calibration_undoes_the_positives_weight(model, wav):
     table = predict_recording(model, wav, cycles=[(0, 1)], overview=False).table.iloc[0]
     for name, weight in zip(("crackle", "wheeze"), model.checkpoint.pos_weight, strict=True):

@@ -149,7 +149,7 @@ def predict_under(
     *,
     cycles: Sequence[Sequence] | None = None,
     window: float | None = None,
-    hop: float = HOP,
+    hop: float | None = None,
     duration: str = "unknown",
     annotation: Sequence[Sequence] = (),
     overview: bool = True,
@@ -161,8 +161,8 @@ def predict_under(
         path: anything that soundfile reads, of any length.
         metadata: M times what is known, see `check_metadata`.
         cycles: (start, end) in s, or (start, end, crackle, wheeze); None: windows of `window`
-            seconds (None: `default_window`) every `hop` seconds, whose probabilities are averaged
-            for each step of a hop.
+            seconds (None: `default_window`) every `hop` seconds (None: 0.5, at most a window), whose
+            probabilities are averaged for each step of a hop.
         duration: of a window: "unknown" to the model, or "window", as if it were a breath's.
         annotation: further annotated cycles, for the picture only.
         overview: collect what `draw` needs.
@@ -176,6 +176,7 @@ def predict_under(
     known = [check_metadata(model.statistics, given) for given in metadata]
     cycles = None if cycles is None else [Segment(*cycle) for cycle in cycles]
     window = default_window(model) if window is None else window
+    hop = min(HOP, window) if hop is None else hop
     if cycles is None and not (
         hop * audio.sample_rate >= 1 and hop <= window <= audio.clip_seconds
     ):
