@@ -161,8 +161,8 @@ def predict_under(
         path: anything that soundfile reads, of any length.
         metadata: M times what is known, see `check_metadata`.
         cycles: (start, end) in s, or (start, end, crackle, wheeze); None: windows of `window`
-            seconds (None: `default_window`) every `hop` seconds (None: 0.5, at most a window), whose
-            probabilities are averaged for each step of a hop.
+            seconds (None: `default_window`) every `hop` seconds (None: 0.5, at most a window),
+            whose probabilities are averaged for each step of a hop.
         duration: of a window: "unknown" to the model, or "window", as if it were a breath's.
         annotation: further annotated cycles, for the picture only.
         overview: collect what `draw` needs.

@@ -82,6 +82,13 @@ def test_faults_are_named_or_left_out(tmp_path, stem, events, wav, message):
     assert len(problems) == 1 and message in problems[0]
 
 
+def test_completeness_is_judged_by_events(tmp_path):
+    write(tmp_path, "1_1_0_p1_1", [(0, 100, "Normal")])
+    release = pd.concat([read_sprsound(tmp_path)] * 9089)  # children without events are no rows
+    assert not completeness(release).partial
+    assert completeness(release[1:]).message.startswith("PARTIAL DATA: 9,088 of 9,089")
+
+
 @pytest.mark.real
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the SPRSound sample is not there")
 def test_real_folder(caplog):
