@@ -166,9 +166,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         configs[split] = config
     logging.getLogger("data").setLevel(logging.ERROR)  # the splits' warnings were given
     sizes = {split: describe(config) for split, config in configs.items()}
-    revision = reports["official"][0].revision
+    revisions = dict.fromkeys(run.revision for found in reports.values() for run in found)
     head = f"# Leaky split, {date.today()}\n\n`python -m experiments.leaky_split {shown}`, "
-    text = to_markdown(reports, sizes, head + f"code revision {revision}.")
+    text = to_markdown(reports, sizes, head + f"code revision {', '.join(revisions)}.")
     old = options.output.read_text(encoding="utf-8") if options.output.is_file() else ""
     write_text(options.output, f"{text}\n{REMARKS}\n{old.partition(REMARKS)[2].lstrip()}")
     print(f"wrote {options.output}")
