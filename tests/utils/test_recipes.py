@@ -75,6 +75,13 @@ def test_paper_code_differs_by_variant(variant, encoders, hidden, activation):
     assert (model.dropout, model.head_hidden_dim, model.activation) == (0.4, hidden, activation)
 
 
+@pytest.mark.parametrize("recipe", ["paper_code", "last_commit"])
+def test_masks_anneal_over_the_whole_run(recipe):
+    config = with_recipe(recipe, "ast_softfilm")
+    assert config.model.mask_annealing
+    assert config.model.mask_annealing_epochs == config.training.epochs
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("variant", ["ast", "ast_softfilm"])
 def test_recipes_train(recipe, variant, tmp_path):
