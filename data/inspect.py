@@ -216,6 +216,7 @@ def _parts(table: pd.DataFrame, dataset: DatasetConfig) -> str:
             test_fraction=dataset.test_fraction,
             val_fraction=dataset.val_fraction,
             val_seed=dataset.val_seed,
+            n_cls=dataset.n_cls,
         )
     except UserError as error:
         return str(error)

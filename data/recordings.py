@@ -11,15 +11,14 @@ import pandas as pd
 import soundfile
 
 from data.corpora.icbhi_tables import parse_annotation, read_text
-from data.corpora.manifest import Where, read_rows
+from data.corpora.manifest import NUMBERS, Where, read_rows
 from data.segments import Segment
 from utils.common.errors import UserError
 
 #: Of files in a folder; a file that is named is tried whatever its name.
 SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} - {".raw", ".mat4"}
 SUFFIXES |= {".aif", ".aifc", ".oga", ".opus"}
-#: Metadata of a recording that a user may know; number -> lowest and highest accepted value.
-NUMBERS = {"age": (0.0, 130.0), "bmi": (1.0, 150.0)}  # years, kg/m2
+#: Metadata of a recording that a user may know, in addition to `NUMBERS`.
 NAMES = ("device", "site")
 
 

@@ -64,6 +64,7 @@ def split_cycles(
     val_fraction: float = 0.2,
     val_seed: int = 0,
     selection: str = "validation",
+    n_cls: int = 4,
 ) -> Split:
     """Divide the cycle table into training, validation and test rows.
 
@@ -76,6 +77,7 @@ def split_cycles(
         val_fraction: share of the training cycles whose patients are held out.
         val_seed: seed of the choice of validation patients.
         selection: with `fixed` and `test` the validation part is empty and train is whole.
+        n_cls: with 2, crackle or wheeze may be missing in training, but not both.
 
     Raises:
         UserError: a part that the data cannot fill.
@@ -102,7 +104,7 @@ def split_cycles(
                 "dataset.split_strategy=official_disjoint leaves those test cycles out",
                 *(", ".join(map(str, both)), shared.sum(), len(test)),
             )
-    _check_parts(table, train, test, strategy)
+    _check_parts(table, train, test, strategy, n_cls)
     val = np.flatnonzero(given)
     if selection == "validation" and not len(val):
         chosen = choose_validation_patients(table.iloc[train], table, val_fraction, val_seed)
@@ -182,7 +184,9 @@ def _test_rows(
     return (table["Split"] == "test").to_numpy()
 
 
-def _check_parts(table: pd.DataFrame, train: np.ndarray, test: np.ndarray, strategy: str) -> None:
+def _check_parts(
+    table: pd.DataFrame, train: np.ndarray, test: np.ndarray, strategy: str, n_cls: int
+) -> None:
     for rows, part in ((train, "training"), (test, "test")):
         if len(rows) == 0:
             raise UserError(
@@ -190,12 +194,14 @@ def _check_parts(table: pd.DataFrame, train: np.ndarray, test: np.ndarray, strat
                 f"split_strategy {strategy}); add recordings or choose another split_strategy"
             )
     labels = classes_of(table.iloc[train])
-    present = {"normal": labels == 0, "crackle": labels & 1, "wheeze": labels & 2}
+    events = {"crackle": labels & 1, "wheeze": labels & 2} if n_cls == 4 else {"abnormal": labels}
+    present = {"normal": labels == 0} | events
+    instead = ", or set dataset.n_cls=2" if n_cls == 4 else ""
     for name, found in present.items():
         if not found.any():
             raise UserError(
                 f"no training cycle of {len(train)} has the class {name}, so it cannot be "
-                "learned; add recordings or choose another dataset.split_strategy"
+                f"learned; add recordings or choose another dataset.split_strategy{instead}"
             )
     _warn_of_missing_classes(table, train, "training part")
 

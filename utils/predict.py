@@ -23,7 +23,8 @@ import torch
 from tqdm import tqdm
 
 from data.batch import Batch, Metadata
-from data.recordings import NAMES, NUMBERS
+from data.corpora.manifest import NUMBERS
+from data.recordings import NAMES
 from data.segments import Segment, average, cycle_spans, window_spans
 from data.statistics import MetadataStatistics
 from data.stream import Stream, pieces

@@ -50,6 +50,8 @@ NAMES = {
     "recording": "Filename",
     "duration": "Duration",
 }
+#: Number that a user may know -> lowest and highest accepted value: years, kg/m2.
+NUMBERS = {"age": (0.0, 130.0), "bmi": (1.0, 150.0)}
 _TOLERANCE = 0.01  # s, a cycle may end this much after the recording
 
 
@@ -133,6 +135,8 @@ def read_rows(
         raise UserError(f"{path} cannot be read as CSV ({error}); save it as UTF-8 CSV") from None
     rows = rows.rename(columns=str.strip)
     missing = [name for name in required if name not in rows]
+    if missing and ";" in "".join(rows):
+        raise UserError(f"{path} is separated by semicolons; save it with commas")
     if missing:
         raise UserError(f"{path} lacks the column {', '.join(missing)}; add it")
     unknown = sorted(set(rows) - {*required, *optional})
@@ -157,6 +161,13 @@ def check_cells(rows: pd.DataFrame, where: Where, needed: Sequence[str]) -> None
         wrong = (~np.isfinite(values)) & ((text != "") | (name in needed))
         where.refuse(wrong, lambda row, n=name, t=text: f"{n} is {t[row]!r}; a number is needed")
         rows[name] = values
+        low, high = NUMBERS.get(name, (-np.inf, np.inf))
+        where.refuse(
+            (values < low) | (values > high),
+            lambda row, n=name, t=text: (
+                f"{n} is {t[row]}, outside {NUMBERS[n][0]:g}..{NUMBERS[n][1]:g}; correct it"
+            ),
+        )
     for name in ("crackle", "wheeze"):
         text = rows[name]
         bad = ~text.isin(["0", "1"])
@@ -176,7 +187,7 @@ def _check_times(rows: pd.DataFrame, where: Where) -> None:
         (rows["start"] < 0) | (rows["end"] <= rows["start"]),
         lambda row: (
             f"the cycle runs from {rows['start'][row]:g} to {rows['end'][row]:g} s; "
-            "the end must lie after the start, neither before 0"
+            "correct it: the start is at least 0, and the end after the start"
         ),
     )
     twice = rows.duplicated(["file", "start", "end"])
@@ -187,13 +198,15 @@ def _resolved(names: pd.Series, path: Path) -> dict[str, str]:
     """File cell -> path, relative to the manifest."""
     outside = [name for name in names.unique() if ".." in Path(name).parts]
     if outside:
-        log.warning("%s: %d files lie outside its folder (..)", path, len(outside))
-    files = {}
+        log.warning("%s: files that lie outside its folder (..): %d", path, len(outside))
+    files, first = {}, {}
     for name in names.unique():
+        row, where = int(np.flatnonzero(names == name)[0]), Where(path)
         if Path(name).is_absolute():
-            where = int(np.flatnonzero(names == name)[0])
-            Where(path).fail(where, f"{name} is an absolute path; write it relative to the CSV")
+            where.fail(row, f"{name} is an absolute path; write it relative to the CSV")
         files[name] = str(path.parent / name)
+        if (other := first.setdefault(os.path.realpath(files[name]), name)) != name:
+            where.fail(row, f"{name} is the file {other} of an earlier row; write one name for it")
     return files
 
 

@@ -75,6 +75,13 @@ def test_optional_columns_are_read(folder):
             f"{HEADER},split",
             "patient p is in train and in test",
         ),
+        (["wav/a.wav,0,1,0,0,p,999"], f"{HEADER},age", r"row 2: age is 999, outside 0\.\.130"),
+        (["wav/a.wav;0;1;0;0;p"], HEADER.replace(",", ";"), "separated by semicolons"),
+        (
+            ["wav/a.wav,0,1,0,0,p", "wav/../wav/a.wav,0,1,1,0,q"],
+            HEADER,
+            "row 3: .* is the file wav/a.wav of an earlier row",
+        ),
         (["wav/a.wav,0,1,0,0,p,dev"], f"{HEADER},split", "row 2: split is 'dev'"),
         (
             ["wav/a.wav,0,1,0,0,p,train", "wav/b.wav,0,1,0,0,q,"],

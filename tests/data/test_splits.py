@@ -249,6 +249,9 @@ def test_parts_that_cannot_be_filled_are_refused():
     for column, name in (("Crackles", "crackle"), ("Wheezes", "wheeze")):
         with pytest.raises(UserError, match=f"has the class {name}"):
             split_cycles(table.assign(**{column: 0}))
+        assert len(split_cycles(table.assign(**{column: 0}), n_cls=2).train)
+    with pytest.raises(UserError, match="has the class abnormal"):
+        split_cycles(table.assign(Crackles=0, Wheezes=0), n_cls=2)
     with pytest.raises(UserError, match="has the class normal"):
         split_cycles(table.assign(Crackles=1))
     one = table.assign(Split=np.where(table["PID"] == 101, "train", "test"))

@@ -57,6 +57,7 @@ def build_split(config: RunConfig, *, judged: bool = False) -> tuple[pd.DataFram
         val_fraction=dataset.val_fraction,
         val_seed=dataset.val_seed,
         selection=config.training.selection,
+        n_cls=dataset.n_cls,
     )
     return table, split
 
