@@ -85,6 +85,13 @@ class MetadataStatistics:
             tuple(sites),
         )
 
+    @property
+    def scale(self) -> np.ndarray:
+        """[3] what scalars are divided by: `std`, and infinity where the training cycles do not
+        differ: no weight has learned what another value means, so every value is z = 0."""
+        std = np.array(self.std)
+        return np.where((std == 1) & np.isclose(self.mean, self.medians), np.inf, std)
+
     def transform(self, table: pd.DataFrame, *, warn: bool = True) -> Metadata:
         """`Metadata` of all N rows of a cycle table.
 
@@ -102,7 +109,7 @@ class MetadataStatistics:
         known = np.ones((len(table), len(FIELDS)), bool)
         known[:, 0] = device < len(self.devices)
         known[:, 1] = site < len(self.sites)
-        rest = (values - np.array(self.mean)) / np.array(self.std)
+        rest = (values - np.array(self.mean)) / self.scale
         return Metadata(
             device=torch.from_numpy(device),
             site=torch.from_numpy(site),

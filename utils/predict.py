@@ -336,7 +336,9 @@ def _notes(
         if missing := [name for name in NAMES if name not in known]:
             notes.append(f"{' and '.join(missing)} unknown")
         for name in NUMBERS:
-            if name not in known:
+            if np.isinf(statistics.scale[SCALARS.index(name)]):
+                notes.append(f"{name} did not differ in training: it is not used")
+            elif name not in known:
                 median = statistics.medians[SCALARS.index(name)]
                 notes.append(f"{name} unknown: the training median {median:g} is used")
         for name, names, counts in (

@@ -67,8 +67,7 @@ def test_training_cycles_become_standard_scores():
 def test_constant_and_unknown_scalars_do_no_harm():
     train = cycles(Age=[50.0] * 3, BMIDerived=[np.nan] * 3, Duration=[0.1 + 0.2, 0.3, 0.3])
     rest = fit(train).transform(cycles(Age=[51.0], BMIDerived=[25.0])).rest
-    assert torch.isfinite(rest).all()
-    assert rest[0, 0] == pytest.approx(1.0)
+    assert (rest[0, :2] == 0).all(), "an untrained weight must not see z = 25"
     assert fit(train).transform(train).rest.abs().max() < 1e-6
 
 

@@ -43,8 +43,8 @@ class FromLogMel(nn.Module):
         super().__init__()
         self.model, self.exclusive = model, task.exclusive
         self.sizes = (len(statistics.devices), len(statistics.sites))
-        values = (statistics.medians, statistics.mean, statistics.std)
-        median, mean, std = torch.tensor(values, dtype=torch.float64)
+        values = np.array([statistics.medians, statistics.mean, statistics.scale])
+        median, mean, std = torch.from_numpy(values)
         missing = (median - mean) / std
         missing[SCALARS.index("duration")] = 0.0
         for name, value in (("mean", mean), ("std", std), ("missing", missing)):

@@ -268,7 +268,11 @@ class TrainedModel:
         missing = {name: int(table[name].isna().sum()) for name in SCALAR_COLUMNS}
         medians = dict(zip(SCALAR_COLUMNS, self.statistics.medians, strict=True))
         text = f"UNKNOWN METADATA: not seen in training: {', '.join(parts)}." if parts else ""
-        filled = [f"{k} ({n:,} cycles, {medians[k]:g})" for k, n in missing.items() if n]
+        scale = dict(zip(SCALAR_COLUMNS, self.statistics.scale, strict=True))
+        if unused := [name for name, value in scale.items() if value == float("inf")]:
+            text += f" UNUSED METADATA: {', '.join(unused)} did not differ in training."
+        used = {name: n for name, n in missing.items() if n and name not in unused}
+        filled = [f"{k} ({n:,} cycles, {medians[k]:g})" for k, n in used.items()]
         if filled:
             text += f" MISSING METADATA: training median instead: {', '.join(filled)}."
         return text.strip()
