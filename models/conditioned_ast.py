@@ -28,9 +28,9 @@ from models.method import Methods, Step
 
 def full_precision(tensor: Tensor) -> AbstractContextManager:
     """Context without autocast: conditioner and head are tiny, and 1 + dg in bf16 would round away
-    every |dg| below 2^-8. An exported program, which files cannot hold such a context of, has none:
-    it computes in float32."""
-    if getattr(torch.compiler, "is_exporting", bool)():  # torch 2.4 has none
+    every |dg| below 2^-8. Nothing where autocast is off anyway: files of exported programs cannot
+    hold such a context."""
+    if not torch.is_autocast_enabled(tensor.device.type):
         return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
 
