@@ -270,19 +270,21 @@ def silent(connection):
 @pytest.mark.parametrize("answer", [unavailable, dribbling, silent, None])
 def test_a_server_in_trouble_costs_seconds(answer, tmp_path, uri, monkeypatch, warnings):
     """... and one warning; later everything can be sent elsewhere."""
-    monkeypatch.setattr(tracking, "CLOSING", 1.5)
+    monkeypatch.setattr(tracking, "CLOSING", 4)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
     folder = tmp_path / "my run"
     with serving(answer or unavailable) as address:
         begin = time.monotonic()
-        tracker = start(dead_uri() if answer is None else address, folder)
+        address = dead_uri() if answer is None else address
+        tracker = start(address, folder)
         _, message = train(tracker)
-        assert time.monotonic() - begin < 5  # with the import of MLflow
+        assert time.monotonic() - begin < 10  # with the import of MLflow
     assert f"python -m utils.tracking '{folder}'" in message
-    assert len(warnings()) <= 1
-    assert answer is not unavailable or "503" in message
-    texts = [message, *warnings(), (folder / "tracking.json").read_text()]
+    warned = [text for text in warnings() if address in text]  # another test's thread may warn
+    assert len(warned) <= 1
+    assert answer is not unavailable or "503" in " ".join([message, *warned])
+    texts = [message, *warned, (folder / "tracking.json").read_text()]
     assert not any("hunter2" in text for text in texts)
     for _ in range(2):  # the second changes nothing
         assert main([str(folder), "--tracking-uri", uri]) == 0
@@ -306,7 +308,7 @@ def test_a_run_deleted_in_the_middle_is_made_again(tmp_path, uri, warnings):
     train(tracker, first=2)
     replay(tmp_path / "run")
     assert_complete(uri)
-    assert len(warnings()) == 1
+    assert len([text for text in warnings() if uri in text]) == 1
 
 
 def test_a_deleted_experiment_is_named(tmp_path, uri):

@@ -347,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dry_run:
         print("\n".join(grid.commands()))
         done = sum(cell.folder.finished for cell in grid.cells)
-        logger.info("%d cells, %d of them finished", len(grid.cells), done)
+        print(f"{len(grid.cells)} cells, {done} of them finished", file=sys.stderr)
         return 0
     failed = run_tracked(grid)
     if failed:
