@@ -69,7 +69,7 @@ class Commands:
         )
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(
-            ["ast_film_soft", "utils.runs.run", "utils.figures.runs"]
+            ["benchmarks.harness", "ast_film_soft", "utils.runs.run", "utils.figures.runs"]
         )
         first = self.context.Process(target=int)  # waits for the server's imports
         first.start()
