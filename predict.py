@@ -6,7 +6,7 @@
         --device-name Meditron --site Tc --age 61 --bmi 27
 
 A recording may have any format that soundfile reads, any sampling rate, channels and length. With
-cycles (an ICBHI annotation of the same name beside it, --annotation or --cycles) there is one row
+cycles (an ICBHI annotation of the same name next to it, --annotation or --cycles) there is one row
 per cycle; without, sliding windows are averaged for each step of --hop seconds.
 
 predictions.csv (a row per segment), summary.csv (a row per recording), predictions.json and a
@@ -56,7 +56,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     sliding.add_argument("--hop", type=float, metavar="S", help="default: 0.5, at most a window")
     sliding.add_argument(
         "--duration", choices=("unknown", "window"), default="unknown",
-        help="what the model is told of a window's duration (default: unknown)",
+        help="what the model knows of a window's duration (default: unknown)",
     )  # fmt: skip
     about = parser.add_argument_group("metadata of every recording")
     about.add_argument("--device-name", dest="device_name", metavar="NAME")
@@ -83,7 +83,7 @@ class Job:
         self.options, self.files = options, find_audio(options.recordings)
         self.alone = len(self.files) == 1
         if options.annotation and not self.alone:
-            raise UserError("--annotation is of one recording; put several beside theirs")
+            raise UserError("--annotation is of one recording; put each next to its recording")
         given = {"device": options.device_name, "site": options.site}
         self.given = check_metadata(statistics, given | {"age": options.age, "bmi": options.bmi})
         self.cycles = Cycles(options.cycles) if options.cycles else None
@@ -103,11 +103,11 @@ class Job:
 
         if self.cycles:
             return {"cycles": self.cycles.cycles(file, self.alone)}
-        beside = self.options.annotation or file.with_suffix(".txt")
-        if not (self.options.annotation or beside.is_file()):
+        own = self.options.annotation or file.with_suffix(".txt")
+        if not (self.options.annotation or own.is_file()):
             return {}
         try:
-            return {"annotation" if self.options.windows else "cycles": read_annotation(beside)}
+            return {"annotation" if self.options.windows else "cycles": read_annotation(own)}
         except UserError as error:
             if not self.options.windows:
                 raise

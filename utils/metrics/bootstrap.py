@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -108,15 +109,9 @@ def patient_bootstrap(
 
 
 def paired_bootstrap(
-    tables_a: np.ndarray,
-    tables_b: np.ndarray,
-    *,
-    resamples: int = 10_000,
-    seed: int = 0,
-    level: float = 0.95,
-    training_seeds: int = 0,
+    tables_a: np.ndarray, tables_b: np.ndarray, **options: Any
 ) -> dict[str, Difference]:
-    """B minus A on the same cycles; as `patient_difference`.
+    """B minus A on the same cycles; arguments as for `patient_difference`.
 
     Raises:
         ValueError: the two do not describe the same cycles.
@@ -124,8 +119,7 @@ def paired_bootstrap(
     a, b = _over_runs(tables_a), _over_runs(tables_b)
     if a.shape[1:] != b.shape[1:] or (a[:1].sum(-1) != b.sum(-1)).any():
         raise ValueError("a paired comparison needs the same cycles of the same patients")
-    options = {"resamples": resamples, "seed": seed, "level": level}
-    return patient_difference(a, b, **options, training_seeds=training_seeds)
+    return patient_difference(a, b, **options)
 
 
 def patient_difference(
