@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.harness import options, table
 from benchmarks.kill_resume import Commands, fingerprint
+from utils.common.errors import UserError
 from utils.common.files import write_text
 
 DEMOGRAPHICS = "ICBHI_Challenge_demographic_information.txt"
@@ -202,7 +203,10 @@ class Matrix:
             return "refused", printed[printed.rindex("error: ") :].strip()
         if status:
             return "crash", f"status {status}: {last}"
-        found, whole = fingerprint(self.work / "runs"), self.whole[cell.kind]
+        try:
+            found, whole = fingerprint(self.work / "runs"), self.whole[cell.kind]
+        except UserError as error:  # of the published copy, which the command leaves as it is
+            return "refused", f"when it is opened: {error}"
         names = {n for n in {**found, **whole} if not n.endswith(MAY_BE_LEFT)}
         wrong = sorted(n for n in names if found.get(n) != whole.get(n))
         return ("WRONG", ", ".join(wrong)) if wrong else ("identical", "")
