@@ -162,8 +162,11 @@ def test_each_finished_run_is_published_once(finished, here, monkeypatch, capsys
     assert again(monkeypatch, here) == 0
     assert copy.read_bytes() == b"of a later run"
     record.write_text('{"started": "when it was killed, before it was published"}')
+    for half in (finished / ".report.json.1.tmp", copy.with_name(f".{copy.name}.1.tmp")):
+        half.touch()
     assert again(monkeypatch, here) == 0
     assert copy.read_bytes() == best
+    assert not [*here.rglob(".*.tmp")], "what a killed process left is removed"
     assert "was replaced; it was a file that is no checkpoint" in flat(capsys.readouterr().out)
     copy.unlink()
     assert again(monkeypatch, here, "--member-of", str(here)) == 0

@@ -17,7 +17,7 @@ from data.loader import Cycles
 from models.build import ConditionedAST
 from utils.common.cli import log_file, set_up_logging
 from utils.common.errors import Busy, Preempted, UserError
-from utils.common.files import atomic_write, write_text
+from utils.common.files import TEMPORARY, atomic_write, write_text
 from utils.common.lock import held
 from utils.config.schema import RunConfig, flatten
 from utils.config.validation import check_micro_batches, opposed
@@ -103,11 +103,14 @@ class Run:
         if self.runtime.is_main:
             self.folder.check()
             self._check_unchanged()
-            # a kill or a full disk may have come just before these two
             record, copy = self.folder.read_record(), published_best(self.config)
-            if (record and "published" not in record) or not copy.is_file():
-                self._publish()
-            self.folder.last.unlink(missing_ok=True)
+            lost = not copy.is_file() or (record and "published" not in record)
+            unpublished = not self.is_member and lost
+            if unpublished or self.folder.leftovers:  # a kill or a full disk came near the end
+                with held(self.folder.path):
+                    self.folder.tidy()
+                    if unpublished:
+                        self._publish()
             logger.info("finished already; training.resume=never starts from scratch")
             own = not self.is_member and filecmp.cmp(copy, self.folder.best, shallow=False)
             print_end(self.folder, self.config, published=own)
@@ -281,8 +284,11 @@ class Run:
             except UserError:
                 replaced = "a file that is no checkpoint"
         card = (self.folder.path / "model_card.md").read_text(encoding="utf-8")
-        write_text(target.with_suffix(".md"), card)
         size = self.folder.best.stat().st_size
-        with self.folder.best.open("rb") as source, atomic_write(target, needed_bytes=size) as file:
-            shutil.copyfileobj(source, file)
+        with held(target, wait=60):  # from runs of the same variant that end at the same time
+            for leftover in target.parent.glob(TEMPORARY.replace(".", f".{target.stem}.", 1)):
+                leftover.unlink(missing_ok=True)
+            write_text(target.with_suffix(".md"), card)
+            with self.folder.best.open("rb") as best, atomic_write(target, needed_bytes=size) as to:
+                shutil.copyfileobj(best, to)
         self.folder.write_record(published=str(target), replaced=replaced)

@@ -87,8 +87,7 @@ class RunFolder:
                 ):
                     raise UserError(f"{self.path} is not a run folder; move it away")
                 shutil.rmtree(self.path)
-            for leftover in self.path.rglob(TEMPORARY):
-                leftover.unlink()
+            self.tidy()
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be tidied ({error.strerror}: {error.filename}); check its "
@@ -97,6 +96,17 @@ class RunFolder:
         write_text(self.config, config_to_yaml(config))
         if not self.record.is_file():
             self.write_record(started=time.strftime("%Y-%m-%d %H:%M:%S"))
+
+    @property
+    def leftovers(self) -> list[Path]:
+        """What a killed process left: half-written files, and a finished run's training state."""
+        state = [self.last] if self.finished and self.last.is_file() else []
+        return [*self.path.rglob(TEMPORARY), *state]
+
+    def tidy(self) -> None:
+        """Remove `leftovers`; only whoever holds the folder's lock may."""
+        for path in self.leftovers:
+            path.unlink(missing_ok=True)
 
     def read_record(self) -> dict[str, Any]:
         """record.json; empty where there is none, as in runs of earlier versions."""
