@@ -27,7 +27,7 @@ from data.corpora import CORPORA, read_corpus
 from data.corpora.icbhi import find_recordings, read_cycles
 from data.corpora.spectrograms import SpectrogramStore
 from data.cycle_table import classes_of
-from data.splits import patients_in_both_halves, split_cycles
+from data.splits import patients_in_both_halves, split_by
 from data.store import StorePlan
 from data.store_build import cut_cycles
 from data.task import CLASSES
@@ -208,16 +208,7 @@ def _audio(table: pd.DataFrame) -> str:
 
 def _parts(table: pd.DataFrame, dataset: DatasetConfig) -> str:
     try:
-        split = split_cycles(
-            table,
-            strategy=dataset.split_strategy,
-            test_fold=dataset.test_fold,
-            split_seed=dataset.split_seed,
-            test_fraction=dataset.test_fraction,
-            val_fraction=dataset.val_fraction,
-            val_seed=dataset.val_seed,
-            n_cls=dataset.n_cls,
-        )
+        split = split_by(dataset, table)
     except UserError as error:
         return str(error)
     return _by_class({name: table.iloc[getattr(split, name)] for name in PARTS})

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import soundfile
 
 from data.corpora.icbhi_tables import parse_annotation, read_text
-from data.corpora.manifest import NUMBERS, Where, read_rows
+from data.corpora.manifest import NUMBERS, Where, read_rows, to_number
 from data.segments import Segment
 from utils.common.errors import UserError
 
@@ -57,25 +56,16 @@ class Table:
             raise UserError(f"no table {path}; correct the name")
         self.rows = read_rows(self.path, required, [n for n in optional if n not in required])
         for name in {"start", "end", *NUMBERS} & set(self.rows):
-            self._to_number(name, name in required)
-
-    def _to_number(self, name: str, needed: bool) -> None:
-        text = self.rows[name]
-        values = pd.to_numeric(text, errors="coerce").astype(float)
-        wrong = ~np.isfinite(values) & ((text != "") | needed)
-        self.where.refuse(wrong, lambda row: f"{name} is {text[row]!r}; a number is needed")
-        self.rows[name] = values
+            to_number(self.rows, self.where, name, needed=name in required)
+        names = self.rows["file"]
+        self.paths = names.map(lambda name: name and str((self.path.parent / name).resolve()))
 
     def of(self, recording: Path, alone: bool) -> pd.DataFrame:
         """The rows of a recording; alone: it is the only one."""
         files = self.rows["file"]
-        same = files.map(
-            lambda name: (
-                name in (recording.name, recording.stem)
-                or (name != "" and (self.path.parent / name).resolve() == recording.resolve())
-            )
-        )
-        return self.rows[same.to_numpy(bool) | ((files == "").to_numpy() & alone)]
+        same = files.isin([recording.name, recording.stem])
+        same |= self.paths == str(recording.resolve())
+        return self.rows[same | ((files == "") & alone)]
 
 
 class Cycles(Table):

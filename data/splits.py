@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from data.config import LEAKY
+from data.config import LEAKY, DatasetConfig
 from data.cycle_table import classes_of
 from data.task import CLASSES
 from utils.common.errors import UserError
@@ -52,6 +52,21 @@ def patients_in_both_halves(table: pd.DataFrame) -> list[int]:
     """Patients with cycles in both halves of the official split (156 and 218 in ICBHI 2017)."""
     halves = table.groupby("PID")["Split"].nunique()
     return sorted(halves.index[halves > 1].tolist())
+
+
+def split_by(dataset: DatasetConfig, table: pd.DataFrame, selection: str = "validation") -> Split:
+    """`split_cycles` as the section `dataset` says."""
+    return split_cycles(
+        table,
+        strategy=dataset.split_strategy,
+        test_fold=dataset.test_fold,
+        split_seed=dataset.split_seed,
+        test_fraction=dataset.test_fraction,
+        val_fraction=dataset.val_fraction,
+        val_seed=dataset.val_seed,
+        selection=selection,
+        n_cls=dataset.n_cls,
+    )
 
 
 def split_cycles(

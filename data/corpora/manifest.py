@@ -97,9 +97,7 @@ def cycle_table(rows: pd.DataFrame) -> pd.DataFrame:
     for name in ("Device", "AuscLoc", "Sex"):
         table[name] = table[name].astype(object).where(table[name] != "", None)
     if rows["patient"].str.fullmatch("0|[1-9][0-9]{0,17}").all():
-        table["PID"] = table["PID"].astype(
-            np.int64
-        )  # as ICBHI's, so that equal data are split equally
+        table["PID"] = table["PID"].astype(np.int64)  # as ICBHI's: equal data are split equally
     table["CycleIndex"] = table.groupby("Filename").cumcount()
     table = table.assign(CW=np.nan, CH=np.nan, Disease=None, BMIDerived=table["BMI"])
     table["Fold"] = assign_folds(table)
@@ -156,18 +154,7 @@ def check_cells(rows: pd.DataFrame, where: Where, needed: Sequence[str]) -> None
     """
     where.refuse(rows["patient"] == "", "patient is empty; fill it in")
     for name in {*needed, "age", "bmi", "duration"} & set(rows):
-        values = pd.to_numeric(rows[name], errors="coerce").astype(float)
-        text = rows[name]
-        wrong = (~np.isfinite(values)) & ((text != "") | (name in needed))
-        where.refuse(wrong, lambda row, n=name, t=text: f"{n} is {t[row]!r}; a number is needed")
-        rows[name] = values
-        low, high = NUMBERS.get(name, (-np.inf, np.inf))
-        where.refuse(
-            (values < low) | (values > high),
-            lambda row, n=name, t=text: (
-                f"{n} is {t[row]}, outside {NUMBERS[n][0]:g}..{NUMBERS[n][1]:g}; correct it"
-            ),
-        )
+        to_number(rows, where, name, needed=name in needed)
     for name in ("crackle", "wheeze"):
         text = rows[name]
         bad = ~text.isin(["0", "1"])
@@ -179,6 +166,18 @@ def check_cells(rows: pd.DataFrame, where: Where, needed: Sequence[str]) -> None
     some = rows["split"] != ""
     if some.any():
         where.refuse(~some, "split is empty here but not in other rows; fill in all or none")
+
+
+def to_number(rows: pd.DataFrame, where: Where, name: str, needed: bool) -> None:
+    """A column of text becomes float64, NaN where empty; `needed`: it may not be."""
+    text, (low, high) = rows[name], NUMBERS.get(name, (-np.inf, np.inf))
+    values = pd.to_numeric(text, errors="coerce").astype(float)
+    wrong = ~np.isfinite(values) & ((text != "") | needed)
+    where.refuse(wrong, lambda row: f"{name} is {text[row]!r}; a number is needed")
+    outside = (values < low) | (values > high)
+    where.refuse(outside, lambda row: f"{name} is {text[row]}, outside {low:g}..{high:g}; "
+                                      "correct it")  # fmt: skip
+    rows[name] = values
 
 
 def _check_times(rows: pd.DataFrame, where: Where) -> None:
@@ -199,9 +198,8 @@ def _resolved(names: pd.Series, path: Path) -> dict[str, str]:
     outside = [name for name in names.unique() if ".." in Path(name).parts]
     if outside:
         log.warning("%s: files that lie outside its folder (..): %d", path, len(outside))
-    files, first = {}, {}
-    for name in names.unique():
-        row, where = int(np.flatnonzero(names == name)[0]), Where(path)
+    files, first, where = {}, {}, Where(path)
+    for row, name in names.drop_duplicates().items():
         if Path(name).is_absolute():
             where.fail(row, f"{name} is an absolute path; write it relative to the CSV")
         files[name] = str(path.parent / name)
@@ -216,8 +214,8 @@ def _stems(names: pd.Series) -> pd.Series:
 
 def _check_audio(rows: pd.DataFrame, files: dict[str, str], where: Where) -> None:
     lengths = {}
-    for name, file in files.items():
-        row = int(np.flatnonzero(rows["file"] == name)[0])
+    for row, name in rows["file"].drop_duplicates().items():
+        file = files[name]
         if not Path(file).is_file():
             where.fail(row, f"there is no file {file}; correct the path or remove the row")
         try:

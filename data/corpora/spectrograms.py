@@ -33,7 +33,7 @@ from data.corpora.manifest import (
     cycle_table,
     read_rows,
 )
-from data.cycle_table import Completeness, count_cycles
+from data.cycle_table import Completeness, count_cycles, derive
 from utils.common.cli import command
 from utils.common.errors import UserError
 from utils.common.files import atomic_write, write_text
@@ -190,20 +190,19 @@ def unpack(source: str | Path, output: str | Path) -> Path:
     if len(packed) != 1 or not (source / "index.csv").is_file():
         raise UserError(f"{source} does not hold one .npy.xz and an index.csv")
     index = pd.read_csv(source / "index.csv")
-    renamed = {
-        "crackles": "crackle",
-        "wheezes": "wheeze",
-        "split_official": "split",
-    }
+    renamed = {"crackles": "crackle", "wheezes": "wheeze", "split_official": "split"}
     missing = {*renamed, "recording", "cycle_index", "start", "end", "patient"} - set(index)
     if missing:
         raise UserError(f"{source / 'index.csv'} lacks {', '.join(sorted(missing))}")
+    columns = {"start": "CycleStart", "end": "CycleEnd", "bmi": "BMI"}
+    columns |= {"child_weight": "CW", "child_height": "CH"}
+    derived = derive(index.rename(columns=columns).reindex(columns=columns.values()))
     table = index.rename(columns=renamed).assign(
-        row=np.arange(len(index)), duration=(index["end"] - index["start"]).round(6)
+        row=np.arange(len(index)), duration=derived["Duration"], bmi=derived["BMIDerived"]
     )
-    table["bmi"] = _derived_bmi(index)
     table = table.sort_values(["recording", "cycle_index"])
-    names = [n for n in (*REQUIRED, *(n for n in NAMES if n not in ("start", "end"))) if n in table]
+    names = dict.fromkeys((*REQUIRED, *NAMES))
+    names = [name for name in names if name in table and name not in ("start", "end")]
     output.mkdir(parents=True, exist_ok=True)
     try:
         with lzma.open(packed[0]) as file, atomic_write(output / ARRAY) as target:
@@ -212,17 +211,8 @@ def unpack(source: str | Path, output: str | Path) -> Path:
         raise UserError(f"{packed[0]} is damaged ({error}); copy it again") from None
     if len(open_array(output)) != len(table):
         raise UserError(f"{packed[0]} and index.csv differ in length")
-    unique = list(dict.fromkeys(names))
-    write_text(output / MANIFEST, table[unique].to_csv(index=False, lineterminator="\n"))
+    write_text(output / MANIFEST, table[names].to_csv(index=False, lineterminator="\n"))
     return output
-
-
-def _derived_bmi(index: pd.DataFrame) -> pd.Series:
-    """Adult BMI, else from a child's weight (kg) and height (cm), as `cycle_table.derive_bmi`."""
-    if not {"bmi", "child_weight", "child_height"} <= set(index):
-        return index.get("bmi", pd.Series(np.nan, index.index))
-    derived = index["child_weight"] / (index["child_height"] / 100.0) ** 2
-    return index["bmi"].fillna(derived.where(derived.between(10.0, 60.0)).round(6))
 
 
 @command

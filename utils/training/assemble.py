@@ -16,7 +16,7 @@ from data.augment import Augmentation
 from data.corpora import CORPORA, read_corpus
 from data.corpora.spectrograms import SpectrogramStore
 from data.loader import Cycles
-from data.splits import Split, split_cycles
+from data.splits import Split, split_by
 from data.statistics import MetadataStatistics
 from data.store import WaveformStore
 from data.store_build import open_store
@@ -48,18 +48,7 @@ def build_split(config: RunConfig, *, judged: bool = False) -> tuple[pd.DataFram
     if judged:
         test = (table["Split"] == "test").to_numpy()
         return table, Split(np.flatnonzero(~test), np.zeros(0, np.int64), np.flatnonzero(test))
-    split = split_cycles(
-        table,
-        strategy=dataset.split_strategy,
-        test_fold=dataset.test_fold,
-        split_seed=dataset.split_seed,
-        test_fraction=dataset.test_fraction,
-        val_fraction=dataset.val_fraction,
-        val_seed=dataset.val_seed,
-        selection=config.training.selection,
-        n_cls=dataset.n_cls,
-    )
-    return table, split
+    return table, split_by(dataset, table, config.training.selection)
 
 
 def build_data(
