@@ -109,6 +109,8 @@ class AudioConfig:
     frame_shift_ms: float = setting(10.0, low=0, high=60_000, ends="(]")
     low_freq: float = setting(100.0, low=0)  # Hz, lower edge of the mel bank
     high_freq: float = 8000.0  # Hz, upper edge of the mel bank
+    # [first, stop] of the dataset.h bands that the transformer sees; null: all
+    keep_bands: list[int] | None = setting(None, low=0, interval=True)
     mean: float = -4.2677393  # AudioSet statistics: (x - mean) / (2 * std)
     std: float = setting(4.5689974, low=0, ends="(]")  # see mean
     # stretch (bilinear) | pad, to dataset.w frames

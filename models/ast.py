@@ -138,6 +138,7 @@ class AST(nn.Module):
         super().__init__()
         self.embed_dim, self.depth = embed_dim, depth = config.embed_dim, config.depth
         self.input_size = (n_mels, n_frames)
+        self.bands = slice(0, n_mels)  # those that become patches
         self.grid = (
             grid_size(n_mels, config.patch_size, config.freq_stride),
             grid_size(n_frames, config.patch_size, config.time_stride),
@@ -169,6 +170,18 @@ class AST(nn.Module):
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+
+    def keep_bands(self, first: int, stop: int) -> None:
+        """Make patches of the bands first..stop - 1 alone; each keeps the position that it has in
+        the whole spectrogram. `first` is a multiple of the patches' stride along the bands."""
+        proj = self.patch_embed.proj
+        rows = grid_size(stop - first, proj.kernel_size[0], proj.stride[0])
+        start = first // proj.stride[0]
+        special, patches = self.pos_embed.detach().split([N_SPECIAL, self.n_patches], dim=1)
+        patches = patches.unflatten(1, self.grid)[:, start : start + rows].flatten(1, 2)
+        self.pos_embed = nn.Parameter(torch.cat([special, patches], dim=1))
+        self.bands, self.grid = slice(first, stop), (rows, self.grid[1])
+        self.n_patches = rows * self.grid[1]
 
     # ------------------------------------------------------------------ freezing
 
@@ -202,12 +215,16 @@ class AST(nn.Module):
 
     def embed(self, spectrogram: Tensor) -> Tensor:
         """[B, 1, F, T] -> tokens with positions [B, N, D]."""
+        return self.position(self.patches(spectrogram))
+
+    def patches(self, spectrogram: Tensor) -> Tensor:
+        """[B, 1, F, T] -> patch tokens of the kept bands, without positions [B, f t, D]."""
         if spectrogram.shape[1:] != (1, *self.input_size):
             raise ValueError(
                 f"spectrogram {tuple(spectrogram.shape)}, expected [B, 1, F, T] with "
                 f"F, T = {self.input_size}"
             )
-        return self.position(self.patch_embed(spectrogram))
+        return self.patch_embed(spectrogram[:, :, self.bands])
 
     def position(self, patches: Tensor) -> Tensor:
         """Patch tokens [B, f t, D] -> tokens with CLS, DIST and positions [B, N, D]."""

@@ -23,6 +23,7 @@ def build_model(
     n_outputs: int,
     device_counts: Sequence[float],
     site_counts: Sequence[float],
+    keep_bands: Sequence[int] | None = None,
     methods: Mapping[str, Any] | None = None,
     layer_norm_eps: float = 1e-6,
 ) -> ConditionedAST:
@@ -39,6 +40,7 @@ def build_model(
         n_outputs: logits K.
         device_counts, site_counts: training cycles per value, as long as the vocabularies with
             their unknown entry.
+        keep_bands: [first, stop] of the F bands that the transformer sees; None: all.
         methods: name -> section `methods.<name>`, in the order in which they act.
         layer_norm_eps: of the backbone where no pretrained weights decide it.
 
@@ -50,6 +52,8 @@ def build_model(
     ast = AST(backbone, n_mels=n_mels, n_frames=n_frames, layer_norm_eps=eps)
     if pretrained:
         load_into(ast, pretrained)
+    if keep_bands:
+        ast.keep_bands(*keep_bands)
     head = Head(model, backbone.embed_dim, n_outputs)
     conditioner = VARIANTS[variant].build(
         model,

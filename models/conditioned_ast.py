@@ -118,7 +118,7 @@ class ConditionedAST(nn.Module):
             state = self.conditioner.encode(metadata)
             values, evidence = methods.filter(values)
         if methods.whole_input:
-            patches = methods.mix(self.backbone.patch_embed(values), clips, step)
+            patches = methods.mix(self.backbone.patches(values), clips, step)
             tokens = methods.keep(self.backbone.position(patches), step)
             rows = len(tokens) // clips
             pooled = self.backbone.resume(tokens, _repeated(state.modulation, rows))

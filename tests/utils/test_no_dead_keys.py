@@ -149,6 +149,7 @@ KEYS: dict[str, tuple] = {
     "audio.mean": (-4.0, trained, {}),
     "audio.std": (4.0, trained, {}),
     "audio.fit": ("pad", trained, {}),
+    "audio.keep_bands": ([0, 16], trained, {}),
     "augment.enabled": (False, trained, {}),
     "augment.noise_rms": (0.1, trained, {}),
     "augment.noise_snr_db": ([0.0, 1.0], trained, {}),

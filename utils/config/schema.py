@@ -122,7 +122,9 @@ class RunConfig:
     @property
     def title(self) -> str:
         """Name in reports, figures and tables, such as FiLM-AST + Patch-Mix CL."""
-        titles = (METHODS[name].title for name in self.methods)
+        titles = [METHODS[name].title for name in self.methods]
+        if self.audio.keep_bands:
+            titles.append("frequency band selection (reconstruction)")
         return " + ".join([VARIANTS[self.variant].title, *titles])
 
     @property
@@ -146,6 +148,7 @@ LATER = {
         "label_map": {},
         "parts": [],
     },
+    "audio": {"keep_bands": None},
     "augment": {"mask_value": "zero"},
     "models": {"encoder_dropout": None},  # of the variant's section
     "training": {"thresholds": "chosen"},

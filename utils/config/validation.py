@@ -110,6 +110,18 @@ def _check_shapes(config: Any) -> None:
     for key in ("h", "w"):
         if getattr(config.dataset, key) < backbone.patch_size:
             _refuse(config, f"dataset.{key}", f"a patch is {backbone.patch_size} wide")
+    if bands := config.audio.keep_bands:
+        first, stop = bands
+        if first % backbone.freq_stride:
+            remedy = f"the first must be a multiple of backbone.freq_stride={backbone.freq_stride}"
+            _refuse(config, "audio.keep_bands", remedy)
+        if stop > config.dataset.h or stop - first < backbone.patch_size:
+            _refuse(
+                config,
+                "audio.keep_bands",
+                f"it must leave at least one patch ({backbone.patch_size} bands) of "
+                f"dataset.h={config.dataset.h}",
+            )
     if int(backbone.embed_dim * backbone.mlp_ratio) < 1:
         remedy = f"of backbone.embed_dim={backbone.embed_dim} it leaves no hidden unit"
         _refuse(config, "backbone.mlp_ratio", remedy)

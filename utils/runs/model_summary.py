@@ -161,6 +161,7 @@ def model_for_summary(config: RunConfig) -> ConditionedAST:
             n_mels=config.dataset.h,
             n_frames=config.dataset.w,
             n_outputs=len(config.task.outputs),
+            keep_bands=config.audio.keep_bands,
             device_counts=[1.0] * len(devices) + [0.0],
             site_counts=[1.0] * len(sites) + [0.0],
         )

@@ -28,6 +28,7 @@ def build_model(
         n_mels=config.dataset.h,
         n_frames=config.dataset.w,
         n_outputs=len(config.task.outputs),
+        keep_bands=config.audio.keep_bands,
         device_counts=statistics.device_counts,
         site_counts=statistics.site_counts,
         methods=config.methods,
