@@ -64,7 +64,7 @@ class DatasetConfig:
     n_cls: int = setting(4, choices=(4, 2))
     # cycles per optimiser step, over all processes and accumulation steps
     batch_size: int = setting(16, low=1, high=MAX_SIZE)
-    h: int = setting(128, low=1, high=4096)  # mel bands
+    h: int = setting(128, low=1, high=4096)  # mel bands, see also audio.n_mels
     w: int = setting(1024, low=1, high=MAX_SIZE)  # frames the spectrogram is fitted to
     cache_dir: str = setting("cache", path=True)  # waveform stores and frozen-backbone features
     # error | skip (counted and reported)
@@ -107,6 +107,8 @@ class AudioConfig:
     frame_length_ms: float = setting(40.0, low=0, high=1000, ends="(]")  # of the analysis frames
     # from one frame to the next
     frame_shift_ms: float = setting(10.0, low=0, high=60_000, ends="(]")
+    # bands of the mel bank, stretched to dataset.h; null: dataset.h
+    n_mels: int | None = setting(None, low=1, high=4096)
     low_freq: float = setting(100.0, low=0)  # Hz, lower edge of the mel bank
     high_freq: float = 8000.0  # Hz, upper edge of the mel bank
     # [first, stop] of the dataset.h bands that the transformer sees; null: all

@@ -96,7 +96,8 @@ class AudioFrontend(nn.Module):
         audio: rate, clip length, padding, analysis frames, mel bank, normalisation, fit. `fit: pad`
             means log-mel 0 before normalisation, which is what the AST's own feature extractor
             feeds it.
-        n_mels, n_frames: size of the output, F and T.
+        n_mels, n_frames: size of the output, F and T. With `audio.n_mels` the mel bank has that
+            many bands (`self.n_mels`), and the spectrogram is stretched to F.
         augmentation: applied when `forward` gets a seed; None: never.
     """
 
@@ -108,7 +109,8 @@ class AudioFrontend(nn.Module):
         augmentation: Augmentation | None = None,
     ):
         super().__init__()
-        self.audio, self.n_mels, self.n_frames = audio, n_mels, n_frames
+        self.audio, self.n_mels = audio, audio.n_mels or n_mels
+        self.size = (n_mels, n_frames)
         self.augmentation = augmentation
         self.clip_samples = round(audio.clip_seconds * audio.sample_rate)
         share = 16 if audio.pad_type == "tile" else 64
@@ -118,18 +120,17 @@ class AudioFrontend(nn.Module):
         self.n_fft = 1 << (self.frame_length - 1).bit_length()
         window = torch.hann_window(self.frame_length, periodic=False, dtype=torch.float64)[1:]
         self.bins = (audio.sample_rate / self.n_fft) * torch.arange(self.n_fft / 2)  # Hz
-        bank = mel_bank(self.bins, n_mels, audio.low_freq, audio.high_freq)
+        bank = mel_bank(self.bins, self.n_mels, audio.low_freq, audio.high_freq)
         self.register_buffer("window", window, persistent=False)
         self.register_buffer("bank", bank.t().double(), persistent=False)  # [K, F]
         self._blocks = band_blocks(bank, BLOCK_BANDS)
 
     def forward(self, waveform: Tensor, length: Tensor, seed: int | None = None) -> Tensor:
-        """waveform [B, S], length [B] (samples) -> [B, 1, n_mels, n_frames] float32.
+        """waveform [B, S], length [B] (samples) -> [B, 1, F, T] float32.
 
         seed: of this batch's augmentation; None: no augmentation.
         """
-        shape = (1, self.n_mels, self.n_frames)
-        return self._run(self._spectrogram, shape, waveform, length, seed)
+        return self._run(self._spectrogram, (1, *self.size), waveform, length, seed)
 
     def clips(self, waveform: Tensor, length: Tensor, seed: int | None = None) -> Tensor:
         """The waveforms that `forward` transforms, padded and augmented: [B, clip_samples]."""
@@ -276,12 +277,15 @@ class AudioFrontend(nn.Module):
         return energy.clamp_(min=FLOOR).log_()
 
     def _fitted(self, mel: Tensor) -> Tensor:
-        """Normalised log-mel [B, T, F] -> [B, 1, F, n_frames], by `fit`."""
+        """Normalised log-mel [B, T, F] -> [B, 1, *size], by `fit`."""
+        height, width = self.size
+        if self.n_mels != height:
+            mel = functional.interpolate(mel.contiguous(), size=height, mode="linear")
         mel = mel.transpose(1, 2)  # [B, F, T]
         if self.audio.fit == "stretch":
-            mel = functional.interpolate(mel.contiguous(), size=self.n_frames, mode="linear")
+            mel = functional.interpolate(mel.contiguous(), size=width, mode="linear")
         else:
-            missing = self.n_frames - mel.shape[-1]  # negative: the clip's last frames are cut
+            missing = width - mel.shape[-1]  # negative: the clip's last frames are cut
             empty = self.normalise(torch.tensor(0.0)).item()
             mel = functional.pad(mel, (0, missing), value=empty)
         return mel.unsqueeze(1).contiguous()

@@ -107,11 +107,14 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Overlapping square patches of a one-channel spectrogram -> tokens, frequency-major."""
+    """Patches of a one-channel spectrogram, which may overlap -> tokens, frequency-major.
 
-    def __init__(self, dim: int, patch_size: int, freq_stride: int, time_stride: int):
+    patch, stride: bands and frames.
+    """
+
+    def __init__(self, dim: int, patch: tuple[int, int], stride: tuple[int, int]):
         super().__init__()
-        self.proj = nn.Conv2d(1, dim, patch_size, stride=(freq_stride, time_stride))
+        self.proj = nn.Conv2d(1, dim, patch, stride=stride)
 
     def forward(self, spectrogram: Tensor) -> Tensor:
         """[B, 1, F, T] -> [B, f t, D]."""
@@ -139,16 +142,12 @@ class AST(nn.Module):
         self.embed_dim, self.depth = embed_dim, depth = config.embed_dim, config.depth
         self.input_size = (n_mels, n_frames)
         self.bands = slice(0, n_mels)  # those that become patches
-        self.grid = (
-            grid_size(n_mels, config.patch_size, config.freq_stride),
-            grid_size(n_frames, config.patch_size, config.time_stride),
-        )
+        patch, stride = config.patch, (config.freq_stride, config.time_stride)
+        self.grid = tuple(map(grid_size, self.input_size, patch, stride))
         self.gradient_checkpointing = config.gradient_checkpointing
         self.n_patches = self.grid[0] * self.grid[1]
         self.frozen_blocks: int | None = None  # None: nothing is frozen; else also the embedding
-        self.patch_embed = PatchEmbed(
-            embed_dim, config.patch_size, config.freq_stride, config.time_stride
-        )
+        self.patch_embed = PatchEmbed(embed_dim, patch, stride)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         n_tokens = N_SPECIAL + self.n_patches

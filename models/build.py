@@ -51,7 +51,7 @@ def build_model(
     eps = pretrained.layer_norm_eps if pretrained else layer_norm_eps
     ast = AST(backbone, n_mels=n_mels, n_frames=n_frames, layer_norm_eps=eps)
     if pretrained:
-        load_into(ast, pretrained)
+        load_into(ast, pretrained, backbone.patch_init)
     if keep_bands:
         ast.keep_bands(*keep_bands)
     head = Head(model, backbone.embed_dim, n_outputs)

@@ -171,6 +171,7 @@ class ConditionedAST(nn.Module):
             raise ValueError("nothing is frozen, so there is no frozen prefix")
         backbone = self.backbone
         sha = hashlib.sha256(repr((self.cut, backbone.input_size, backbone.grid)).encode())
+        sha.update(repr(backbone.patch_embed.proj.stride).encode())  # two may give one grid
         sha.update(repr((backbone.blocks[0].attn.num_heads, backbone.norm.eps)).encode())
         for name, parameter in backbone.named_parameters():
             if not parameter.requires_grad:

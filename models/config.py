@@ -30,12 +30,28 @@ class BackboneConfig:
     depth: int = setting(12, low=1, high=1000)  # blocks L
     num_heads: int = setting(12, low=1, high=MAX_SIZE)  # attention heads per block
     mlp_ratio: float = setting(4.0, low=0, high=64, ends="(]")  # hidden width of the MLP over D
-    patch_size: int = setting(16, low=1, high=4096)  # bands and frames
+    patch_size: Any = setting(16, low=1, high=4096)  # of a square patch, or [bands, frames]
     freq_stride: int = setting(10, low=1, high=4096)  # bands from one patch to the next
     time_stride: int = setting(10, low=1, high=4096)  # frames from one patch to the next
+    # projection where patch_size is not the weights' own: random | resize (theirs, resampled) |
+    # null (refused)
+    patch_init: str | None = setting(None, choices=("random", "resize"))
     # the last n train; n >= depth freezes nothing
     trainable_blocks: int = setting(12, low=0, high=MAX_COUNT)
     gradient_checkpointing: bool = False  # trades a third more compute for memory
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        """Bands and frames of a patch.
+
+        Raises:
+            UserError: `patch_size` is neither one number nor two.
+        """
+        size = self.patch_size
+        sides = size if isinstance(size, list) else [size, size]
+        if len(sides) != 2 or any(type(side) is not int for side in sides):
+            refuse("backbone.patch_size", size, "give one whole number, or [bands, frames]")
+        return tuple(sides)
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Pretrained weights -> our backbone: AudioSet (two layouts), ImageNet through timm, or none.
 
-Sources: the transformers checkpoint MIT/ast-finetuned-audioset-10-10-0.4593, the AST authors'
-audioset_10_10_0.4593.pth, and timm's DeiT. Only safetensors files and `torch.load` with
-`weights_only=True` are opened. A file that does not fit is refused; nothing is loaded in part.
+Sources: the transformers checkpoints MIT/ast-finetuned-audioset-10-10-0.4593 and -16-16-0.442, the
+AST authors' audioset_10_10_0.4593.pth, and timm's DeiT. Only safetensors files and `torch.load`
+with `weights_only=True` are opened. A file that does not fit is refused; nothing is loaded in part.
 """
 
 from __future__ import annotations
@@ -251,6 +251,8 @@ def _audioset_grid(state: State) -> tuple[int, int] | None:
     if positions is None or patch is None or positions.ndim != 3 or patch.ndim != 4:
         return None
     size = patch.shape[-1]
+    if size != patch.shape[-2]:
+        return None
     for stride in range(1, size + 1):
         f, t = (grid_size(side, size, stride) for side in AUDIOSET_INPUT)
         if f * t == positions.shape[1] - N_SPECIAL:
@@ -292,16 +294,27 @@ def _timm_download() -> State:
 # ---------------------------------------------------------------------- loading
 
 
-def adapt_positions(positions: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
+def adapt_positions(
+    positions: Tensor,
+    source: tuple[int, int],
+    target: tuple[int, int],
+    *,
+    same_patches: bool = True,
+) -> Tensor:
     """Positions [1, 2 + f t, D] of one patch grid -> of another.
 
     Per axis, time first, as in the AST authors' code: cut centrally where the target is shorter,
     interpolated bilinearly where it is longer. The two special tokens keep theirs.
+
+    same_patches: False where the grids' patches have different sizes: a shorter axis then covers
+        the same extent with larger patches, and is interpolated as well.
     """
     if source == target:
         return positions
     special, patches = positions[:, :N_SPECIAL], positions[:, N_SPECIAL:]
     grid = patches.transpose(1, 2).unflatten(2, source)  # [1, D, f, t]
+    if not same_patches:
+        grid = F.interpolate(grid, size=target, mode="bilinear", antialias=True)
     for axis in (3, 2):
         old, new = grid.shape[axis], target[axis - 2]
         if new < old:
@@ -312,8 +325,21 @@ def adapt_positions(positions: Tensor, source: tuple[int, int], target: tuple[in
     return torch.cat([special, grid.flatten(2).transpose(1, 2)], dim=1)
 
 
-def load_into(backbone: AST, weights: Weights) -> None:
+def resize_kernel(kernel: Tensor, size: tuple[int, int]) -> Tensor:
+    """Patch projection [D, 1, f, t] -> [D, 1, *size], resampled bilinearly and scaled so that every
+    constant spectrogram gives what it gave."""
+    out = F.interpolate(kernel, size=size, mode="bilinear", antialias=True)
+    out = out * (kernel[0].numel() / out[0].numel())
+    # resampling weighs a kernel's rim differently
+    missing = kernel.sum((2, 3), keepdim=True) - out.sum((2, 3), keepdim=True)
+    return out + missing / out[0].numel()
+
+
+def load_into(backbone: AST, weights: Weights, patch_init: str | None = None) -> None:
     """Copy all weights into the backbone, positions adapted to its patch grid.
+
+    patch_init: of the projection where the source's patches have another size: random (torch's
+        start; the bias is copied), resize (`resize_kernel`), or None (refused).
 
     Raises:
         UserError: if the file does not fit: names the first missing and first unexpected key, or
@@ -336,11 +362,19 @@ def load_into(backbone: AST, weights: Weights) -> None:
             f"{unexpected[0] if unexpected else 'none'} ({len(missing)} and {len(unexpected)} in "
             f"all); {remedy}"
         )
+    projection = "patch_embed.proj.weight"
+    patch, kernel = own[projection].shape[-2:], state[projection]
+    same_patches = kernel.ndim != 4 or kernel.shape[-2:] == patch
+    if not same_patches and patch_init:
+        state[projection] = resize_kernel(kernel, patch)
+        if patch_init == "random":
+            state[projection] = own[projection]
     for key, value in own.items():
         if key != "pos_embed" and value.shape != state[key].shape:
             raise UserError(
                 f"{where} does not fit the backbone: {key} is {tuple(state[key].shape)}, expected "
-                f"{tuple(value.shape)}; check backbone.embed_dim, mlp_ratio and patch_size"
+                f"{tuple(value.shape)}; check backbone.embed_dim, mlp_ratio and patch_size (of "
+                "another patch size: set backbone.patch_init)"
             )
     heads = backbone.blocks[0].attn.num_heads if backbone.depth else None
     if weights.num_heads not in (None, heads):
@@ -348,7 +382,7 @@ def load_into(backbone: AST, weights: Weights) -> None:
             f"backbone.num_heads: {heads}, but {weights.source} has {weights.num_heads} heads"
         )
     grid, n_positions = weights.grid, state["pos_embed"].shape[1]
-    if grid is None and n_positions == own["pos_embed"].shape[1]:
+    if grid is None and same_patches and n_positions == own["pos_embed"].shape[1]:
         grid = backbone.grid
     if grid is None or grid[0] * grid[1] + N_SPECIAL != n_positions:
         raise UserError(
@@ -356,5 +390,7 @@ def load_into(backbone: AST, weights: Weights) -> None:
             "on is not known; the AST authors' AudioSet files have 1,212 (strides 10-10), 850 "
             "(12-12), 657 (14-14) or 512 (16-16)"
         )
-    state["pos_embed"] = adapt_positions(state["pos_embed"], grid, backbone.grid)
+    state["pos_embed"] = adapt_positions(
+        state["pos_embed"], grid, backbone.grid, same_patches=same_patches
+    )
     backbone.load_state_dict(state)

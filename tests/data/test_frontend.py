@@ -188,6 +188,18 @@ def test_normalisation_and_stretch():
     assert torch.allclose(out, expected.transpose(2, 3), atol=2e-5)
 
 
+def test_fewer_bands_are_stretched_as_frames_are():
+    clip = 0.1 * torch.randn(1, 16000, generator=torch.Generator().manual_seed(0))
+    length = torch.tensor([16000])
+    masks = Augmentation(AugmentConfig(specaugment_probability=1.0), 16000)
+    tall = AudioFrontend(AudioConfig(clip_seconds=1.0, n_mels=128), 256, 200, masks)
+    plain = make(128, 97, clip_seconds=1.0)  # the frames as they are
+    expected = functional.interpolate(plain(clip, length), size=(256, 200), mode="bilinear")
+    assert torch.allclose(tall(clip, length), expected, atol=1e-5)
+    assert torch.allclose(tall.traced(clip, length), expected, atol=1e-4)
+    assert tall(clip, length, seed=0).shape == (1, 1, 256, 200)
+
+
 def test_pad_cuts_what_is_too_long():
     clip = torch.randn(1, 16000, generator=torch.Generator().manual_seed(0))
     frontend = make(clip_seconds=1.0, fit="pad", n_frames=50)

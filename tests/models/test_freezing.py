@@ -158,3 +158,6 @@ def test_the_fingerprint_follows_the_frozen_weights_only(make_model):
     assert make_model("ast", trainable_blocks=2).prefix_fingerprint() != first
     film = [make_model("ast_film", {"conditioned_layers": [i]}, trainable_blocks=0) for i in (0, 1)]
     assert film[0].prefix_fingerprint() != film[1].prefix_fingerprint()  # another cut
+    near = [make_model("ast", trainable_blocks=0, time_stride=n) for n in (15, 16)]
+    assert near[0].backbone.grid == near[1].backbone.grid
+    assert near[0].prefix_fingerprint() != near[1].prefix_fingerprint()  # other places

@@ -144,6 +144,7 @@ KEYS: dict[str, tuple] = {
     "audio.pad_type": ("zero", trained, {}),
     "audio.frame_length_ms": (25.0, trained, {}),
     "audio.frame_shift_ms": (12.0, trained, {}),
+    "audio.n_mels": (16, trained, {}),
     "audio.low_freq": (50.0, trained, {}),
     "audio.high_freq": (7000.0, trained, {}),
     "audio.mean": (-4.0, trained, {}),
@@ -265,6 +266,7 @@ ELSEWHERE = {
     "dataset.allow_shared_patients": ("tests/data/test_corpora.py", "allow_shared_patients"),
     "dataset.allow_overlaps": ("tests/data/test_corpora.py", "allow_overlaps"),
     "dataset.label_map": ("tests/data/test_corpora.py", "label_map"),
+    "backbone.patch_init": ("tests/models/test_geometry.py", "patch_init"),
     "dataset.parts": ("tests/data/test_parts.py", "parts"),
 }
 

@@ -148,8 +148,9 @@ LATER = {
         "label_map": {},
         "parts": [],
     },
-    "audio": {"keep_bands": None},
+    "audio": {"keep_bands": None, "n_mels": None},
     "augment": {"mask_value": "zero"},
+    "backbone": {"patch_init": None},
     "models": {"encoder_dropout": None},  # of the variant's section
     "training": {"thresholds": "chosen"},
 }

@@ -107,19 +107,19 @@ def _check_shapes(config: Any) -> None:
     backbone = config.backbone
     if backbone.embed_dim % backbone.num_heads:
         _refuse(config, "backbone.embed_dim", f"{backbone.num_heads} heads do not divide it")
-    for key in ("h", "w"):
-        if getattr(config.dataset, key) < backbone.patch_size:
-            _refuse(config, f"dataset.{key}", f"a patch is {backbone.patch_size} wide")
+    for key, side in zip(("h", "w"), backbone.patch, strict=True):
+        if getattr(config.dataset, key) < side:
+            _refuse(config, f"dataset.{key}", f"a patch is {side} wide")
     if bands := config.audio.keep_bands:
         first, stop = bands
         if first % backbone.freq_stride:
             remedy = f"the first must be a multiple of backbone.freq_stride={backbone.freq_stride}"
             _refuse(config, "audio.keep_bands", remedy)
-        if stop > config.dataset.h or stop - first < backbone.patch_size:
+        if stop > config.dataset.h or stop - first < backbone.patch[0]:
             _refuse(
                 config,
                 "audio.keep_bands",
-                f"it must leave at least one patch ({backbone.patch_size} bands) of "
+                f"it must leave at least one patch ({backbone.patch[0]} bands) of "
                 f"dataset.h={config.dataset.h}",
             )
     if int(backbone.embed_dim * backbone.mlp_ratio) < 1:
