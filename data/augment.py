@@ -134,12 +134,16 @@ class Augmentation:
         above = nyquist - slope * (nyquist - frequency)
         return torch.where(frequency <= boundary, alpha * frequency, above)
 
-    def mask(self, mel: Tensor, plan: Plan) -> Tensor:
+    def mask(self, mel: Tensor, plan: Plan, share: float = 1.0) -> Tensor:
         """SpecAugment on normalised log-mel [B, T, F], in place; masked cells become 0 or the mean
-        over the clip as it was before."""
+        over the clip as it was before.
+
+        share: of the longest clip's length, which narrows the time masks alike.
+        """
         rows = plan.masked.nonzero().flatten()
         if len(rows):
-            time = self._hidden(plan.time_masks[rows], self.augment.time_mask_width, mel.shape[1])
+            width = max(1, round(self.augment.time_mask_width * share))
+            time = self._hidden(plan.time_masks[rows], width, mel.shape[1])
             band = self._hidden(plan.freq_masks[rows], self.augment.freq_mask_width, mel.shape[2])
             rows, time, band = (x.to(mel.device, non_blocking=True) for x in (rows, time, band))
             clips = mel[rows]

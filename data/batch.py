@@ -76,6 +76,8 @@ class Batch(TensorRecord):
     Attributes:
         waveform: [B, S] float32, 16 kHz, the cycle's own samples, zero behind `length`;
             S is the longest length in the batch (at most 10 s), 0 where `features` are given.
+            The front end pads to the shortest bucket that holds S samples, so the cycles of a
+            batch must be of one bucket (`data.loader`).
         length: [B] int64, samples of each cycle.
         metadata: `Metadata` of the same B cycles.
         label: [B, C] float32. C = 2: (crackle, wheeze). C = 1: abnormal.

@@ -102,6 +102,9 @@ class AudioConfig:
     resampler: str = setting("torchaudio", choices=("torchaudio", "soxr_hq"))
     # s; longer cycles are cut, shorter ones padded
     clip_seconds: float = setting(10.0, low=0, high=600, ends="(]")
+    # s, ascending, the last one clip_seconds: a cycle is padded to the shortest that holds it and
+    # its spectrogram is that much narrower; null: every cycle to clip_seconds
+    buckets: list[float] | None = setting(None, low=0, high=600, ends="(]")
     # repeat (with faded junctions) | tile (only the clip's end fades) | zero (centred)
     pad_type: str = setting("repeat", choices=("repeat", "tile", "zero"))
     frame_length_ms: float = setting(40.0, low=0, high=1000, ends="(]")  # of the analysis frames
@@ -117,6 +120,11 @@ class AudioConfig:
     std: float = setting(4.5689974, low=0, ends="(]")  # see mean
     # stretch (bilinear) | pad, to dataset.w frames
     fit: str = setting("stretch", choices=("stretch", "pad"))
+
+    @property
+    def clip_samples(self) -> list[int]:
+        """Samples of a clip in each bucket, ascending."""
+        return [round(s * self.sample_rate) for s in self.buckets or [self.clip_seconds]]
 
 
 @dataclass

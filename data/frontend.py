@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from data.augment import Augmentation, Plan, chosen
 from data.config import AudioConfig
+from data.loader import buckets_of
 
 PREEMPHASIS = 0.97
 #: Floor of the mel energies before the logarithm, as in Kaldi's float32 code.
@@ -92,12 +93,15 @@ class AudioFrontend(nn.Module):
     `torchaudio.compliance.kaldi.fbank(window_type="hanning")`; (x - mean) / (2 std); SpecAugment;
     stretching or padding to `n_frames`. It has no parameters and takes no gradient.
 
+    With `audio.buckets` the clip of a batch is the shortest that holds its S samples, and T is that
+    share of `n_frames` (the width of time masks, too, is that share of theirs).
+
     Args:
         audio: rate, clip length, padding, analysis frames, mel bank, normalisation, fit. `fit: pad`
             means log-mel 0 before normalisation, which is what the AST's own feature extractor
             feeds it.
-        n_mels, n_frames: size of the output, F and T. With `audio.n_mels` the mel bank has that
-            many bands (`self.n_mels`), and the spectrogram is stretched to F.
+        n_mels, n_frames: size of the output, F and T, of the longest clip. With `audio.n_mels` the
+            mel bank has that many bands (`self.n_mels`), and the spectrogram is stretched to F.
         augmentation: applied when `forward` gets a seed; None: never.
     """
 
@@ -112,9 +116,9 @@ class AudioFrontend(nn.Module):
         self.audio, self.n_mels = audio, audio.n_mels or n_mels
         self.size = (n_mels, n_frames)
         self.augmentation = augmentation
-        self.clip_samples = round(audio.clip_seconds * audio.sample_rate)
+        self.clip_samples = audio.clip_samples  # of each bucket
         share = 16 if audio.pad_type == "tile" else 64
-        self.fade = min(audio.sample_rate // share, self.clip_samples)  # samples
+        self.fade = min(audio.sample_rate // share, self.clip_samples[0])  # samples
         self.frame_length = int(audio.sample_rate * audio.frame_length_ms * 0.001)
         self.frame_shift = int(audio.sample_rate * audio.frame_shift_ms * 0.001)
         self.n_fft = 1 << (self.frame_length - 1).bit_length()
@@ -130,11 +134,24 @@ class AudioFrontend(nn.Module):
 
         seed: of this batch's augmentation; None: no augmentation.
         """
-        return self._run(self._spectrogram, (1, *self.size), waveform, length, seed)
+        shape = (1, self.size[0], self.frames(self._samples(waveform)))
+        return self._run(self._spectrogram, shape, waveform, length, seed)
 
     def clips(self, waveform: Tensor, length: Tensor, seed: int | None = None) -> Tensor:
-        """The waveforms that `forward` transforms, padded and augmented: [B, clip_samples]."""
-        return self._run(self._clip, (self.clip_samples,), waveform, length, seed)
+        """The waveforms that `forward` transforms, padded and augmented: [B, samples]."""
+        return self._run(self._clip, (self._samples(waveform),), waveform, length, seed)
+
+    def frames(self, samples: int) -> int:
+        """T of a clip of so many samples."""
+        return round(self.size[1] * self._share(samples))
+
+    def _share(self, samples: int) -> float:
+        """Of the longest clip."""
+        return samples / self.clip_samples[-1]
+
+    def _samples(self, waveform: Tensor) -> int:
+        """Samples of the clips that a batch [B, S] is padded to."""
+        return self.clip_samples[buckets_of(waveform.shape[1], self.clip_samples)]
 
     @torch.no_grad()
     def _run(
@@ -158,7 +175,8 @@ class AudioFrontend(nn.Module):
     def _clip(
         self, backend: Backend, waveform: Tensor, length: Tensor, plan: Plan | None = None
     ) -> Tensor:
-        shape = {"samples": self.clip_samples, "pad_type": self.audio.pad_type, "fade": self.fade}
+        samples = self._samples(waveform)
+        shape = {"samples": samples, "pad_type": self.audio.pad_type, "fade": self.fade}
         clip = backend.pad(waveform, length, **shape)
         if plan is not None:
             self.augmentation.noise(clip, plan)
@@ -171,18 +189,19 @@ class AudioFrontend(nn.Module):
     def _spectrogram(
         self, backend: Backend, waveform: Tensor, length: Tensor, plan: Plan | None = None
     ) -> Tensor:
-        clip = self._clip(backend, waveform, length, plan)  # [B, clip_samples]
+        clip = self._clip(backend, waveform, length, plan)  # [B, samples]
         if plan is None:
-            return self._fitted(self.normalise(backend.log_mel(clip)))
+            return self._fitted(self.normalise(backend.log_mel(clip)), clip.shape[1])
         mel = self.normalise(backend.log_mel(clip, self._warped_banks(plan)))  # [B, T, F]
-        return self._fitted(self.augmentation.mask(mel, plan))
+        masked = self.augmentation.mask(mel, plan, self._share(clip.shape[1]))
+        return self._fitted(masked, clip.shape[1])
 
-    def traced(self, waveform: Tensor, length: Tensor) -> Tensor:
+    def traced(self, waveform: Tensor, length: Tensor, samples: int) -> Tensor:
         """`forward` without augmentation as one batched expression, whatever the device: what
-        torch.export takes."""
-        clip = pad_batch(waveform, length, self.clip_samples, self.audio.pad_type, self.fade)
+        torch.export takes, for clips of so many samples."""
+        clip = pad_batch(waveform, length, samples, self.audio.pad_type, self.fade)
         energy = self._power(*self._frames(clip)) @ self.bank
-        return self._fitted(self.normalise(self._log(energy.float())))
+        return self._fitted(self.normalise(self._log(energy.float())), samples)
 
     def normalise(self, mel: Tensor) -> Tensor:
         """(x - mean) / (2 std), the AST's convention."""
@@ -276,12 +295,12 @@ class AudioFrontend(nn.Module):
     def _log(energy: Tensor) -> Tensor:
         return energy.clamp_(min=FLOOR).log_()
 
-    def _fitted(self, mel: Tensor) -> Tensor:
-        """Normalised log-mel [B, T, F] -> [B, 1, *size], by `fit`."""
-        height, width = self.size
+    def _fitted(self, mel: Tensor, samples: int) -> Tensor:
+        """Normalised log-mel of clips of so many samples -> [B, 1, F, T], by `fit`."""
+        height, width = self.size[0], self.frames(samples)
         if self.n_mels != height:
             mel = functional.interpolate(mel.contiguous(), size=height, mode="linear")
-        mel = mel.transpose(1, 2)  # [B, F, T]
+        mel = mel.transpose(1, 2)  # [B, F, frames of the analysis]
         if self.audio.fit == "stretch":
             mel = functional.interpolate(mel.contiguous(), size=width, mode="linear")
         else:

@@ -2,12 +2,16 @@
 
 `Cycles` holds everything about the cycles of a run and gives any rows of them as a `Batch`;
 `epoch_plan` says which rows make which step; `read_ahead` prepares batches before they are needed.
+
+Buckets (`audio.buckets`): a cycle's bucket is the shortest clip length that holds it. All cycles of
+a forward pass are of one bucket, and nothing else depends on it: neither which cycles an epoch
+takes, nor how many steps it has, nor the weight of a cycle in its step.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -40,7 +44,8 @@ class Cycles:
         store: waveforms of all rows, 16 kHz, or ready-made spectrograms.
         task: what is classified.
         completeness: whether this is all of its corpus.
-        max_samples: samples a clip has at most.
+        clip_samples: samples of a clip in each bucket, ascending; longer cycles are cut.
+        bucket: [N] int64, place in `clip_samples` of the shortest clip that holds the cycle.
     """
 
     table: pd.DataFrame
@@ -50,9 +55,12 @@ class Cycles:
     store: WaveformStore | SpectrogramStore
     task: Task
     completeness: Completeness
-    max_samples: int
+    clip_samples: Sequence[int]
 
     def __post_init__(self):
+        self.bucket = np.zeros(len(self.table), np.int64)
+        if not isinstance(self.store, SpectrogramStore):
+            self.bucket = buckets_of(self.store.lengths, self.clip_samples)
         events = (self.table["Crackles"].to_numpy(), self.table["Wheezes"].to_numpy())
         self.label = torch.from_numpy(self.task.labels(*events))  # [N, C]
         self.patient = torch.from_numpy(pd.factorize(self.table["PID"])[0].astype(np.int64))  # [N]
@@ -65,7 +73,7 @@ class Cycles:
         """The given cycles as one `Batch` on the CPU; without waveforms S is 0."""
         if isinstance(self.store, SpectrogramStore):
             return self._batch(rows, features=torch.from_numpy(self.store.read(rows)))
-        lengths = np.minimum(self.store.lengths[rows], self.max_samples)
+        lengths = np.minimum(self.store.lengths[rows], self.clip_samples[-1])
         waveform = np.zeros((len(rows), int(lengths.max()) if waveforms else 0), np.float32)
         if waveforms:
             self.store.read(rows, waveform)
@@ -101,11 +109,36 @@ def read_ahead(read: Callable[[np.ndarray], Batch], parts: Iterable[np.ndarray])
             yield batch
 
 
+def buckets_of(lengths: np.ndarray, clip_samples: Sequence[int]) -> np.ndarray:
+    """Lengths [n] in samples -> place [n] in clip_samples of the shortest clip that holds each."""
+    return np.searchsorted(clip_samples, np.minimum(lengths, clip_samples[-1]))
+
+
+def batches_of(rows: np.ndarray, bucket: np.ndarray, size: int) -> list[np.ndarray]:
+    """Rows [n] cut into batches of at most `size`, each of one bucket; bucket: [n], of each row."""
+    parts = (rows[bucket == number] for number in np.unique(bucket))
+    return [part[i : i + size] for part in parts for i in range(0, len(part), size)]
+
+
+def grouped(order: np.ndarray, bucket: np.ndarray, size: int) -> np.ndarray:
+    """The rows of `order` [n] so that each `size` in turn are of one bucket, but for the last few.
+
+    Rows wait until there are `size` of their bucket; those still waiting at the end come last, one
+    bucket after the other. With one bucket the order stays as it is.
+    """
+    waiting, places = defaultdict(list), []
+    for place, number in enumerate(bucket.tolist()):
+        waiting[number].append(place)
+        if len(waiting[number]) == size:
+            places += waiting.pop(number)
+    return order[places + [place for number in sorted(waiting) for place in waiting[number]]]
+
+
 class MicroBatch(NamedTuple):
     """One forward and backward pass of one process.
 
     Attributes:
-        rows: row numbers, never empty.
+        rows: row numbers, never empty, of one bucket.
         weight: 1 / (cycles of the whole optimiser step), or 0 for a filler that a process
             computes only because the others need its company.
         seed: of the augmentation.
@@ -135,6 +168,7 @@ def epoch_plan(
     order: np.ndarray,
     *,
     batch_size: int,
+    bucket: np.ndarray | None = None,
     accumulation_steps: int = 1,
     rank: int = 0,
     world: int = 1,
@@ -146,16 +180,20 @@ def epoch_plan(
     Every step takes the next batch_size rows of `order` (the last one what is left), dealt out to
     the processes and cut into accumulation_steps micro-batches. The weights make the sum over
     all processes and micro-batches the mean over the step's cycles, whoever computes them.
+
+    bucket: of every row by its number [N]; the order is `grouped` by it, and a micro-batch that
+        still holds several buckets becomes one for each. None: all rows are of one.
     """
-    steps = []
+    bucket = np.zeros(order.max(initial=0) + 1, np.int64) if bucket is None else bucket
+    order, steps = grouped(order, bucket[order], batch_size), []
     for number, start in enumerate(range(0, len(order), batch_size)):
         chunk = order[start : start + batch_size]
         passes = []
-        for part, rows in enumerate(np.array_split(chunk[rank::world], accumulation_steps)):
-            share = 1.0 / len(chunk)
-            if len(rows) == 0:
-                rows, share = chunk[:1], 0.0
-            passes.append(MicroBatch(rows, share, derived_seed(seed, epoch, number, part, rank)))
+        for part in np.array_split(chunk[rank::world], accumulation_steps):
+            rows, share = (part, 1.0 / len(chunk)) if len(part) else (chunk[:1], 0.0)
+            for own in batches_of(rows, bucket[rows], batch_size):
+                own_seed = derived_seed(seed, epoch, number, len(passes), rank)
+                passes.append(MicroBatch(own, share, own_seed))
         steps.append(passes)
     return steps
 

@@ -126,7 +126,7 @@ class AST(nn.Module):
 
     Args:
         config: sizes (DeiT-base: 768 wide, 12 blocks, 12 heads), patches and their strides.
-        n_mels, n_frames: size F x T of the spectrogram.
+        n_mels, n_frames: size F x T of the spectrogram; of shorter clips T is smaller.
         layer_norm_eps: follows the source of the weights.
     """
 
@@ -143,7 +143,7 @@ class AST(nn.Module):
         self.input_size = (n_mels, n_frames)
         self.bands = slice(0, n_mels)  # those that become patches
         patch, stride = config.patch, (config.freq_stride, config.time_stride)
-        self.grid = tuple(map(grid_size, self.input_size, patch, stride))
+        self.config, self.grid = config, tuple(map(grid_size, self.input_size, patch, stride))
         self.gradient_checkpointing = config.gradient_checkpointing
         self.n_patches = self.grid[0] * self.grid[1]
         self.frozen_blocks: int | None = None  # None: nothing is frozen; else also the embedding
@@ -218,10 +218,12 @@ class AST(nn.Module):
 
     def patches(self, spectrogram: Tensor) -> Tensor:
         """[B, 1, F, T] -> patch tokens of the kept bands, without positions [B, f t, D]."""
-        if spectrogram.shape[1:] != (1, *self.input_size):
+        _, channels, bands, frames = spectrogram.shape
+        fits = self.config.patch[1] <= frames <= self.input_size[1]
+        if (channels, bands) != (1, self.input_size[0]) or not fits:
             raise ValueError(
                 f"spectrogram {tuple(spectrogram.shape)}, expected [B, 1, F, T] with "
-                f"F, T = {self.input_size}"
+                f"F, T = {self.input_size}, or a smaller T"
             )
         return self.patch_embed(spectrogram[:, :, self.bands])
 
@@ -229,7 +231,23 @@ class AST(nn.Module):
         """Patch tokens [B, f t, D] -> tokens with CLS, DIST and positions [B, N, D]."""
         b = patches.shape[0]
         special = (self.cls_token.expand(b, -1, -1), self.dist_token.expand(b, -1, -1))
-        return torch.cat([*special, patches], dim=1) + self.pos_embed
+        return torch.cat([*special, patches], dim=1) + self.positions(patches.shape[1])
+
+    def count_patches(self, frames: int) -> int:
+        """f t, the patches of so many frames."""
+        return self.grid[0] * grid_size(frames, self.config.patch[1], self.config.time_stride)
+
+    def positions(self, patches: int) -> Tensor:
+        """[1, N, D] of f t patches: of a shorter clip those of the first, or the middle, t columns
+        of patches (`bucket_positions`)."""
+        if patches == self.n_patches:
+            return self.pos_embed
+        length = patches // self.grid[0]
+        start = self.config.bucket_positions == "start"
+        first = 0 if start else self.grid[1] // 2 - length // 2  # as `pretrained` cuts
+        special, own = self.pos_embed.split([N_SPECIAL, self.n_patches], dim=1)
+        own = own.unflatten(1, self.grid).narrow(2, first, length)  # [1, f, t, D]
+        return torch.cat([special, own.flatten(1, 2)], dim=1)
 
     def _keep(self, index: int, all_tokens: bool = False) -> int | None:
         """Tokens that block `index` must give: of the last one only CLS and DIST are read."""

@@ -104,9 +104,14 @@ class ConditionedAST(nn.Module):
         with full_precision(fused):
             return ModelOutput(self.head(fused), self.conditioner.regularisation())
 
-    def draw(self, batch: Batch, seed: int) -> Step | None:
-        """The methods' randomness of one micro-batch; None without methods."""
-        return self.methods.draw(batch, self.backbone.n_patches, seed)
+    def draw(self, batch: Batch, seed: int, features: Features | None = None) -> Step | None:
+        """The methods' randomness of one micro-batch; None without methods.
+
+        features: of the batch; None: spectrograms of the full width.
+        """
+        whole = features is None or features.from_prefix  # no method mixes or drops stored tokens
+        frames = self.backbone.input_size[1] if whole else features.values.shape[-1]
+        return self.methods.draw(batch, self.backbone.count_patches(frames), seed)
 
     def _forward_with_methods(
         self, features: Features | Tensor, metadata: Metadata, step: Step

@@ -38,6 +38,8 @@ class BackboneConfig:
     patch_init: str | None = setting(None, choices=("random", "resize"))
     # the last n train; n >= depth freezes nothing
     trainable_blocks: int = setting(12, low=0, high=MAX_COUNT)
+    # which of the positions along time a shorter clip gets (audio.buckets): the first | the middle
+    bucket_positions: str = setting("start", choices=("start", "centre"))
     gradient_checkpointing: bool = False  # trades a third more compute for memory
 
     @property

@@ -81,7 +81,7 @@ def onnx_files(filtering, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     form = {"waveform": forms_of(filtering)["waveform"]}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporting, "forms_of", lambda model: form)
+        patch.setattr(exporting, "forms_of", lambda model, bucket: form)
         about = exporting.export(filtering, "onnx", folder, int8=True)
     return folder, about
 

@@ -6,8 +6,9 @@
 log_mel.onnx takes normalised log-mel spectrograms, waveform.onnx the samples themselves (padding
 and log-mel are inside); both give probabilities for metadata in their own units. With --format
 torch they are .pt2 files for torch.export.load. model.json says what goes in and what comes out:
-names, vocabularies, statistics, thresholds, versions. Every file is compared with PyTorch, on
-random input and on real recordings, before it gets its name.
+names, vocabularies, statistics, thresholds, versions. A model with audio.buckets has a file for
+each, named by its seconds: a cycle goes into the shortest that holds it. Every file is compared
+with PyTorch, on random input and on real recordings, before it gets its name.
 
 B clips, S samples, F mel bands, T frames, K outputs.
 """
@@ -24,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from data.task import EVENTS
 from utils.common.cli import command
 from utils.common.errors import UserError
 from utils.common.files import plain, write_error, write_json
-from utils.evaluation.exported import Case, Form, forms_of, random_case, real_case
+from utils.evaluation.exported import Case, Form, forms_of, random_case, real_cases
 from utils.evaluation.trained_model import TrainedModel
 from utils.training.checkpoint import versions
 
@@ -138,7 +140,8 @@ def describe(model: TrainedModel, packages: Sequence[str]) -> dict[str, Any]:
         "inputs": {
             "waveform": "float32 [batch, samples], mono, mean removed, at audio.sample_rate",
             "length": "int64 [batch], samples of each row that count",
-            "log_mel": f"float32 [batch, 1, {config.dataset.h}, {config.dataset.w}], normalised",
+            "log_mel": f"float32 [batch, 1, {config.dataset.h}, {config.dataset.w}], normalised; "
+            "where audio.buckets is set, of a file's share of these frames",
             "device_index": "int64 [batch], position in devices; -1: unknown",
             "site_index": "int64 [batch], position in sites; -1: unknown",
             "scalars": "float32 [batch, 3], age (years), BMI (kg/m2), duration (s); NaN: unknown",
@@ -178,25 +181,28 @@ def export(
     check_packages(form)
     model.config.training.precision = "fp32"
     audio, suffix = model.config.audio, {"onnx": ".onnx", "torch": ".pt2"}[form]
-    example = random_case(model, 3, audio.clip_seconds, 0)
-    one = random_case(model, 1, audio.clip_seconds / 2, 1)
-    real = real_case(model, recordings)
-    cases = {"random": [example, one], "real": [real] if real else []}
-    about, files = describe(model, NEEDED[form]), {}
+    real, about, files = real_cases(model, recordings), describe(model, NEEDED[form]), {}
+    buckets = audio.buckets or [audio.clip_seconds]
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output, prefix=".export-") as staging:
-            for stem, shape in forms_of(model).items():
-                path = Path(staging, stem + suffix)
-                write_form(shape, example, path, about)
-                own = {name: one.inputs[name] for name in shape.axes}
-                eager = latency(lambda i, m=shape.module: m(*i.values()).detach().numpy(), own)
-                files[f"PyTorch, {stem}"] = {"latency_ms": eager}
-                files[path.name] = judge(path, shape, cases, own)
-                if int8:
-                    small = path.with_name(f"{stem}_int8{suffix}")
-                    quantise(path, small)
-                    files[small.name] = judge(small, shape, cases, own, tolerance=None)
+            for bucket, (low, high) in enumerate(pairwise([0.0, *buckets])):  # s
+                example = random_case(model, 3, high, 0)
+                one = random_case(model, 1, (low + high) / 2, 1)
+                found = [real[bucket]] if bucket in real else []
+                cases = {"random": [example, one], "real": found}
+                for name, shape in forms_of(model, bucket).items():
+                    stem = f"{name}_{high:g}s" if audio.buckets else name
+                    path = Path(staging, stem + suffix)
+                    write_form(shape, example, path, about)
+                    own = {name: one.inputs[name] for name in shape.axes}
+                    eager = latency(lambda i, m=shape.module: m(*i.values()).detach().numpy(), own)
+                    files[f"PyTorch, {stem}"] = {"latency_ms": eager}
+                    files[path.name] = judge(path, shape, cases, own)
+                    if int8:
+                        small = path.with_name(f"{stem}_int8{suffix}")
+                        quantise(path, small)
+                        files[small.name] = judge(small, shape, cases, own, tolerance=None)
             for path in Path(staging).iterdir():
                 path.replace(output / path.name)
     except OSError as error:

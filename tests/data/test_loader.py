@@ -70,6 +70,41 @@ def test_no_two_micro_batches_share_a_seed(n, batch_size, accumulation, world):
     assert len(set(seeds)) == len(seeds)
 
 
+@given(**sizes, buckets=st.integers(1, 4))
+@settings(max_examples=100, deadline=None)
+def test_micro_batches_hold_one_bucket_each(n, batch_size, accumulation, world, buckets):
+    generator = np.random.default_rng(n)
+    order, bucket = generator.permutation(n), generator.integers(0, buckets, n)
+    options = {"batch_size": batch_size, "accumulation_steps": accumulation, "world": world}
+    plans = [epoch_plan(order, bucket=bucket, rank=rank, **options) for rank in range(world)]
+    assert {len(plan) for plan in plans} == {-(-n // batch_size)}  # as without buckets
+    counted = []
+    for steps in zip(*plans, strict=True):
+        parts = [part for step in steps for part in step]
+        assert all(len(set(bucket[part.rows])) == 1 for part in parts)
+        assert sum(part.weight * len(part.rows) for part in parts) == pytest.approx(1.0)
+        counted += [row for part in parts if part.weight for row in part.rows]
+        assert {part.weight for part in parts} - {0.0} == {
+            1 / sum(len(part.rows) for part in parts if part.weight)
+        }
+    assert sorted(counted) == list(range(n))
+    if buckets == 1:
+        alone = epoch_plan(order, **options)
+        assert [p.rows.tolist() for s in alone for p in s] == [
+            p.rows.tolist() for s in plans[0] for p in s
+        ]
+
+
+def test_few_steps_of_an_epoch_mix_buckets():
+    generator = np.random.default_rng(0)
+    bucket = generator.choice(3, 500, p=[0.48, 0.48, 0.04])
+    plan = epoch_plan(generator.permutation(500), batch_size=16, bucket=bucket)
+    mixed = [number for number, step in enumerate(plan) if len(step) > 1]
+    assert mixed and min(mixed) >= len(plan) - 3
+    found = [int(bucket[step[0].rows[0]]) for step in plan[:20]]
+    assert len(set(found)) > 1, "all short cycles come first"
+
+
 def test_the_plan_is_a_pure_function_of_its_arguments():
     order = np.arange(30)
     first, second = (epoch_plan(order, batch_size=8, epoch=3, seed=5) for _ in range(2))
@@ -116,7 +151,7 @@ def test_balanced_draws_all_classes_alike():
 def test_a_batch_holds_the_samples_of_the_store(data):
     rows = np.array([7, 0, 31, 12])
     batch = data.batch(rows)
-    limit = data.max_samples
+    limit = data.clip_samples[-1]
     assert batch.waveform.shape == (4, min(limit, data.store.lengths[rows].max()))
     for i, row in enumerate(rows):
         expected = data.store[row][:limit]
@@ -137,7 +172,8 @@ def test_without_waveforms_nothing_is_read(data):
     batch = data.batch(np.array([3, 4]), waveforms=False)
     assert batch.waveform.shape == (2, 0)
     assert (
-        batch.length.tolist() == np.minimum(data.store.lengths[[3, 4]], data.max_samples).tolist()
+        batch.length.tolist()
+        == np.minimum(data.store.lengths[[3, 4]], data.clip_samples[-1]).tolist()
     )
 
 

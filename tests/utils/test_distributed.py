@@ -18,6 +18,7 @@ import torch
 from data.loader import epoch_plan
 from data.splits import Split
 from tests.utils.tiny import (
+    BUCKETS,
     LIVELY,
     QUIET,
     comparable,
@@ -40,6 +41,10 @@ SCENARIOS = {
     "softfilm": ("ast_softfilm", EXACT),
     "accumulated": ("ast_softfilm", EXACT | {"training.accumulation_steps": 2}),
     "grf": ("ast_grf", QUIET | {"training.sampler": "balanced"}),
+    "buckets": (
+        "ast_film",
+        QUIET | BUCKETS | {"training.accumulation_steps": 2},
+    ),
     "frozen": ("ast", QUIET | {"backbone.trainable_blocks": 0}),
 }
 #: Contrasts live inside a micro-batch: one process computes those of the two, with their seeds.

@@ -59,6 +59,12 @@ LIVELY: dict[str, Any] = {
     f"augment.{name}_probability": 0.5
     for name in ("noise", "speed", "loudness", "vtlp", "specaugment")
 }
+#: Clips of three lengths, 3, 4 and 5 patches long; each holds some of the cycles.
+BUCKETS: dict[str, Any] = {
+    "dataset.w": 80,
+    "audio.clip_seconds": 0.8,
+    "audio.buckets": [0.48, 0.64, 0.8],
+}
 #: Nothing random apart from the order of the cycles.
 QUIET: dict[str, Any] = {"augment.enabled": False, "models.*.dropout": 0.0}
 
@@ -167,7 +173,7 @@ def tiny_data(config: RunConfig, table: pd.DataFrame | None = None, seed: int = 
         store=store,
         task=config.task,
         completeness=completeness(table),
-        max_samples=round(config.audio.clip_seconds * RATE),
+        clip_samples=config.audio.clip_samples,
     )
 
 

@@ -148,9 +148,9 @@ LATER = {
         "label_map": {},
         "parts": [],
     },
-    "audio": {"keep_bands": None, "n_mels": None},
+    "audio": {"keep_bands": None, "n_mels": None, "buckets": None},
     "augment": {"mask_value": "zero"},
-    "backbone": {"patch_init": None},
+    "backbone": {"patch_init": None, "bucket_positions": "start"},
     "models": {"encoder_dropout": None},  # of the variant's section
     "training": {"thresholds": "chosen"},
 }

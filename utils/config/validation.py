@@ -136,13 +136,29 @@ def _check_audio(config: Any) -> None:
         _refuse(config, "audio.high_freq", f"audio.low_freq is {audio.low_freq}")
     if audio.high_freq > nyquist:
         _refuse(config, "audio.high_freq", "it must not exceed half of audio.sample_rate")
-    if audio.frame_length_ms > 1000 * audio.clip_seconds:
-        _refuse(config, "audio.frame_length_ms", f"a clip has {1000 * audio.clip_seconds:g} ms")
+    shortest = (audio.buckets or [audio.clip_seconds])[0]
+    if audio.frame_length_ms > 1000 * shortest:
+        _refuse(config, "audio.frame_length_ms", f"a clip has {1000 * shortest:g} ms")
+    if audio.buckets is not None:
+        _check_buckets(config)
     for key, samples in (("frame_length_ms", 2), ("frame_shift_ms", 1)):
         if int(audio.sample_rate * getattr(audio, key) * 0.001) < samples:
             _refuse(config, f"audio.{key}", f"it is shorter than {samples} samples")
     if augment.enabled and augment.vtlp_probability and augment.vtlp_fhi >= nyquist:
         _refuse(config, "augment.vtlp_fhi", "it must be below half of audio.sample_rate")
+
+
+def _check_buckets(config: Any) -> None:
+    audio, buckets = config.audio, config.audio.buckets
+    if config.dataset.ready_made:
+        _refuse(config, "audio.buckets", "ready-made spectrograms have one width; leave it null")
+    if not buckets or buckets != sorted(set(buckets)) or buckets[-1] != audio.clip_seconds:
+        remedy = f"list lengths in s, ascending, up to audio.clip_seconds={audio.clip_seconds:g}"
+        _refuse(config, "audio.buckets", remedy)
+    frames = round(config.dataset.w * buckets[0] / buckets[-1])
+    if frames < config.backbone.patch[1]:
+        remedy = f"the first leaves {frames} frames, and a patch is {config.backbone.patch[1]} wide"
+        _refuse(config, "audio.buckets", remedy)
 
 
 def _check_training(config: Any) -> None:

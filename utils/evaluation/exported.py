@@ -19,6 +19,7 @@ from data.audio import read_recording, resample
 from data.batch import Metadata
 from data.cycle_table import SCALAR_COLUMNS
 from data.frontend import AudioFrontend
+from data.loader import batches_of, buckets_of
 from data.statistics import MetadataStatistics
 from data.task import SCALARS, Task
 from models.build import ConditionedAST
@@ -64,11 +65,12 @@ class FromLogMel(nn.Module):
 
 
 class FromWaveform(nn.Module):
-    """Samples [B, S] and how many of each count, length [B] int64 -> as `FromLogMel`."""
+    """Samples [B, S] and how many of each count, length [B] int64 -> as `FromLogMel`, padded to
+    `samples`."""
 
-    def __init__(self, frontend: AudioFrontend, rest: FromLogMel):
+    def __init__(self, frontend: AudioFrontend, rest: FromLogMel, samples: int):
         super().__init__()
-        self.frontend, self.rest = frontend, rest
+        self.frontend, self.rest, self.samples = frontend, rest, samples
 
     def forward(
         self,
@@ -78,7 +80,8 @@ class FromWaveform(nn.Module):
         site_index: Tensor,
         scalars: Tensor,
     ) -> Tensor:
-        return self.rest(self.frontend.traced(waveform, length), device_index, site_index, scalars)
+        log_mel = self.frontend.traced(waveform, length, self.samples)
+        return self.rest(log_mel, device_index, site_index, scalars)
 
 
 class Form(NamedTuple):
@@ -88,16 +91,18 @@ class Form(NamedTuple):
     axes: dict[str, dict[int, str]]
 
 
-def forms_of(model: TrainedModel) -> dict[str, Form]:
-    """File stem -> `Form`; a model of ready-made spectrograms has no way in for a waveform."""
+def forms_of(model: TrainedModel, bucket: int = -1) -> dict[str, Form]:
+    """Name -> `Form` for cycles of a bucket; a model of ready-made spectrograms has no way in for a
+    waveform."""
     core = FromLogMel(model.model, model.task, model.statistics).eval()
     metadata = {name: {0: "batch"} for name in METADATA}
     forms = {"log_mel": Form(core, {"log_mel": {0: "batch"}} | metadata)}
     if model.config.dataset.ready_made:
         logger.warning("trained on ready-made spectrograms: there is no waveform form")
     else:
+        samples = model.frontend.clip_samples[bucket]
         axes = {"waveform": {0: "batch", 1: "samples"}, "length": {0: "batch"}} | metadata
-        forms["waveform"] = Form(FromWaveform(model.frontend, core).eval(), axes)
+        forms["waveform"] = Form(FromWaveform(model.frontend, core, samples).eval(), axes)
     return forms
 
 
@@ -161,12 +166,12 @@ def random_case(model: TrainedModel, clips: int, seconds: float, seed: int) -> C
     return case(model, sounds, table)
 
 
-def real_case(model: TrainedModel, recordings: Sequence[str]) -> Case | None:
-    """The first clip of each recording, without metadata; or cycles of the checkpoint's own data
-    with theirs, where the data are still there; or None."""
+def real_cases(model: TrainedModel, recordings: Sequence[str]) -> dict[int, Case]:
+    """Bucket -> the first clip of each recording, without metadata; or cycles of the checkpoint's
+    own data with theirs, where the data are still there."""
     audio = model.config.audio
     if model.config.dataset.ready_made:
-        return None
+        return {}
     if recordings:
         table = pd.DataFrame(
             index=range(len(recordings)), columns=list(SCALAR_COLUMNS), dtype=float
@@ -178,11 +183,13 @@ def real_case(model: TrainedModel, recordings: Sequence[str]) -> Case | None:
         rows = split.test[:: max(1, len(split.test) // REAL_CYCLES)][:REAL_CYCLES]
         table = whole.iloc[rows].reset_index(drop=True)
     else:
-        return None
+        return {}
     clips = []
     for row in table.itertuples():
         samples, rate = read_recording(row.Recording)
         samples = resample(samples, rate, audio.sample_rate, audio.resampler)
         edges = (round(seconds * audio.sample_rate) for seconds in (row.CycleStart, row.CycleEnd))
-        clips.append(samples[slice(*edges)][: round(audio.clip_seconds * audio.sample_rate)])
-    return case(model, clips, table)
+        clips.append(samples[slice(*edges)][: audio.clip_samples[-1]])
+    bucket = buckets_of(np.array([len(clip) for clip in clips], np.int64), audio.clip_samples)
+    parts = batches_of(np.arange(len(clips)), bucket, len(clips))
+    return {int(bucket[p[0]]): case(model, [clips[i] for i in p], table.iloc[p]) for p in parts}

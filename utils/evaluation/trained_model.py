@@ -22,7 +22,7 @@ from torch import Tensor
 from data.batch import Batch, Metadata
 from data.cycle_table import SCALAR_COLUMNS
 from data.frontend import AudioFrontend
-from data.loader import Cycles
+from data.loader import Cycles, batches_of, buckets_of
 from data.splits import Split
 from data.statistics import MetadataStatistics
 from data.synthetic.corpus import is_synthetic
@@ -146,12 +146,17 @@ class TrainedModel:
     @torch.no_grad()
     def under(self, batch: Batch, metadata: Sequence[Metadata]) -> Tensor:
         """[M, B, K] float32 on the device: the same sounds with each of M metadata."""
-        device = self.runtime.device
-        batch = batch.to(device)
-        with self.runtime.autocast():
-            features = self.frontend(batch.waveform, batch.length, None)
-            logits = [self.model(features, one.to(device)).logits for one in metadata]
-        return torch.stack(logits)
+        device, lengths = self.runtime.device, batch.length.numpy(force=True)
+        logits = torch.empty(len(metadata), len(batch), len(self.task.outputs), device=device)
+        bucket = buckets_of(lengths, self.config.audio.clip_samples)
+        for part in batches_of(np.arange(len(batch)), bucket, len(batch)):
+            longest, rows = int(lengths[part].max()), torch.from_numpy(part)
+            waveform, length = batch.waveform[rows, :longest], batch.length[rows]
+            with self.runtime.autocast():
+                features = self.frontend(waveform.to(device), length.to(device), None)
+                for own, one in zip(logits, metadata, strict=True):
+                    own[rows] = self.model(features, one[rows].to(device)).logits
+        return logits
 
     # ---------------------------------------------------------------- with data
 
@@ -220,13 +225,15 @@ class TrainedModel:
         """[n, D] float32: what the head sees of the given rows, in their order."""
         inputs = self.predictor.inputs
         inputs.prepare(rows)
-        parts = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        out = []
-        for batch in inputs.batches(parts):
+        places = batches_of(np.arange(len(rows)), self.data.bucket[rows], self.batch_size)
+        out = np.empty((len(rows), self.model.backbone.embed_dim), np.float32)
+        for place, batch in zip(
+            places, inputs.batches(rows[place] for place in places), strict=True
+        ):
             with self.runtime.autocast():
                 _, fused = self.model.embed(inputs(batch, None), batch.metadata)
-            out.append(fused.float().cpu().numpy())
-        return np.concatenate(out)
+            out[place] = fused.float().cpu().numpy()
+        return out
 
     def other_data(self) -> str:
         """How the data differ from what the run saw, by their counts; empty: not at all."""

@@ -83,7 +83,7 @@ def log_mels(
             out[name] = LogMel(
                 energy=(image * 2 * audio.std + audio.mean).numpy(),
                 duration=len(samples) / sample_rate,
-                clip_seconds=audio.clip_seconds,
+                clip_seconds=audio.clip_seconds * image.shape[1] / frontend.size[1],
                 name=f"{row.Filename}, cycle {row.CycleIndex}",
             )
     return out

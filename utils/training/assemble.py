@@ -77,7 +77,7 @@ def build_data(
         store=store,
         task=config.task,
         completeness=corpus.completeness(table),
-        max_samples=round(config.audio.clip_seconds * config.audio.sample_rate),
+        clip_samples=config.audio.clip_samples,
     )
 
 
@@ -133,6 +133,10 @@ def build_inputs(
     if not (enabled and model.cacheable):
         return Inputs(frontend, runtime, data)
     settings = asdict(config.audio) | {"h": config.dataset.h, "w": config.dataset.w}
+    if config.audio.buckets is None:  # as stores that came before were named
+        del settings["buckets"]
+    else:
+        settings["bucket_positions"] = config.backbone.bucket_positions
     return FrozenInputs(
         frontend,
         runtime,

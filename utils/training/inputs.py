@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data.augment import Augmentation
 from data.batch import Batch
 from data.frontend import AudioFrontend
-from data.loader import Cycles, derived_seed, read_ahead
+from data.loader import Cycles, batches_of, derived_seed, read_ahead
 from models.build import ConditionedAST
 from models.conditioner import Features
 from utils.common.files import atomic_write, write_error
@@ -85,7 +85,8 @@ class SpectrogramInputs(Inputs):
 
 
 class FrozenInputs(Inputs):
-    """Rows -> the frozen prefix's tokens [B, N, D], computed once per clip and stored on disk.
+    """Rows -> the frozen prefix's tokens [B, N, D], computed once per clip and stored on disk, each
+    in the room of the longest clip.
 
     The store is one file per (waveforms, front end, frozen weights, precision) and a table with a
     CRC-32 of every clip in it. Rows are computed when they are first needed, so that the test
@@ -111,8 +112,8 @@ class FrozenInputs(Inputs):
         """settings: everything the front end depends on, as text."""
         super().__init__(frontend, runtime, data)
         self.model, self.batch_size = model, batch_size
-        self.shape = tuple(self._prefix(data.split.train[:1]).shape[1:])
-        self.clip_bytes = int(np.prod(self.shape)) * self.DTYPE.itemsize
+        self.shapes = [self._shape(samples) for samples in data.clip_samples]  # of each bucket
+        self.clip_bytes = self._bytes(-1)
         text = (
             f"{self.VERSION} {data.store.folder.name} {settings} {model.prefix_fingerprint()} "
             f"{runtime.precision} {self.DTYPE}"
@@ -164,7 +165,11 @@ class FrozenInputs(Inputs):
         """
         crc = self._stored()
         stored = rows[crc[rows] >= 0]
-        good = [row for row in stored if zlib.crc32(self.features[row]) == crc[row]]
+        good = [
+            row
+            for row, bucket in zip(stored, self.data.bucket[stored], strict=True)
+            if zlib.crc32(self.features[row, : self._bytes(bucket)]) == crc[row]
+        ]
         if len(good) < len(stored):
             text = "%s: %d of %d stored clips are damaged; they are computed again"
             logger.warning(text, self.path, len(stored) - len(good), len(stored))
@@ -172,9 +177,9 @@ class FrozenInputs(Inputs):
         for number, name in enumerate(("train", "val", "test"), start=1):
             part[getattr(self.data.split, name)] = number
         batches = [
-            own[start : start + self.batch_size]
+            batch
             for own in (np.flatnonzero(part == number) for number in range(4))
-            for start in range(0, len(own), self.batch_size)
+            for batch in batches_of(own, self.data.bucket[own], self.batch_size)
         ]
         missing = np.setdiff1d(rows, good)
         return [batch for batch in batches if np.isin(batch, missing).any()]
@@ -213,22 +218,35 @@ class FrozenInputs(Inputs):
             return np.full(len(self.data.table), -1)
         return np.frombuffer(content, np.int64).copy()
 
-    @torch.no_grad()
     def _prefix(self, rows: np.ndarray) -> Tensor:
         """rows [B] -> [B, N, D] on the device, in the type they are stored in."""
         batch = self.data.batch(rows).to(self.runtime.device)
+        return self._tokens(super().__call__(batch, None).values)
+
+    @torch.no_grad()
+    def _tokens(self, spectrogram: Tensor) -> Tensor:
         mode = self.model.training
         self.model.eval()
         with self.runtime.autocast():
-            prefix = self.model.frozen_prefix(super().__call__(batch, None).values)
+            prefix = self.model.frozen_prefix(spectrogram)
         self.model.train(mode)
         return prefix.to(self.DTYPE)
 
+    def _shape(self, samples: int) -> tuple[int, ...]:
+        """(N, D) of clips of so many samples."""
+        silence = torch.zeros(1, samples, device=self.runtime.device)
+        length = torch.tensor([samples], device=self.runtime.device)
+        return tuple(self._tokens(self.frontend(silence, length)).shape[1:])
+
+    def _bytes(self, bucket: int) -> int:
+        return int(np.prod(self.shapes[bucket])) * self.DTYPE.itemsize
+
     def read(self, rows: np.ndarray) -> Batch:
         """The given rows [B] with their stored tokens [B, N, D] in place of the waveform."""
-        stored = torch.from_numpy(self.features[rows]).view(self.DTYPE)
+        bucket = int(self.data.bucket[rows[0]])
+        stored = torch.from_numpy(self.features[rows, : self._bytes(bucket)]).view(self.DTYPE)
         batch = self.data.batch(rows, waveforms=False)
-        return replace(batch, features=stored.view(-1, *self.shape))
+        return replace(batch, features=stored.view(-1, *self.shapes[bucket]))
 
     def __call__(self, batch: Batch, seed: int | None) -> Features:
         return Features(batch.features, from_prefix=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data.batch import Metadata
-from data.loader import Cycles
+from data.loader import Cycles, batches_of
 from models.build import ConditionedAST
 from utils.training.device import Runtime
 from utils.training.inputs import Inputs
@@ -62,7 +62,7 @@ class Predictor:
         self.model.eval()
         device = self.runtime.device
         places = np.arange(len(rows))[self.runtime.rank :: self.runtime.world]
-        parts = [places[i : i + self.batch_size] for i in range(0, len(places), self.batch_size)]
+        parts = batches_of(places, self.data.bucket[rows[places]], self.batch_size)
         shape = (1 if metadata is None else len(metadata), len(self.data.task.outputs))
         results = []
         batches = self.inputs.batches(rows[part] for part in parts)

@@ -238,6 +238,7 @@ class Trainer:
         plan = epoch_plan(
             order,
             batch_size=self.batch_size,
+            bucket=self.data.bucket,
             accumulation_steps=training.accumulation_steps,
             rank=self.runtime.rank,
             world=self.runtime.world,
@@ -272,9 +273,9 @@ class Trainer:
         for part in parts:
             batch = next(batches)
             with runtime.exchange(self.wrapped, when=part is parts[-1]):
-                drawn = self.model.draw(batch, part.seed)
                 with runtime.autocast():
                     features = self.inputs.views(batch, part.seed, methods.views)
+                    drawn = self.model.draw(batch, part.seed, features)
                     output = self.wrapped(features, batch.metadata, drawn)
                 if drawn is None:
                     losses = self.loss(output.logits, batch.label)  # [B]
