@@ -133,10 +133,9 @@ def build_inputs(
     if not (enabled and model.cacheable):
         return Inputs(frontend, runtime, data)
     settings = asdict(config.audio) | {"h": config.dataset.h, "w": config.dataset.w}
-    if config.audio.buckets is None:  # as stores that came before were named
-        del settings["buckets"]
-    else:
+    if config.audio.buckets:
         settings["bucket_positions"] = config.backbone.bucket_positions
+    settings = {k: v for k, v in settings.items() if v is not None}  # older stores keep their names
     return FrozenInputs(
         frontend,
         runtime,
