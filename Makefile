@@ -3,7 +3,7 @@ PYTHON  ?= python3
 VARIANT ?= softfilm
 ICBHI   ?=
 ARGS    ?=
-PORT    ?= 5000
+PORT    ?=
 
 PY    := .venv/bin/python
 READY := .venv/.ready
@@ -20,22 +20,27 @@ CONFIG_tafilm   := configs/ast_tafilm_config.yaml
 CONFIG_softfilm := configs/ast_film_soft_config.yaml
 SCRIPT := $(SCRIPT_$(VARIANT))
 CONFIG := $(CONFIG_$(VARIANT))
+CHECKPOINT := checkpoints/$(VARIANT)_best.pt
+UI_PORT    := $(or $(PORT),5000)
+DEMO_PORT  := $(or $(PORT),7860)
 
 # Checked here and not in the rule, which would install everything first.
-ifneq ($(filter train,$(MAKECMDGOALS)),)
+ifneq ($(filter train demo,$(MAKECMDGOALS)),)
 ifeq ($(SCRIPT),)
 $(error VARIANT=$(VARIANT) is none of ast, grf, film, tafilm, softfilm)
 endif
 endif
 
-.PHONY: help train test lint ui clean
+.PHONY: help train demo test lint ui clean
 
 help:
 	@echo "make train                              small SoftFiLM on a synthetic corpus (minutes)"
 	@echo "make train VARIANT=ast                  the same for ast, grf, film, tafilm or softfilm"
 	@echo "make train ICBHI=/path VARIANT=film     the full paper configuration on real data"
+	@echo "make demo                               page on http://127.0.0.1:$(DEMO_PORT) to try the model; trains the"
+	@echo "                                        small one if there is none; PORT= and VARIANT= change it"
 	@echo "make test                               lint and the whole test suite"
-	@echo "make ui                                 MLflow UI on http://127.0.0.1:$(PORT); PORT= changes it"
+	@echo "make ui                                 MLflow UI on http://127.0.0.1:$(UI_PORT); PORT= changes it"
 	@echo "ARGS='training.epochs=5 training.warmup_epochs=1' adds configuration overrides to make train"
 
 $(READY): requirements.txt constraints.txt pyproject.toml
@@ -55,6 +60,10 @@ else
 	    dataset.data_folder="$(ICBHI)" $(ARGS)
 endif
 
+demo: $(READY)
+	test -f $(CHECKPOINT) || $(MAKE) train
+	$(PY) -m utils.demo --checkpoint $(CHECKPOINT) --port $(DEMO_PORT) --open
+
 test: lint
 	$(PY) -m pytest --numprocesses auto --dist loadfile
 
@@ -64,7 +73,7 @@ lint: $(READY)
 
 ui: $(READY)
 	MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true $(PY) -m mlflow ui \
-	    --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT)
+	    --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(UI_PORT)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -25,9 +25,11 @@ def make(tmp_path):
     return call
 
 
-@pytest.mark.parametrize("variant", ["nonsense", "", "ast_film"])
-def test_unknown_variant_is_refused_before_set_up(make, variant):
-    ended = make("train", f"VARIANT={variant}")
+@pytest.mark.parametrize(
+    ("goal", "variant"), [("train", "nonsense"), ("train", ""), ("demo", "ast_film")]
+)
+def test_unknown_variant_is_refused_before_set_up(make, goal, variant):
+    ended = make(goal, f"VARIANT={variant}")
     assert ended.returncode == 2
     assert f"VARIANT={variant} is none of ast, grf, film, tafilm, softfilm" in ended.stderr
     assert "INSTALLATION" not in ended.stdout
@@ -48,3 +50,20 @@ def test_ui_takes_a_port_and_sends_no_telemetry(make):
     shown = make("ui", "PORT=5999", "--dry-run").stdout
     assert "--port 5999" in shown
     assert "MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true" in shown
+
+
+def test_demo_trains_only_without_a_checkpoint(make, tmp_path):
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / ".ready").touch()
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "CALLED $*"\n')
+    python.chmod(0o755)
+    opens = "CALLED -m utils.demo --checkpoint checkpoints/film_best.pt --port 7999 --open"
+    first = make("demo", "VARIANT=film", "PORT=7999").stdout
+    assert "CALLED ast_film_train.py --config configs/ast_film_config.yaml" in first
+    assert opens in first.splitlines()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "film_best.pt").touch()
+    second = make("demo", "VARIANT=film", "PORT=7999").stdout
+    assert "CALLED ast_film_train" not in second and opens in second.splitlines()
+    assert "7860" in make("help").stdout and "--port 7860" in make("demo", "--dry-run").stdout
