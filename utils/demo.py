@@ -100,22 +100,20 @@ class Demo:
                 raise UserError(str(error).replace(f"{place}/", "")) from error
 
     def _receive(self, body: IO[bytes], path: Path) -> None:
-        """Store at most the limit; some of what is too much is read all the same, since a browser
-        shows no answer that comes before it has sent everything."""
-        size, limit = 0, int(self.max_mb * 1e6)
+        """Store a body of at most the limit, whatever length it says it has."""
+        size = 0
         try:
             with path.open("wb") as file:
-                while size <= 10 * limit and (chunk := body.read(1 << 16)):
+                while chunk := body.read(1 << 16):
                     size += len(chunk)
-                    if size <= limit:
-                        file.write(chunk)
+                    if size > self.max_mb * 1e6:
+                        raise TooLarge(
+                            f"{path.name} is larger than {self.max_mb:g} MB; use a shorter "
+                            "recording, or start the demo with a larger --max-mb"
+                        )
+                    file.write(chunk)
         except OSError as error:
             raise write_error(path, error) from error
-        if size > limit:
-            raise TooLarge(
-                f"{path.name} is larger than {self.max_mb:g} MB; use a shorter recording, or start "
-                "the demo with a larger --max-mb"
-            )
 
     def _given(self, fields: Mapping[str, str]) -> dict[str, Any]:
         given: dict[str, Any] = {name: fields.get(name) for name in NAMES}
