@@ -64,5 +64,6 @@ def build_model(
     )
     n_devices = max(len(device_counts) - 1, 1)
     sizes = {"embed_dim": backbone.embed_dim, "n_devices": n_devices, "n_outputs": n_outputs}
+    sizes["n_mels"] = n_mels
     added = Methods(METHODS[name].build(keys, **sizes) for name, keys in (methods or {}).items())
     return ConditionedAST(ast, conditioner, head, backbone.trainable_blocks, added)

@@ -6,7 +6,6 @@ B batch, F mel bands, T frames, D width, K logits.
 from __future__ import annotations
 
 import hashlib
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +23,7 @@ from models.conditioner import (
 from models.config import ModelConfig
 from models.encoders import activation
 from models.method import Methods, Step
-
-
-def full_precision(tensor: Tensor) -> AbstractContextManager:
-    """Context without autocast: conditioner and head are tiny, and 1 + dg in bf16 would round away
-    every |dg| below 2^-8. Nothing where autocast is off anyway: files of exported programs cannot
-    hold such a context."""
-    if not torch.is_autocast_enabled(tensor.device.type):
-        return nullcontext()
-    return torch.autocast(tensor.device.type, enabled=False)
+from models.precision import full_precision
 
 
 class Head(nn.Sequential):
@@ -121,7 +112,7 @@ class ConditionedAST(nn.Module):
         methods, clips = self.methods, len(metadata)
         with full_precision(values):
             state = self.conditioner.encode(metadata)
-            values, evidence = methods.filter(values)
+        values, evidence = methods.filter(values)
         if methods.whole_input:
             patches = methods.mix(self.backbone.patches(values), clips, step)
             tokens = methods.keep(self.backbone.position(patches), step)
@@ -140,7 +131,7 @@ class ConditionedAST(nn.Module):
         values, from_prefix = features if isinstance(features, Features) else Features(features)
         with full_precision(values):
             state = self.conditioner.encode(metadata)
-            values, _ = self.methods.filter(values)
+        values, _ = self.methods.filter(values)
         pooled = self._pool(values, from_prefix, state).float()
         with full_precision(pooled):
             return pooled, self.conditioner.fuse(pooled, state)

@@ -241,9 +241,10 @@ class MethodType(NamedTuple):
         name: key under `methods` in a configuration, such as patchmix_cl.
         title: name in tables, such as Patch-Mix CL.
         config_class: dataclass of the keys of `methods.<name>`.
-        build: build(config, *, embed_dim, n_devices, n_outputs) -> `models.method.Method`.
+        build: build(config, *, embed_dim, n_devices, n_outputs, n_mels) -> `models.method.Method`.
         adds_rows: whether views or mixes make the batch longer; at most one method may.
         removes: metadata fields that the features are to know nothing of.
+        bands_multiple: dataset.h must be a multiple of it.
     """
 
     name: str
@@ -252,6 +253,7 @@ class MethodType(NamedTuple):
     build: Callable[..., Any]
     adds_rows: bool = False
     removes: tuple[str, ...] = ()
+    bands_multiple: int = 1
 
 
 _HOME = "models.conditioners"

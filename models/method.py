@@ -60,8 +60,8 @@ class Method(nn.Module):
         return {}
 
     def filter(self, spectrogram: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Learned input filter, in training and prediction: [B, 1, F, T] -> the same shape, and
-        evidence [B, K] for `loss`, or None."""
+        """Learned input filter, in training and prediction (under autocast, as the backbone):
+        [B, 1, F, T] -> the same shape, and evidence [B, K] for `loss`, or None."""
         return spectrogram, None
 
     def mix(self, patches: Tensor, plan: Plan) -> Tensor:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from models.method import Method, Methods
 from models.registry import VARIANTS
 from tests.utils.tiny import TINY, tiny_config, tiny_data
 from utils import export as exporting
@@ -53,24 +52,10 @@ def trained(variant: str, **overrides) -> TrainedModel:
     return TrainedModel("a-run.pt", checkpoint, device="cpu")
 
 
-class Filtering(Method):
-    """A learned input filter that acts in prediction too."""
-
-    filters = True
-
-    def __init__(self):
-        super().__init__()
-        self.gain = nn.Linear(1, 1)
-
-    def filter(self, spectrogram):
-        return spectrogram * self.gain.weight + spectrogram.roll(1, dims=3), None
-
-
 @pytest.fixture(scope="module")
 def filtering():
-    model = trained("ast_softfilm")
-    model.model.methods = Methods([Filtering()])
-    return model
+    """A model with a learned input filter, which acts in prediction too."""
+    return trained("ast_softfilm", **{"methods.add_rsc": {}})
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,19 @@ def test_parts_add_up(make_model):
     assert rows["head"].trainable == rows["head"].total
 
 
+def test_an_input_filter_is_counted():
+    """Four products with 2 x 256 columns, two attentions padded to 64, SwiGLU, the filter's two."""
+    overrides = ["dataset.h=256", "models.*.input_fdim=256", "backbone.freq_stride=16",
+                 "backbone.time_stride=16"]  # fmt: skip
+    files = [CONFIGS / "ast_config.yaml", CONFIGS / "methods" / "add_rsc.yaml"]
+    text = summarise(load_config(files, overrides))
+    assert text.startswith("AST + ADD-RSC") and "1026 tokens" in text
+    assert "methods                    955,204" in text
+    products = 2 * 1024 * 256 * 512 * (4 + 3) + 2 * 2 * 513 * 8 * 64 * 64
+    attention = 2 * 2 * 2 * 1024 * 1024 * 512
+    assert gflops(text, "input filter")[0] == round((products + attention) / 1e9, 2)
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "expected"),
     [

@@ -250,6 +250,11 @@ KEYS: dict[str, tuple] = {
             "dat.schedule": "ganin",
             "pafa.pcsl_weight": 0.1,
             "pafa.gpal_weight": 0.1,
+            "add_rsc.weight": 0.1,
+            "add_rsc.spectrum": "multiplied",
+            "add_rsc.softshrink": 0.001,
+            "add_rsc.second_filter": True,
+            "add_rsc.evidence": "all",
         }.items()
     },
     **{

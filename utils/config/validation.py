@@ -39,6 +39,11 @@ def _check_methods(config: Any) -> None:
             f"methods.{' and methods.'.join(adding)} cannot run together: each adds rows to the "
             "batch; name one of them"
         )
+    for name in config.methods:
+        multiple = METHODS[name].bands_multiple
+        if config.dataset.h % multiple:
+            remedy = f"methods.{name} divides the bands by {multiple}; give a multiple of it"
+            _refuse(config, "dataset.h", remedy)
     check_micro_batches(config)
 
 

@@ -40,7 +40,7 @@ class PartCount(NamedTuple):
 
 
 def count_parameters(model: ConditionedAST) -> list[PartCount]:
-    """Backbone (embedding, blocks, final LN), conditioner by its children, head, and the total."""
+    """Backbone (embedding, blocks, final LN), conditioner by its children, head, methods, total."""
     backbone = model.backbone
     embedding = [backbone.cls_token, backbone.dist_token, backbone.pos_embed]
     rows = [
@@ -56,6 +56,8 @@ def count_parameters(model: ConditionedAST) -> list[PartCount]:
     if own:
         rows.append(_count("  other", own))
     rows.append(_count("head", model.head.parameters()))
+    if len(model.methods):
+        rows.append(_count("methods", model.methods.parameters()))
     rows.append(_count("total", model.parameters()))
     return rows
 
@@ -119,8 +121,11 @@ def flops_of_parts(model: ConditionedAST) -> dict[str, Flops]:
         "backbone, all tokens in the last block": usual,
         "backbone, as computed here": ours,
         "conditioner and head": small,
-        "total, as computed here": ours + small,
     }
+    if any(method.filters for method in model.methods):
+        rows["input filter"] = count_flops(lambda: model.methods.filter(spectrogram)[0])
+        small += rows["input filter"]
+    rows["total, as computed here"] = ours + small
     if model.cacheable:
         prefix = model.frozen_prefix(spectrogram)
         cached = count_flops(lambda: backbone.resume(prefix, modulation, model.cut))
@@ -164,6 +169,7 @@ def model_for_summary(config: RunConfig) -> ConditionedAST:
             keep_bands=config.audio.keep_bands,
             device_counts=[1.0] * len(devices) + [0.0],
             site_counts=[1.0] * len(sites) + [0.0],
+            methods=config.methods,
         )
 
 
