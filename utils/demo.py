@@ -268,7 +268,7 @@ def main() -> None:
         address = f"http://{HOST}:{server.port}"
         print(f"open {address} (Ctrl-C ends it)", flush=True)
         if options.open:
-            webbrowser.open(address)
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         server.serve_forever()
 
 
