@@ -77,6 +77,7 @@ def test_nothing_of_the_machine_is_shared(folder):
 def test_the_card_has_the_hubs_head(model, folder, tmp_path, monkeypatch):
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlicense: mit\n") and "24 cycles, 6 recordings, 6 patients" in card
+    assert "- **Data**: ICBHI 2017 Respiratory Sound Database (Rocha" in card
     for part in ("Protocol", "Intended use", "Licence", "Not a medical device", "BSD 3-Clause"):
         assert (part in card) == (part != "BSD 3-Clause"), part  # started from random weights
     monkeypatch.setitem(vars(model), "run_folder", SimpleNamespace(path=tmp_path))

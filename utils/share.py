@@ -21,7 +21,7 @@ from utils.common.cli import command
 from utils.common.errors import UserError
 from utils.common.files import write_text
 from utils.config.schema import MLflowConfig, RunConfig, config_to_dict
-from utils.evaluation.render import counts_line, thresholds_line
+from utils.evaluation.render import corpus_line, counts_line, thresholds_line
 from utils.evaluation.trained_model import TrainedModel
 from utils.training.checkpoint import Checkpoint, content_of
 from utils.training.shared_folder import FILES, HUB_NAME, write_folder
@@ -73,7 +73,7 @@ WITHOUT_REPORT = """# Model card: {title}
 health.**
 
 - **Model**: {title} (`{variant}`), outputs {outputs}; run `{run}`, code revision `{revision}`.
-- **Data**: split `{split}`. {counts}
+- **Data**: {corpus}, split `{split}`. {counts}
 - **Protocol**: `{selection}`: {statement}
 - **Decision**: thresholds {thresholds}.
 {warnings}
@@ -116,6 +116,7 @@ def model_card(model: TrainedModel, license: str) -> str:
             outputs=", ".join(model.task.outputs),
             run=checkpoint.run,
             revision=checkpoint.revision,
+            corpus=corpus_line([one.name for one in config.dataset.sources], checkpoint.synthetic),
             split=config.dataset.split_strategy,
             counts=" ".join(f"{n}: {counts_line(c)}." for n, c in parts if c and c["cycles"]),
             selection=model.selection.value,

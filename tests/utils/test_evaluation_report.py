@@ -158,7 +158,8 @@ def test_every_table_carries_rule_and_marks(selection, partial, synthetic, split
     assert Selection(selection).statement in text and (partial in text)
     assert "| shuffled | 50.00 | 40.00 | 45.00 | -3.00 [-5.00, -1.00] | 0.004 |" in text
     nobody = dict.fromkeys(report.counts, 0)
-    card = model_card(report, training_counts={"train": report.counts, "val": nobody})
+    counts = {"train": report.counts, "val": nobody}
+    card = model_card(report, corpora=["icbhi"], training_counts=counts)
     rule = Selection(selection)
     for needed in (
         rule.label,
@@ -175,7 +176,9 @@ def test_every_table_carries_rule_and_marks(selection, partial, synthetic, split
     assert "| baseline: class prior | " in card and "Training: 144 cycles" in card
     assert "Validation" not in card
     val = {"train": report.counts, "val": report.counts}
-    assert "Validation: 144 cycles" in model_card(report, training_counts=val)
+    card = model_card(report, corpora=["manifest", "sprsound"], training_counts=val)
+    assert "Validation: 144 cycles" in card
+    assert ("own table and SPRSound (Zhang" in card) == (not synthetic) and "Rocha" not in card
 
 
 # --- subgroups -----------------------------------------------------------------------------------

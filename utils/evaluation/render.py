@@ -203,9 +203,26 @@ _SPLIT_LIMITS = {
 }
 
 
+CORPORA = {
+    "icbhi": "ICBHI 2017 Respiratory Sound Database (Rocha et al., Physiol. Meas. 40 (2019) "
+    "035001)",
+    "sprsound": "SPRSound (Zhang et al., IEEE TBioCAS 16 (2022) 867)",
+    "manifest": "recordings of a user's own table",
+    "spectrograms": "ready-made spectrograms of a user",
+}
+
+
+def corpus_line(names: Sequence[str], synthetic: bool) -> str:
+    """Where recordings are from; names: of the corpora, as in `dataset.name`."""
+    if synthetic:
+        return "synthetic recordings in the layout of ICBHI 2017"
+    return " and ".join(CORPORA.get(name, name) for name in dict.fromkeys(names))
+
+
 def model_card(
     report: Report,
     *,
+    corpora: Sequence[str],
     training_counts: Mapping[str, Mapping[str, int]],
     initial_weights: str = "audioset",
 ) -> str:
@@ -214,16 +231,12 @@ def model_card(
 
     Args:
         report: of the test part, with its origin and the baselines.
+        corpora: their names, as in `dataset.name`.
         training_counts: cycles, recordings, patients and classes of `train` and `val`.
     """
     task, counts, one = report.task, report.counts, report.origin
     parts = {"Training": training_counts["train"], "Validation": training_counts["val"]}
     parts = {name: part for name, part in parts.items() if part["cycles"]} | {"Test": counts}
-    corpus = (
-        "synthetic recordings in the layout of ICBHI 2017"
-        if report.synthetic
-        else "ICBHI 2017 Respiratory Sound Database (Rocha et al., Physiol. Meas. 40 (2019) 035001)"
-    )
     lines = [
         f"# Model card: {one.title}",
         "",
@@ -233,7 +246,7 @@ def model_card(
         f"- **Model**: {one.title} (`{one.variant}`), {task['n_cls']}-class task with "
         f"outputs {', '.join(task['outputs'])}; initial weights: {initial_weights}; seed "
         f"{one.seed}, epoch {one.epoch + 1}; run `{one.run}`, code revision `{one.revision}`.",
-        f"- **Data**: {corpus}, split `{one.split_strategy}`. "
+        f"- **Data**: {corpus_line(corpora, report.synthetic)}, split `{one.split_strategy}`. "
         + " ".join(f"{name}: {counts_line(part)}." for name, part in parts.items()),
         f"- **Protocol**: `{report.protocol['selection']}`. {report.protocol['statement']}",
         f"- **Decision**: thresholds {thresholds_line(report.thresholds['chosen'])}.",

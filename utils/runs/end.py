@@ -89,7 +89,10 @@ def write_run_report(
     named = replace(test, origin=report.origin(checkpoint.run), controls=controls)
     write_text(folder.path / "report.md", to_markdown(named, f"{report.title}: test part"))
     card = model_card(
-        named, training_counts=checkpoint.counts, initial_weights=config.backbone.weights
+        named,
+        corpora=[source.name for source in config.dataset.sources],
+        training_counts=checkpoint.counts,
+        initial_weights=config.backbone.weights,
     )
     write_text(folder.path / "model_card.md", card)
     draw_figures(folder, report, data)
