@@ -21,19 +21,30 @@ from pathlib import Path
 
 from utils.common.cli import command
 from utils.common.errors import UserError
-from utils.figures.commands import FIGURES, SOFTFILM, Options
-from utils.figures.style import FORMATS, Output
+
+#: Functions of `utils.figures.commands`, which imports torch and all the rest.
+FIGURES = {
+    "mask_analysis": "SoftFiLM's masks, their controls and effects",
+    "tsne": "representations of the test cycles by the baseline and by SoftFiLM",
+    "film_params": "gamma and beta of FiLM, TAFiLM or SoftFiLM",
+    "sota": "published systems, and complete official runs of this repository",
+    "confusion": "confusion matrix at the thresholds in use",
+    "operating_curve": "Se against Sp, normal against anything abnormal, and the points in use",
+    "reliability": "observed share against predicted probability",
+    "subgroups": "Sp, Se and Score by device, site, sex, age and whether the BMI is known",
+    "learning_curves": "loss, Score and learning rate against the epoch",
+    "log_mel": "one cycle of each class; the front end of the checkpoint, or the default one",
+}
 
 
-def parse(arguments: Sequence[str] | None = None) -> tuple[list[str], Options]:
+def parse(arguments: Sequence[str] | None = None) -> tuple[list[str], argparse.Namespace]:
     """Names of the figures that are asked for, and the options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     figures = parser.add_argument_group("figures")
-    for name, make in FIGURES.items():
-        flag = f"--{name.replace('_', '-')}"
-        figures.add_argument(flag, action="store_true", help=make.__doc__.split("\n")[0])
+    for name, text in FIGURES.items():
+        figures.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
     figures.add_argument("--all", action="store_true", help="every figure; says which lack input")
     source = parser.add_argument_group("input")
     source.add_argument("--checkpoint", metavar="FILE", help="a trained model")
@@ -46,12 +57,23 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[list[str], Options]:
         "--cycles", type=int, default=0, metavar="N", help="t-SNE of N random test cycles only"
     )
     parser.add_argument("--output-dir", type=Path, default=Path("figs"), metavar="DIR")
-    parser.add_argument("--formats", nargs="+", choices=("png", "pdf", "svg"), default=FORMATS)
+    parser.add_argument(
+        "--formats", nargs="+", choices=("png", "pdf", "svg"), default=("png", "pdf")
+    )
     given = parser.parse_args(arguments)
     names = [name for name in FIGURES if given.all or getattr(given, name)]
     if not names:
         parser.error("which figure? " + ", ".join(f"--{n.replace('_', '-')}" for n in FIGURES))
-    return names, Options(
+    return names, given
+
+
+@command
+def main() -> None:
+    names, given = parse()
+    from utils.figures.commands import FIGURES, SOFTFILM, Options
+    from utils.figures.style import Output
+
+    options = Options(
         output=Output(given.output_dir, given.formats),
         checkpoint=given.checkpoint or (SOFTFILM if given.all else None),
         baseline=given.baseline_ckpt,
@@ -61,11 +83,6 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[list[str], Options]:
         data_folder=given.data_folder,
         cycles=given.cycles,
     )
-
-
-@command
-def main() -> None:
-    names, options = parse()
     failures = []
     for name in names:
         try:

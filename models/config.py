@@ -1,8 +1,8 @@
-"""Sections of the configuration that models/ reads, and the variants there are; without torch.
+"""Sections of the configuration that models/ reads, the variants and methods; without torch.
 
-`BackboneConfig` is `backbone`, the others are `models.<variant>`. The shipped variants' settings
-stand here so that a configuration can be read and refused at once; a new variant keeps its own in
-its file (docs/adding_a_variant.md).
+`BackboneConfig` is `backbone`, the others are `models.<variant>` and `methods.<name>`. Settings of
+the shipped ones stand here so that a configuration can be read and refused at once; a new variant
+or method keeps its own in its file (docs/adding_a_variant.md, docs/methods.md).
 """
 
 from __future__ import annotations
@@ -175,6 +175,55 @@ class SoftFiLMConfig(FiLMConfig):
             )
 
 
+@dataclass
+class ADDRSCConfig:
+    """Keys of `methods.add_rsc`; the defaults are the authors' code."""
+
+    # of the bias-denoising loss; the task loss weighs the rest of 1
+    weight: float = setting(0.5, low=0, high=1)
+    # what the filter makes of the spectrum: added to the signal | multiplied with it (paper)
+    spectrum: str = setting("added", choices=("added", "multiplied"))
+    softshrink: float = setting(0.01, low=0)  # threshold in the filter; paper: 0.02
+    second_filter: bool = False  # another one after the attention (paper)
+    # frames whose mean the bias-denoising loss classifies: first (two) | all
+    evidence: str = setting("first", choices=("first", "all"))
+
+
+@dataclass
+class PatchMixConfig:
+    """Keys of `methods.patchmix_cl`."""
+
+    loss: str = setting("contrast", choices=("contrast", "ce"))  # CL, or Patch-Mix CE
+    temperature: float = setting(0.06, low=0, ends="()")  # of the contrast
+    weight: float = setting(1.0, low=0)  # of the contrast in the loss
+    beta: float = setting(1.0, low=0, ends="(]")  # share kept ~ Beta(beta, beta)
+
+
+@dataclass
+class SGSCLConfig:
+    """Keys of `methods.sg_scl`."""
+
+    temperature: float = setting(0.06, low=0, ends="()")  # of the contrast
+    weight: float = setting(1.0, low=0)  # of the contrast in the loss
+
+
+@dataclass
+class DATConfig:
+    """Keys of `methods.dat`."""
+
+    weight: float = setting(1.0, low=0)  # of the device loss
+    alpha: float = setting(1.0, low=0)  # factor of the reversed gradient (at the end of `ganin`)
+    schedule: str = setting("constant", choices=("constant", "ganin"))  # of alpha
+
+
+@dataclass
+class PAFAConfig:
+    """Keys of `methods.pafa`; the defaults are the authors' for the AST."""
+
+    pcsl_weight: float = setting(5.0, low=0)  # patient cohesion and separation
+    gpal_weight: float = setting(0.005, low=0)  # global patient alignment
+
+
 def resolve_layers(value: Any, depth: int, prefix: str = "models.*") -> tuple[int, ...]:
     """`conditioned_layers` -> ascending block indices.
 
@@ -235,7 +284,7 @@ class Variant(NamedTuple):
 
 
 class MethodType(NamedTuple):
-    """One method; a module in `models/methods/` that holds one as `METHOD` is discovered.
+    """One method; further modules in `models/methods/` that hold one as `METHOD` are discovered.
 
     Attributes:
         name: key under `methods` in a configuration, such as patchmix_cl.
@@ -278,4 +327,22 @@ SHIPPED: tuple[Variant, ...] = (
         *("ast_softfilm", "softfilm", "SoftFiLM-AST", SoftFiLMConfig, f"{_HOME}.softfilm"),
         *("ast_film_soft.py", "configs/ast_film_soft_config.yaml", 4),
     ),
+)
+
+
+def _shipped(name: str, *given: Any, **traits: Any) -> MethodType:
+    """The method in models/methods/<name>.py, whose `build` imports torch when it is called."""
+
+    def build(*arguments: Any, **sizes: int) -> Any:
+        return importlib.import_module(f"models.methods.{name}").build(*arguments, **sizes)
+
+    return MethodType(name, *given, build, **traits)
+
+
+SHIPPED_METHODS: tuple[MethodType, ...] = (
+    _shipped("add_rsc", "ADD-RSC", ADDRSCConfig, bands_multiple=8),
+    _shipped("dat", "DAT", DATConfig, removes=("device",)),
+    _shipped("pafa", "PAFA", PAFAConfig),
+    _shipped("patchmix_cl", "Patch-Mix CL", PatchMixConfig, adds_rows=True),
+    _shipped("sg_scl", "SG-SCL", SGSCLConfig, adds_rows=True),
 )

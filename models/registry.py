@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from types import ModuleType
 
 from models import conditioners, methods
-from models.config import SHIPPED, MethodType, Variant
+from models.config import SHIPPED, SHIPPED_METHODS, MethodType, Variant
 
 __all__ = ["METHODS", "VARIANTS", "Variant"]
+
+
+def _further(package: ModuleType, shipped: Iterable[str]) -> list[ModuleType]:
+    """Modules of a package but for the named ones."""
+    names = {file.name for file in pkgutil.iter_modules(package.__path__)}
+    return [importlib.import_module(f"{package.__name__}.{n}") for n in sorted(names - {*shipped})]
 
 
 class Registry(Mapping):
@@ -29,12 +36,7 @@ class Registry(Mapping):
 
     def _load(self) -> dict[str, Variant]:
         if self._variants is None:
-            shipped = {variant.module for variant in SHIPPED}
-            names = (
-                f"{conditioners.__name__}.{i.name}"
-                for i in pkgutil.iter_modules(conditioners.__path__)
-            )
-            modules = [importlib.import_module(name) for name in names if name not in shipped]
+            modules = _further(conditioners, [v.module.rpartition(".")[2] for v in SHIPPED])
             found = [*SHIPPED, *(m.VARIANT for m in modules if hasattr(m, "VARIANT"))]
             self._variants = {v.name: v for v in sorted(found, key=lambda v: (v.order, v.name))}
             if len(self._variants) < len(found):
@@ -52,16 +54,18 @@ class Registry(Mapping):
 
 
 class MethodRegistry(Mapping):
-    """Name -> `MethodType` of every module in `models/methods/`; imported at the first look."""
+    """Name -> `MethodType`; modules of further methods are imported when a name is no shipped one's
+    or all are asked for."""
+
+    _shipped = {method.name: method for method in SHIPPED_METHODS}
 
     @cached_property
     def _methods(self) -> dict[str, MethodType]:
-        files = pkgutil.iter_modules(methods.__path__)
-        modules = (importlib.import_module(f"{methods.__name__}.{file.name}") for file in files)
-        return {module.METHOD.name: module.METHOD for module in modules}
+        further = (module.METHOD for module in _further(methods, self._shipped))
+        return self._shipped | {method.name: method for method in further}
 
     def __getitem__(self, name: str) -> MethodType:
-        return self._methods[name]
+        return self._shipped[name] if name in self._shipped else self._methods[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._methods)

@@ -23,6 +23,7 @@ from utils.evaluation.trained_model import TrainedModel
 from utils.figures.runs import model_notice, read_evaluation
 from utils.metrics.predictions import read_predictions
 from utils.metrics.protocol import LEAKY_MARK, LEAKY_NOTE
+from utils.runs import judge
 from utils.runs.run import Run
 from utils.tracking import read_record
 from utils.training.checkpoint import load_checkpoint, save_checkpoint
@@ -152,12 +153,12 @@ def test_the_run_is_found_from_a_copy_only_if_it_is_its(work, no_pictures, monke
     assert copy.with_suffix(".md").read_text().startswith("# Model card: SoftFiLM-AST")
     run = best(work, "ast_softfilm").parent.parent
     options = evaluate.parse(["--checkpoint", str(copy)])
-    model = evaluate.open_model(options.checkpoint, options)
-    assert evaluate.output_folder(model, "test").resolve() == run.resolve() / "evaluation" / "test"
+    model = judge.open_model(options.checkpoint, options)
+    assert judge.output_folder(model, "test").resolve() == run.resolve() / "evaluation" / "test"
     alone = Path(shutil.copy(copy, tmp_path / "mailed.pt"))
     model = TrainedModel.open(alone)
     model.config.training.output_dir = str(tmp_path / "nowhere")
-    assert evaluate.output_folder(model, "val") == tmp_path / "mailed_evaluation" / "val"
+    assert judge.output_folder(model, "val") == tmp_path / "mailed_evaluation" / "val"
     assert start(monkeypatch, "--checkpoint", alone, "--no-metadata-test", "--output",
                  tmp_path / "o", "--batch-size", 3) == 0  # fmt: skip
     report = report_of(tmp_path / "o")

@@ -8,34 +8,18 @@ bands, H heads, K logits.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.config import MethodType
+from models.config import ADDRSCConfig
 from models.method import Method
 from models.precision import full_precision
-from utils.common.settings import setting
 
 BLOCKS = HEADS = 8  # of the filter's weights; of the attention
 LAYER = 6  # their attention starts as one in layer 6 of differential transformers would
 SMOOTHING = 0.2  # of the label in the bias-denoising loss
-
-
-@dataclass
-class ADDRSCConfig:
-    """Keys of `methods.add_rsc`; the defaults are the authors' code."""
-
-    # of the bias-denoising loss; the task loss weighs the rest of 1
-    weight: float = setting(0.5, low=0, high=1)
-    # what the filter makes of the spectrum: added to the signal | multiplied with it (paper)
-    spectrum: str = setting("added", choices=("added", "multiplied"))
-    softshrink: float = setting(0.01, low=0)  # threshold in the filter; paper: 0.02
-    second_filter: bool = False  # another one after the attention (paper)
-    # frames whose mean the bias-denoising loss classifies: first (two) | all
-    evidence: str = setting("first", choices=("first", "all"))
 
 
 class FrequencyFilter(nn.Module):
@@ -186,10 +170,6 @@ class ADDRSC(Method):
         return {"add_rsc/lambda": self.attention.weight().mean().item()}
 
 
-METHOD = MethodType(
-    "add_rsc",
-    "ADD-RSC",
-    ADDRSCConfig,
-    lambda config, *, n_mels, n_outputs, **_: ADDRSC(config, n_mels, n_outputs),
-    bands_multiple=BLOCKS,
-)
+def build(config: ADDRSCConfig, *, n_mels: int, n_outputs: int, **_: int) -> ADDRSC:
+    """The method for spectrograms of so many bands and a model of so many logits."""
+    return ADDRSC(config, n_mels, n_outputs)

@@ -4,24 +4,13 @@ reversal: Ganin et al., JMLR 2016, arXiv 1505.07818)."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.config import MethodType
+from models.config import DATConfig
 from models.method import Method
-from utils.common.settings import setting
-
-
-@dataclass
-class DATConfig:
-    """Keys of `methods.dat`."""
-
-    weight: float = setting(1.0, low=0)  # of the device loss
-    alpha: float = setting(1.0, low=0)  # factor of the reversed gradient (at the end of `ganin`)
-    schedule: str = setting("constant", choices=("constant", "ganin"))  # of alpha
 
 
 class ReverseGradient(torch.autograd.Function):
@@ -71,10 +60,6 @@ class DAT(Method):
         return {"dat/alpha": float(self.alpha)}
 
 
-METHOD = MethodType(
-    "dat",
-    "DAT",
-    DATConfig,
-    lambda config, *, embed_dim, n_devices, **_: DAT(config, embed_dim, n_devices),
-    removes=("device",),
-)
+def build(config: DATConfig, *, embed_dim: int, n_devices: int, **_: int) -> DAT:
+    """The method for a backbone of width embed_dim and so many known devices."""
+    return DAT(config, embed_dim, n_devices)

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
-from models.config import MethodType
+from models.config import PAFAConfig
 from models.method import Method
-from utils.common.settings import setting
-
-
-@dataclass
-class PAFAConfig:
-    """Keys of `methods.pafa`; the defaults are the authors' for the AST."""
-
-    pcsl_weight: float = setting(5.0, low=0)  # patient cohesion and separation
-    gpal_weight: float = setting(0.005, low=0)  # global patient alignment
 
 
 def patient_losses(z: Tensor, patient: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,6 +47,6 @@ class PAFA(Method):
         return self.config.pcsl_weight * pcsl + self.config.gpal_weight * gpal
 
 
-METHOD = MethodType(
-    "pafa", "PAFA", PAFAConfig, lambda config, *, embed_dim, **_: PAFA(config, embed_dim)
-)
+def build(config: PAFAConfig, *, embed_dim: int, **_: int) -> PAFA:
+    """The method for a backbone of width embed_dim."""
+    return PAFA(config, embed_dim)

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.config import MethodType
+from models.config import PatchMixConfig
 from models.method import Method, Plan, Projector, generator, no_loss
-from utils.common.settings import setting
-
-
-@dataclass
-class PatchMixConfig:
-    """Keys of `methods.patchmix_cl`."""
-
-    loss: str = setting("contrast", choices=("contrast", "ce"))  # CL, or Patch-Mix CE
-    temperature: float = setting(0.06, low=0, ends="()")  # of the contrast
-    weight: float = setting(1.0, low=0)  # of the contrast in the loss
-    beta: float = setting(1.0, low=0, ends="(]")  # share kept ~ Beta(beta, beta)
 
 
 def mix_tokens(patches: Tensor, order: Tensor, taken: Tensor) -> Tensor:
@@ -100,10 +87,6 @@ class PatchMix(Method):
         return self.config.weight * contrast
 
 
-METHOD = MethodType(
-    "patchmix_cl",
-    "Patch-Mix CL",
-    PatchMixConfig,
-    lambda config, *, embed_dim, **_: PatchMix(config, embed_dim),
-    adds_rows=True,
-)
+def build(config: PatchMixConfig, *, embed_dim: int, **_: int) -> PatchMix:
+    """The method for a backbone of width embed_dim."""
+    return PatchMix(config, embed_dim)

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.config import MethodType
+from models.config import SGSCLConfig
 from models.method import Method, Projector, no_loss
-from utils.common.settings import setting
-
-
-@dataclass
-class SGSCLConfig:
-    """Keys of `methods.sg_scl`."""
-
-    temperature: float = setting(0.06, low=0, ends="()")  # of the contrast
-    weight: float = setting(1.0, low=0)  # of the contrast in the loss
 
 
 def device_contrast(
@@ -67,10 +56,6 @@ class SGSCL(Method):
         return self.config.weight * contrast
 
 
-METHOD = MethodType(
-    "sg_scl",
-    "SG-SCL",
-    SGSCLConfig,
-    lambda config, *, embed_dim, **_: SGSCL(config, embed_dim),
-    adds_rows=True,
-)
+def build(config: SGSCLConfig, *, embed_dim: int, **_: int) -> SGSCL:
+    """The method for a backbone of width embed_dim."""
+    return SGSCL(config, embed_dim)

@@ -47,8 +47,6 @@ from utils.training.shared_folder import located
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("test", "val", "train", "all")
-
 
 class TrainedModel:
     """A checkpoint ready for use.
