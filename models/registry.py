@@ -53,19 +53,20 @@ class Registry(Mapping):
         return len(self._load())
 
 
+_SHIPPED_METHODS = {method.name: method for method in SHIPPED_METHODS}
+
+
 class MethodRegistry(Mapping):
     """Name -> `MethodType`; modules of further methods are imported when a name is no shipped one's
     or all are asked for."""
 
-    _shipped = {method.name: method for method in SHIPPED_METHODS}
-
     @cached_property
     def _methods(self) -> dict[str, MethodType]:
-        further = (module.METHOD for module in _further(methods, self._shipped))
-        return self._shipped | {method.name: method for method in further}
+        further = (module.METHOD for module in _further(methods, _SHIPPED_METHODS))
+        return _SHIPPED_METHODS | {method.name: method for method in further}
 
     def __getitem__(self, name: str) -> MethodType:
-        return self._shipped[name] if name in self._shipped else self._methods[name]
+        return _SHIPPED_METHODS[name] if name in _SHIPPED_METHODS else self._methods[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._methods)
