@@ -9,6 +9,7 @@ B batch, F mel bands, T frames, f x t patch grid (frequency-major), N = 2 + f t 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.conditioner import Modulation
 from models.config import BackboneConfig
+from models.precision import full_precision
 
 N_SPECIAL = 2  # CLS and DIST
 
@@ -55,6 +57,30 @@ def grid_size(size: int, patch_size: int, stride: int) -> int:
     return (size - patch_size) // stride + 1
 
 
+class LoRA(nn.Module):
+    """Low-rank change of some of the rows q, k, v of an attention's projection: scale * U D (Hu et
+    al., ICLR 2022, arXiv 2106.09685).
+
+    As LoRA-RSC's authors start: D zero, U uniform, the reverse of the usual.
+    """
+
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        rank, dim, count = config.lora_rank, config.embed_dim, len(config.lora_targets)
+        self.rows, self.scale = [name in config.lora_targets for name in "qkv"], config.lora_scale
+        self.down = nn.Parameter(torch.zeros(count, rank, dim))
+        self.up = nn.Parameter(torch.empty(count, dim, rank))
+        for up in self.up:
+            nn.init.kaiming_uniform_(up, a=math.sqrt(5))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Projection [3 D, D] -> the changed one, in float32."""
+        with full_precision(weight):
+            change = iter(self.scale * (self.up @ self.down))
+            parts = zip(weight.chunk(3), self.rows, strict=True)
+            return torch.cat([part + next(change) if own else part for part, own in parts])
+
+
 class FusedAttention(Attention):
     """timm's attention parameters, always through the fused kernel.
 
@@ -62,14 +88,28 @@ class FusedAttention(Attention):
     and values are needed of all tokens, queries and projection only of those that are read later.
     """
 
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.register_module("adapter", None)
+
+    def merge(self) -> None:
+        """Put the adapter's change into the projection and forget the adapter."""
+        if self.adapter is not None:
+            with torch.no_grad():
+                self.qkv.weight.copy_(self.adapter(self.qkv.weight))
+            self.adapter = None
+
     def forward(self, x: Tensor, n_queries: int | None = None) -> Tensor:
         """x [B, N, D] -> [B, n_queries or N, D]."""
         b, n, d = x.shape
-        heads = (self.num_heads, self.head_dim)
+        heads, weight, bias = (self.num_heads, self.head_dim), self.qkv.weight, self.qkv.bias
+        if self.adapter is not None:
+            weight = self.adapter(weight)
         if n_queries is None:
-            q, k, v = self.qkv(x).view(b, n, 3, *heads).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = (
+                F.linear(x, weight, bias).view(b, n, 3, *heads).permute(2, 0, 3, 1, 4).unbind(0)
+            )
         else:
-            weight, bias = self.qkv.weight, self.qkv.bias
             q = F.linear(x[:, :n_queries], weight[:d], bias[:d])
             q = q.view(b, n_queries, *heads).transpose(1, 2)
             kv = F.linear(x, weight[d:], bias[d:])
@@ -188,15 +228,29 @@ class AST(nn.Module):
         """Train the last n blocks and the final LN only; n >= depth freezes nothing.
 
         The other blocks, patch embedding, positions and special tokens get no gradient and stay
-        in evaluation mode.
+        in evaluation mode. Of blocks with adapters only these train, and the embedding never does.
         """
-        if trainable_blocks >= self.depth:
+        adapted = any(block.attn.adapter is not None for block in self.blocks)
+        if trainable_blocks >= self.depth and not adapted:
             return
-        self.frozen_blocks = self.depth - trainable_blocks
+        self.frozen_blocks = max(self.depth - trainable_blocks, 0)
         for parameter in (self.cls_token, self.dist_token, self.pos_embed):
             parameter.requires_grad_(False)
         for module in self._frozen_modules():
             module.requires_grad_(False).eval()
+        for block in self.blocks[self.frozen_blocks :] if adapted else ():
+            block.requires_grad_(False)
+            block.attn.adapter.requires_grad_(True)
+
+    def adapt(self, config: BackboneConfig) -> None:
+        """Give the last `trainable_blocks` blocks their adapters; before `freeze`."""
+        for block in self.blocks[max(self.depth - config.trainable_blocks, 0) :]:
+            block.attn.adapter = LoRA(config)
+
+    def merge(self) -> None:
+        """Put all adapters into the weights, for prediction: the same function without them."""
+        for block in self.blocks:
+            block.attn.merge()
 
     def _frozen_modules(self) -> list[nn.Module]:
         if self.frozen_blocks is None:

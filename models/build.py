@@ -66,4 +66,6 @@ def build_model(
     sizes = {"embed_dim": backbone.embed_dim, "n_devices": n_devices, "n_outputs": n_outputs}
     sizes["n_mels"] = n_mels
     added = Methods(METHODS[name].build(keys, **sizes) for name, keys in (methods or {}).items())
+    if backbone.adapter == "lora":  # last, so that everything else starts as without
+        ast.adapt(backbone)
     return ConditionedAST(ast, conditioner, head, backbone.trainable_blocks, added)

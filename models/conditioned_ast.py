@@ -150,8 +150,8 @@ class ConditionedAST(nn.Module):
     @property
     def cacheable(self) -> bool:
         """Whether there is a frozen, unconditioned prefix that is the same for a clip in every
-        epoch (given the same spectrogram)."""
-        return self.cut is not None and not self.methods.whole_input
+        epoch (given the same spectrogram); the embedding alone is not worth it."""
+        return self.cut not in (None, Cut()) and not self.methods.whole_input
 
     def frozen_prefix(self, spectrogram: Tensor) -> Tensor:
         """[B, 1, F, T] -> [B, N, D] tokens at the cut; [B, 2, D] when the cut lies after the last

@@ -40,6 +40,12 @@ class BackboneConfig:
     trainable_blocks: int = setting(12, low=0, high=MAX_COUNT)
     # which of the positions along time a shorter clip gets (audio.buckets): the first | the middle
     bucket_positions: str = setting("start", choices=("start", "centre"))
+    # none | lora (the blocks that train do so by low-rank adapters; embedding frozen)
+    adapter: str = setting("none", choices=("none", "lora"))
+    lora_rank: int = setting(8, low=1, high=MAX_SIZE)  # inner width of an adapter
+    # projections of the attention that have one: of q, k, v
+    lora_targets: list[str] = setting(["k", "v"])
+    lora_scale: float = setting(8 / 96, low=0, ends="(]")  # factor on an adapter's product
     gradient_checkpointing: bool = False  # trades a third more compute for memory
 
     @property

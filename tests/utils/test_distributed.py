@@ -45,6 +45,11 @@ SCENARIOS = {
         "ast_film",
         QUIET | BUCKETS | {"training.accumulation_steps": 2},
     ),
+    "lora_sam": (
+        "ast_film",
+        QUIET
+        | {"backbone.adapter": "lora", "training.sam_rho": 0.05, "training.accumulation_steps": 2},
+    ),
     "frozen": ("ast", QUIET | {"backbone.trainable_blocks": 0}),
 }
 #: Contrasts live inside a micro-batch: one process computes those of the two, with their seeds.

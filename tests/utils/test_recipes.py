@@ -13,13 +13,19 @@ from omegaconf import OmegaConf
 from models.registry import VARIANTS
 from tests.frozen.test_frozen import type_in
 from tests.utils.tiny import differing, tiny_trainer, weights, words
-from utils.config.schema import config_to_dict, flatten, load_config
+from utils.config.schema import config_hash, config_to_dict, flatten, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {
     "kaist": ("kaist.yaml",),
     "paper_code": ("paper_code.yaml",),
     "last_commit": ("paper_code.yaml", "last_commit.yaml"),
+}
+#: On top of kaist.yaml, with the file of the method that they are of.
+FURTHER = {
+    "add_rsc": ("add_rsc", "ADD-RSC"),
+    "lora_rsc": ("lora", "LoRA"),
+    "ast_sam": ("sam", "SAM"),
 }
 SHIPPED = [v for v in VARIANTS.values() if (ROOT / v.config_file).is_file()]
 
@@ -38,6 +44,20 @@ def with_recipe(recipe, variant, *overrides):
 def test_recipes_stack_on_every_variant(recipe, variant):
     config = with_recipe(recipe, variant)
     assert config.variant == variant and config.training.selection == "test"
+
+
+@pytest.mark.parametrize("recipe", FURTHER)
+@pytest.mark.parametrize("variant", ["ast", "ast_softfilm"])
+def test_recipes_of_further_systems(recipe, variant):
+    method, title = FURTHER[recipe]
+    names = ("recipes/kaist", f"recipes/{recipe}", f"methods/{method}")
+    files = [ROOT / VARIANTS[variant].config_file, *(ROOT / f"configs/{n}.yaml" for n in names)]
+    config = load_config(files, variant=variant)
+    assert config.title == f"{VARIANTS[variant].title} + {title}"
+    assert (config.training.selection, config.training.loss) == ("test", "ce")
+    plain = with_recipe("kaist", variant)
+    assert config.training.epochs == {"lora_rsc": 100, "ast_sam": 20}.get(recipe, 50)
+    assert config_hash(config) != config_hash(plain)
 
 
 def test_kaist_is_the_recipe_of_its_papers():

@@ -48,6 +48,8 @@ class TrainingConfig:
     # times negatives / positives is BCE's pos_weight
     sensitivity_bias: float = setting(1.5, low=0, ends="(]")
     grad_clip: float = setting(1.0, low=0)  # gradient norm; 0: off
+    # sharpness-aware minimisation: length of the ascent step, at two passes a step; 0: off
+    sam_rho: float = setting(0.0, low=0)
     # micro-batches per optimiser step; they share batch_size
     accumulation_steps: int = setting(1, low=1, high=MAX_SIZE)
     # bce | focal | asymmetric | ce (4 exclusive classes)
@@ -125,6 +127,10 @@ class RunConfig:
         titles = [METHODS[name].title for name in self.methods]
         if self.audio.keep_bands:
             titles.append("frequency band selection (reconstruction)")
+        if self.backbone.adapter == "lora":
+            titles.append("LoRA")
+        if self.training.sam_rho:
+            titles.append("SAM")
         return " + ".join([VARIANTS[self.variant].title, *titles])
 
     @property
@@ -150,9 +156,12 @@ LATER = {
     },
     "audio": {"keep_bands": None, "n_mels": None, "buckets": None},
     "augment": {"mask_value": "zero"},
-    "backbone": {"patch_init": None, "bucket_positions": "start"},
+    "backbone": {
+        **{"patch_init": None, "bucket_positions": "start", "adapter": "none"},
+        **{"lora_rank": 8, "lora_targets": ["k", "v"], "lora_scale": 8 / 96},
+    },
     "models": {"encoder_dropout": None},  # of the variant's section
-    "training": {"thresholds": "chosen"},
+    "training": {"thresholds": "chosen", "sam_rho": 0.0},
 }
 
 

@@ -127,6 +127,11 @@ def _check_shapes(config: Any) -> None:
                 f"it must leave at least one patch ({backbone.patch[0]} bands) of "
                 f"dataset.h={config.dataset.h}",
             )
+    targets = backbone.lora_targets
+    if not targets or len(set(targets)) < len(targets) or set(targets) - set("qkv"):
+        _refuse(config, "backbone.lora_targets", "name some of q, k and v, each once")
+    if backbone.adapter == "lora" and not backbone.trainable_blocks:
+        _refuse(config, "backbone.trainable_blocks", "backbone.adapter=lora needs a block to adapt")
     if int(backbone.embed_dim * backbone.mlp_ratio) < 1:
         remedy = f"of backbone.embed_dim={backbone.embed_dim} it leaves no hidden unit"
         _refuse(config, "backbone.mlp_ratio", remedy)
@@ -187,6 +192,8 @@ def _check_training(config: Any) -> None:
             _refuse(
                 config, "training.min_sensitivity", f"{key} '{value}' chooses no thresholds; use 0"
             )
+    if training.sam_rho and training.precision == "fp16":
+        _refuse(config, "training.precision", "training.sam_rho has no loss scale; use bf16")
     if training.accumulation_steps > config.dataset.batch_size:
         _refuse(config, "training.accumulation_steps", "dataset.batch_size is smaller than that")
     if training.device == "cuda" or training.precision == "fp16":

@@ -132,7 +132,7 @@ class Checkpoint:
         return MetadataStatistics.from_dict(self.statistics)
 
     def build_model(self) -> ConditionedAST:
-        """The trained model, in eval mode, on the CPU."""
+        """The trained model, in eval mode, on the CPU; adapters are merged into the weights."""
         config = self.run_config()
         config.backbone.weights = "none"  # they come from here
         model = build_model(config, self.metadata_statistics(), layer_norm_eps=self.layer_norm_eps)
@@ -143,6 +143,7 @@ class Checkpoint:
             raise UserError(
                 f"the weights of {self.run} do not fit its configuration: {' '.join(lines[1:2])}"
             ) from None
+        model.backbone.merge()
         return model.eval()
 
 

@@ -1,11 +1,13 @@
-"""AdamW over named parameter groups, and the learning-rate schedule."""
+"""AdamW over named parameter groups, sharpness-aware minimisation, the learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from models.conditioner import ParameterGroup
 from utils.config.schema import TrainingConfig
@@ -50,3 +52,25 @@ def build_schedule(
     warmup = round(training.warmup_epochs * steps_per_epoch)
     total = training.epochs * steps_per_epoch
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, warmup, total))
+
+
+@contextmanager
+def sharpened(parameters: Iterable[Tensor], rho: float) -> Iterator[None]:
+    """Inside, the weights are w + rho g / |g| and the gradient g of w is cleared; afterwards they
+    are w again, to the last bit, and the gradient is what was computed inside.
+
+    Sharpness-aware minimisation (Foret et al., ICLR 2021, arXiv 2010.01412), one norm over all
+    parameters, without a host sync.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    gradients = [p.grad for p in parameters]
+    kept = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        length = rho / (norm + 1e-12)
+        torch._foreach_add_(parameters, torch._foreach_mul(gradients, length))
+    for parameter in parameters:
+        parameter.grad = None
+    yield
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, kept)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ from utils.training.checkpointer import Checkpointer
 from utils.training.device import Runtime, generator_states, set_generator_states
 from utils.training.inputs import Inputs
 from utils.training.losses import build_loss, positive_weights
-from utils.training.optim import build_optimizer, build_schedule
+from utils.training.optim import build_optimizer, build_schedule, sharpened
 from utils.training.predict import Predictor, gather_rows
 from utils.training.signals import Flags, Signals
 
@@ -266,13 +266,41 @@ class Trainer:
         self._handle_flags(self.signals.drain(), save=False)  # a due one waits for the evaluation
 
     def step(self, parts: list[MicroBatch], batches: Iterator[Batch]) -> Tensor:
-        """One optimiser step; returns a scalar on the device, 1 if the gradient was not finite."""
+        """One optimiser step; returns a scalar on the device, 1 if the gradient was not finite.
+
+        With `sam_rho` the gradient is taken twice of the same micro-batches, under the same dropout
+        and exchanged between the processes both times, so that all perturb the weights alike.
+        """
+        runtime, rho = self.runtime, self.training.sam_rho
+        self.model.methods.on_step(self.finished)
+        given = ((part, next(batches)) for part in parts)
+        if rho:
+            given, generators = list(given), generator_states()
+        total = self._add_gradients(given, last=parts[-1])
+        if rho:
+            with sharpened(self.parameters, rho):
+                set_generator_states(generators)
+                self._add_gradients(given, last=parts[-1], record=False)
+        nonfinite = runtime.update(self.optimizer, self.parameters, self.training.grad_clip, total)
+        self.schedule.step()
+        return nonfinite
+
+    def _add_gradients(
+        self,
+        given: Iterable[tuple[MicroBatch, Batch]],
+        *,
+        last: MicroBatch,
+        record: bool = True,
+    ) -> Tensor:
+        """Forward and backward of micro-batches; their loss, a scalar on the device.
+
+        last: after which the processes exchange gradients.
+        record: whether losses and logits are those of the epoch.
+        """
         runtime, methods = self.runtime, self.model.methods
-        methods.on_step(self.finished)
         total = torch.zeros((), device=runtime.device)
-        for part in parts:
-            batch = next(batches)
-            with runtime.exchange(self.wrapped, when=part is parts[-1]):
+        for part, batch in given:
+            with runtime.exchange(self.wrapped, when=part is last):
                 with runtime.autocast():
                     features = self.inputs.views(batch, part.seed, methods.views)
                     drawn = self.model.draw(batch, part.seed, features)
@@ -285,12 +313,10 @@ class Trainer:
                 loss = losses.sum() * part.weight + output.regularisation * share
                 runtime.backward(loss)
             total += loss.detach()
-            if part.weight:
-                record = torch.cat([losses.detach()[:, None], output.logits.detach()], dim=1)
-                self.seen.append((batch.cycle, record))
-        nonfinite = runtime.update(self.optimizer, self.parameters, self.training.grad_clip, total)
-        self.schedule.step()
-        return nonfinite
+            if part.weight and record:
+                seen = torch.cat([losses.detach()[:, None], output.logits.detach()], dim=1)
+                self.seen.append((batch.cycle, seen))
+        return total
 
     def _handle_flags(self, flags: Flags | None, save: bool = True) -> None:
         """Act on the flags of the step before."""
