@@ -64,7 +64,7 @@ def build_model(
     )
     n_devices = max(len(device_counts) - 1, 1)
     sizes = {"embed_dim": backbone.embed_dim, "n_devices": n_devices, "n_outputs": n_outputs}
-    sizes["n_mels"] = n_mels
+    sizes |= {"n_mels": n_mels, "patch_rows": ast.grid[0]}
     added = Methods(METHODS[name].build(keys, **sizes) for name, keys in (methods or {}).items())
     if backbone.adapter == "lora":  # last, so that everything else starts as without
         ast.adapt(backbone)

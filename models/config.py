@@ -230,6 +230,15 @@ class PAFAConfig:
     gpal_weight: float = setting(0.005, low=0)  # global patient alignment
 
 
+@dataclass
+class StructuredPatchoutConfig:
+    """Keys of `methods.structured_patchout`; on AudioSet the authors leave out 4 of 12 rows and 40
+    of 99 columns."""
+
+    freq_share: float = setting(0.34, low=0, high=1, ends="[)")  # of the rows of patches, left out
+    time_share: float = setting(0.4, low=0, high=1, ends="[)")  # of the columns, left out
+
+
 def resolve_layers(value: Any, depth: int, prefix: str = "models.*") -> tuple[int, ...]:
     """`conditioned_layers` -> ascending block indices.
 
@@ -296,7 +305,8 @@ class MethodType(NamedTuple):
         name: key under `methods` in a configuration, such as patchmix_cl.
         title: name in tables, such as Patch-Mix CL.
         config_class: dataclass of the keys of `methods.<name>`.
-        build: build(config, *, embed_dim, n_devices, n_outputs, n_mels) -> `models.method.Method`.
+        build: build(config, *, embed_dim, n_devices, n_outputs, n_mels, patch_rows) ->
+            `models.method.Method`.
         adds_rows: whether views or mixes make the batch longer; at most one method may.
         removes: metadata fields that the features are to know nothing of.
         bands_multiple: dataset.h must be a multiple of it.
@@ -351,4 +361,5 @@ SHIPPED_METHODS: tuple[MethodType, ...] = (
     _shipped("pafa", "PAFA", PAFAConfig),
     _shipped("patchmix_cl", "Patch-Mix CL", PatchMixConfig, adds_rows=True),
     _shipped("sg_scl", "SG-SCL", SGSCLConfig, adds_rows=True),
+    _shipped("structured_patchout", "Structured patchout", StructuredPatchoutConfig),
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from models.config import StructuredPatchoutConfig
 from models.method import Aside
 from models.methods.dat import DAT, DATConfig, ReverseGradient, ganin
 from models.methods.pafa import PAFA, PAFAConfig, patient_losses
@@ -17,6 +18,7 @@ from models.methods.patchmix_cl import (
     patchmix_contrast,
 )
 from models.methods.sg_scl import SGSCL, SGSCLConfig, device_contrast
+from models.methods.structured_patchout import StructuredPatchout
 
 Z1 = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
 Z2 = torch.tensor([[3.0, 4.0], [4.0, 3.0], [0.0, 2.0]])
@@ -232,3 +234,26 @@ def test_nothing_known_of_the_devices(method, rows):
     loss.backward()
     assert torch.isfinite(loss) and (loss == 0) == isinstance(method, DAT | SGSCL)
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in method.parameters())
+
+
+# ---------------------------------------------------------------- structured patchout
+
+
+def test_patchout_keeps_whole_rows_and_columns():
+    method = StructuredPatchout(StructuredPatchoutConfig(), rows=12)
+    for columns, left in ((101, 61), (25, 15)):  # 10 s and 2.5 s of the paper's size
+        kept = [method.draw(4, 12 * columns, seed)["kept"] for seed in (0, 0, 1)]
+        assert torch.equal(kept[0], kept[1]) and not torch.equal(kept[0], kept[2])
+        assert kept[0][:2].tolist() == [0, 1] and len(kept[0]) == 2 + 8 * left
+        grid = torch.zeros(12 * columns, dtype=torch.bool)
+        grid[kept[0][2:] - 2] = True
+        grid = grid.view(12, columns)
+        assert (grid == grid.any(1, keepdim=True) & grid.any(0)).all()
+        assert grid.any(1).sum() == 8 and grid.any(0).sum() == left
+
+
+def test_patchout_leaves_the_tokens_as_they_are():
+    method = StructuredPatchout(StructuredPatchoutConfig(0.5, 0.5), rows=2)
+    tokens, plan = torch.randn(3, 2 + 8, 5), method.draw(3, 8, 0)
+    kept = method.keep(tokens, plan)
+    assert kept.shape == (3, 2 + 2, 5) and torch.equal(kept, tokens[:, plan["kept"]])

@@ -124,6 +124,7 @@ OFF = {
     "sg_scl": {"weight": 0},
     "dat": {"weight": 0},
     "pafa": {"pcsl_weight": 0, "gpal_weight": 0},
+    "structured_patchout": {"freq_share": 0, "time_share": 0},
 }
 
 
@@ -136,7 +137,7 @@ def test_without_weight_it_is_the_run_without(method, tmp_path):
         step_losses(tiny_trainer(config, tmp_path / str(number)))
         for number, config in enumerate((off, tiny_config("ast_film", **once)))
     ]
-    exact = method in ("dat", "pafa")
+    exact = method in ("dat", "pafa", "structured_patchout")
     assert losses[0] == (losses[1] if exact else pytest.approx(losses[1], rel=1e-4))
 
 

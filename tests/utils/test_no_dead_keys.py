@@ -255,6 +255,8 @@ KEYS: dict[str, tuple] = {
             "dat.schedule": "ganin",
             "pafa.pcsl_weight": 0.1,
             "pafa.gpal_weight": 0.1,
+            "structured_patchout.freq_share": 0.5,
+            "structured_patchout.time_share": 0.7,
             "add_rsc.weight": 0.1,
             "add_rsc.spectrum": "multiplied",
             "add_rsc.softshrink": 0.001,
