@@ -2,12 +2,17 @@
 
     python -m benchmarks.model_step [--device cpu|cuda] [--batch 1] [--rounds 5] [--threads 2]
                                     [--precision fp32 bf16] [--depth 12] [--compile]
+                                    [--groups peers variants methods adapters] [--only add_rsc]
+                                    [--bands 128] [--stride 10]
 
 The paper's size (128 x 1,024, 12 blocks of width 768), the same weights, the same input. A step is
-forward pass, loss, backward pass and fused AdamW. Two kinds of work: `same work` computes the last
-block for all tokens, as transformers does; `ours` computes there only what the pooled vector needs.
+forward pass, loss, backward pass and fused AdamW; one of SAM has two forward and backward passes.
+Two kinds of work: `same work` computes the last block for all tokens, as transformers does; `ours`
+computes there only what the pooled vector needs.
 Methods act in training, so that their group has steps only; contrasts need --batch 2 or more.
-`flops_over_base` is the arithmetic that a method's `time_over_base` should follow.
+`flops_over_base` is the arithmetic that a method's `time_over_base` should follow; ADD-RSC has its
+own input with `--bands 256 --stride 16`. `state_mib` of adapters are gradients and Adam's moments,
+`saved_mib` what the forward pass keeps for the backward one; both are counted, on any device.
 A round holds every contestant once and a large matrix product, the measure of what the machine can
 do: `of_matmul` is the contestant's FLOP/s (counted by torch) over the product's. `spread` is the
 interquartile range of the rounds' ratios over their median. On a machine that runs other jobs the
@@ -35,13 +40,15 @@ from models.conditioned_ast import ConditionedAST
 from models.config import BackboneConfig
 from models.pretrained import Weights, from_transformers, load_into
 from models.registry import METHODS, VARIANTS
+from utils.training.optim import sharpened
 
 N_MELS, N_OUTPUTS = 128, 2
 #: Of a corpus with four devices and seven sites, as many as ICBHI has.
 COUNTS = {"device_counts": (1.0,) * 4 + (0.0,), "site_counts": (1.0,) * 7 + (0.0,)}
 SAME_WORK, OURS, SDPA, EAGER, MATMUL = "same work", "ours", "transformers", "eager", "matmul"
 #: what the others of a group are compared with
-BASE = {"peers": SDPA, "variants": "ast", "methods": "ast"}
+BASE = {"peers": SDPA, "variants": "ast", "methods": "ast", "adapters": "ast"}
+COUNTED = ("methods", "adapters")  # groups that differ in arithmetic
 
 
 class Size(NamedTuple):
@@ -51,6 +58,8 @@ class Size(NamedTuple):
     embed_dim: int = 768
     heads: int = 12
     n_frames: int = 1024
+    n_mels: int = N_MELS
+    stride: int = 10
 
 
 class AllTokens(nn.Module):
@@ -76,6 +85,10 @@ class Conditioned(nn.Module):
         """[B, 1, F, T] -> logits [B, K]; the regularisation is added so that it costs too."""
         out = self.model(spectrogram, self.metadata)
         return out.logits + out.regularisation
+
+
+class Sharpened(Conditioned):
+    """Whose step is one of sharpness-aware minimisation."""
 
 
 class WithMethod(nn.Module):
@@ -122,11 +135,12 @@ def our_model(
 ) -> ConditionedAST:
     """A variant with random weights; all blocks are trainable unless `backbone` says otherwise."""
     sizes = {"embed_dim": size.embed_dim, "depth": size.depth, "num_heads": size.heads}
+    sizes |= {"freq_stride": size.stride, "time_stride": size.stride}
     return build_model(
         variant,
         VARIANTS[variant].config_class(activation=activation),
         BackboneConfig(weights="none", **{**sizes, "trainable_blocks": size.depth, **backbone}),
-        n_mels=N_MELS,
+        n_mels=size.n_mels,
         n_frames=size.n_frames,
         n_outputs=N_OUTPUTS,
         **COUNTS,
@@ -141,15 +155,21 @@ def without_casts(model: ConditionedAST, x: Tensor, metadata: Metadata) -> tuple
     return model.head(model.conditioner.fuse(pooled, state)), model.conditioner.regularisation()
 
 
-def make_models(group: str, size: Size, metadata: Metadata) -> dict[str, nn.Module]:
-    """`variants`: every one there is. `methods`: the plain AST without and with each. `peers`: our
-    AST with both kinds of work and transformers' with both kinds of attention, all with the same
-    backbone weights."""
+def make_models(
+    group: str, size: Size, metadata: Metadata, only: Collection[str] = METHODS
+) -> dict[str, nn.Module]:
+    """`variants`: every one there is. `methods`: the plain AST without and with each of `only`.
+    `adapters`: the plain AST, with LoRA, with SAM. `peers`: our AST with both kinds of work and
+    transformers' with both kinds of attention, all with the same backbone weights."""
     if group == "variants":
         return {name: Conditioned(our_model(name, size), metadata) for name in VARIANTS}
+    if group == "adapters":
+        lora = Conditioned(our_model("ast", size, adapter="lora"), metadata)
+        plain, sam = (kind(our_model("ast", size), metadata) for kind in (Conditioned, Sharpened))
+        return {BASE[group]: plain, "lora": lora, "sam": sam}
     if group == "methods":
         batch = some_batch(metadata)
-        models = {name: our_model("ast", size, methods=[name]) for name in METHODS}
+        models = {name: our_model("ast", size, methods=[name]) for name in only}
         with_method = {name: WithMethod(model, batch) for name, model in models.items()}
         return {BASE[group]: Conditioned(our_model("ast", size), metadata), **with_method}
     sdpa, eager = Transformers(size, "sdpa"), Transformers(size, "eager")
@@ -203,10 +223,16 @@ def action(module: nn.Module, x: Tensor, kind: str, name: str, device: str) -> C
         with torch.no_grad(), precision(name, device):
             module(x)
 
-    def step() -> None:
+    def add_gradients() -> None:
         with precision(name, device):
             loss = module(x).float().square().mean()
         loss.backward()
+
+    def step() -> None:
+        add_gradients()
+        if isinstance(module, Sharpened):
+            with sharpened(module.parameters(), 0.05):
+                add_gradients()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
@@ -232,7 +258,27 @@ def flops(module: nn.Module, x: Tensor, kind: str, computed: bool = False) -> fl
         if kind == "step":
             logits.sum().backward()
     module.zero_grad(set_to_none=True)
-    return float(counter.get_total_flops())
+    passes = 2 if kind == "step" and isinstance(module, Sharpened) else 1
+    return float(passes * counter.get_total_flops())
+
+
+def memory(module: nn.Module, x: Tensor, name: str) -> dict[str, float]:
+    """MiB of gradients and Adam's moments, and of what autograd keeps in addition to weights."""
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, precision(name, x.device.type):
+        out = module(x)  # held, so that no storage is used again
+    state = 3 * sum(p.nbytes for p in module.parameters() if p.requires_grad)
+    del out
+    return {"state_mib": state / 2**20, "saved_mib": sum(saved.values()) / 2**20}
 
 
 def compare(
@@ -246,6 +292,7 @@ def compare(
     rounds: int,
     warmup: int = 1,
     compiled: Collection[str] | None = (),
+    only: Collection[str] = METHODS,
     matmul_size: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """One table: the models of a group and the matrix product in turn.
@@ -254,16 +301,19 @@ def compare(
         kind, name: "forward" or "step"; "fp32" or "bf16".
         compiled: labels that torch.compile gets too, as further contestants; None: all, in place
             of the eager ones.
+        only: methods of the group `methods`.
 
     `activations_gib` (CUDA): what a call needs beyond weights and optimiser, gradients included.
     """
-    models = make_models(group, size, some_metadata(batch, device))
-    x = torch.randn(batch, 1, N_MELS, size.n_frames, device=device)
+    models = make_models(group, size, some_metadata(batch, device), only)
+    x = torch.randn(batch, 1, size.n_mels, size.n_frames, device=device)
     dtype = torch.bfloat16 if name == "bf16" else torch.float32
     calls, cost, rows, peaks = {}, {}, {}, {}
     for label, module in models.items():
         module.to(device).train(kind == "step")
         cost[label] = flops(module, x, kind, computed=group == "methods")
+        if group == "adapters":
+            peaks[label] = memory(module, x, name)
         eager = torch.compile(module) if compiled is None else module
         calls[label] = action(eager, x, kind, name, device)
         if label in (compiled or ()):
@@ -277,7 +327,7 @@ def compare(
                 before = torch.cuda.memory_allocated()
                 call()
                 peak = torch.cuda.max_memory_allocated() - before
-                peaks[label] = {"activations_gib": peak / 2**30}
+                peaks.setdefault(label, {})["activations_gib"] = peak / 2**30
         except torch.OutOfMemoryError:
             rows[label] = {"note": "out of memory"}
             del calls[label]
@@ -294,7 +344,7 @@ def compare(
             "time_over_base": over.median,
             "spread": spread(over),
             "seconds_spread": spread(own.clock),
-            **({"flops_over_base": cost[label] / cost[base]} if group == "methods" else {}),
+            **({"flops_over_base": cost[label] / cost[base]} if group in COUNTED else {}),
             **peaks.get(label, {}),
         }
     return rows
@@ -310,6 +360,8 @@ def main() -> None:
             "warmup": 1,
             "depth": 12,
             "frames": 1024,
+            "bands": N_MELS,
+            "stride": 10,
             "compile": False,
             "tf32": False,
         },
@@ -318,6 +370,7 @@ def main() -> None:
         precision=["fp32", "bf16"],
         kind=["forward", "step"],
         groups=list(BASE),
+        only=list(METHODS),
     )
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
@@ -331,18 +384,19 @@ def main() -> None:
     for group in args.groups:
         for name in args.precision:
             for kind in args.kind:
-                if group == "methods" and kind == "forward":
+                if group in COUNTED and kind == "forward":
                     continue
                 rows = compare(
                     group,
                     kind,
                     name,
-                    Size(depth=args.depth, n_frames=args.frames),
+                    Size(args.depth, n_frames=args.frames, n_mels=args.bands, stride=args.stride),
                     args.batch,
                     args.device,
                     rounds=args.rounds,
                     warmup=args.warmup,
                     compiled=None if args.compile else (),
+                    only=args.only,
                 )
                 result[f"{group}_{kind}_{name}"] = rows
                 title = f"{group}, {kind}, {name}, batch {args.batch}, base {BASE[group]}"

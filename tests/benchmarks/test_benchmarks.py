@@ -95,6 +95,19 @@ def test_contestants_out_of_memory_leave(monkeypatch):
     assert all(row["gflops_per_second"] > 0 for row in rows.values())
 
 
+def test_what_adapters_save_and_sharpness_costs():
+    size = model_step.Size(depth=2, embed_dim=48, heads=2, n_frames=32)
+    rows = model_step.compare("adapters", "step", "fp32", size, 1, "cpu", rounds=1, matmul_size=16)
+    assert rows["sam"]["flops_over_base"] == 2 and rows["lora"]["flops_over_base"] < 1
+    plain, lora, sam = (rows[name] for name in ("ast", "lora", "sam"))
+    assert (sam["state_mib"], sam["saved_mib"]) == (plain["state_mib"], plain["saved_mib"])
+    trained = 2 * 2 * 8 * 2 * 48 + 2 * 48  # two blocks' adapters, the final LN; the head in both
+    weights = model_step.our_model("ast", size).backbone.parameters()
+    dropped = sum(p.numel() for p in weights) - trained
+    saved = (plain["state_mib"] - lora["state_mib"]) * 2**20
+    assert saved == 3 * 4 * dropped and lora["saved_mib"] < plain["saved_mib"]
+
+
 # ---------------------------------------------------------------------- loop
 
 
