@@ -310,6 +310,7 @@ class MethodType(NamedTuple):
         adds_rows: whether views or mixes make the batch longer; at most one method may.
         removes: metadata fields that the features are to know nothing of.
         bands_multiple: dataset.h must be a multiple of it.
+        augmented_views: whether it compares views of a clip that only augmentation tells apart.
     """
 
     name: str
@@ -319,6 +320,7 @@ class MethodType(NamedTuple):
     adds_rows: bool = False
     removes: tuple[str, ...] = ()
     bands_multiple: int = 1
+    augmented_views: bool = False
 
 
 _HOME = "models.conditioners"
@@ -360,6 +362,6 @@ SHIPPED_METHODS: tuple[MethodType, ...] = (
     _shipped("dat", "DAT", DATConfig, removes=("device",)),
     _shipped("pafa", "PAFA", PAFAConfig),
     _shipped("patchmix_cl", "Patch-Mix CL", PatchMixConfig, adds_rows=True),
-    _shipped("sg_scl", "SG-SCL", SGSCLConfig, adds_rows=True),
+    _shipped("sg_scl", "SG-SCL", SGSCLConfig, adds_rows=True, augmented_views=True),
     _shipped("structured_patchout", "Structured patchout", StructuredPatchoutConfig),
 )

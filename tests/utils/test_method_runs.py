@@ -175,12 +175,12 @@ def test_methods_act_in_the_configured_order():
     assert config_hash(first) != config_hash(second)
 
 
-def test_a_method_against_the_conditioner_is_named(tmp_path, caplog):
-    def said(config):
+def test_methods_that_oppose_or_idle_are_named(tmp_path, caplog):
+    def said(config, words="opposite directions"):
         caplog.clear()
         with contextlib.suppress(UserError), Run(config, Runtime("cpu", "fp32", "false")):
             raise UserError("nothing is trained here")
-        return "opposite directions" in caplog.text
+        return words in caplog.text
 
     place = {"training.output_dir": str(tmp_path)}
     assert said(with_method("dat", "ast_film", **place))
@@ -188,6 +188,10 @@ def test_a_method_against_the_conditioner_is_named(tmp_path, caplog):
     assert not said(with_method("pafa", "ast_film", **place))
     fields = {"models.*.metadata_fields": ["site", "age"]}
     assert not said(with_method("dat", "ast_film", **place, **fields))
+    silent = {"augment.enabled": False}
+    assert said(with_method("sg_scl", "ast", **place, **silent), "makes them equal")
+    assert not said(with_method("patchmix_cl", "ast", **place, **silent), "makes them equal")
+    assert not said(with_method("sg_scl", "ast", **place, **{"augment.enabled": True}), "equal")
 
 
 def test_non_finite_logits_are_no_metric(tmp_path):

@@ -88,9 +88,14 @@ def _check_parts(config: Any) -> None:
 
 
 def opposed(config: Any) -> list[str]:
-    """One line for each method of a `RunConfig` that works against the conditioner."""
+    """One line for each method of a `RunConfig` that works against the conditioner, or is idle."""
     given = getattr(config.model, "metadata_fields", ())
-    return [
+    idle = [
+        f"methods.{name} compares augmentations of a clip; augment.enabled=false makes them equal"
+        for name in config.methods
+        if METHODS[name].augmented_views and not config.augment.enabled
+    ]
+    return idle + [
         f"methods.{name} removes the {field} from the features and models.{config.variant}"
         f".metadata_fields adds it: the two pull in opposite directions"
         for name in config.methods
