@@ -111,7 +111,9 @@ def quantise(path: Path, to: Path) -> None:
 def opened(path: Path) -> Call:
     """What runs an exported file, on the CPU."""
     if path.suffix == ".pt2":
-        module = torch.export.load(path).module()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about a buffer that it only reads
+            module = torch.export.load(path).module()
         return lambda inputs: module(*inputs.values()).detach().numpy()
     import onnxruntime
 

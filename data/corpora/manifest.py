@@ -16,6 +16,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -125,12 +126,22 @@ def read_rows(
     path: Path, required: Sequence[str] = REQUIRED, optional: Sequence[str] = OPTIONAL
 ) -> pd.DataFrame:
     """The cells of a manifest as text, one column per name, "" where empty or absent."""
+    options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
     try:
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            rows = pd.read_csv(path, index_col=False, **options)  # else all cells would move over
+    except pd.errors.ParserWarning:
+        raise UserError(
+            f"{path}: rows have more cells than the first line has names; name every column, and "
+            "put quotes around a cell with commas"
+        ) from None
     except FileNotFoundError:
         raise UserError(f"no manifest {path}; set dataset.data_folder to a CSV file") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as CSV ({error}); save it as UTF-8 CSV") from None
+        raise UserError(
+            f"{path} cannot be read as CSV ({str(error).strip()}); save it as UTF-8 CSV"
+        ) from None
     rows = rows.rename(columns=str.strip)
     missing = [name for name in required if name not in rows]
     if missing and ";" in "".join(rows):
@@ -143,6 +154,8 @@ def read_rows(
     if rows.empty:
         raise UserError(f"{path} has no rows; write one per breathing cycle")
     rows = rows.reindex(columns=[*required, *optional], fill_value="")
+    nul = rows.apply(lambda column: column.str.contains("\0", regex=False)).any(axis=1)
+    Where(path).refuse(nul, "a cell has a NUL byte; save the table as UTF-8 CSV")
     return rows.apply(lambda column: column.str.strip())
 
 
