@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from tests.utils.tiny import QUIET, step_losses, tiny_config, tiny_trainer
+from tests.utils.tiny import BUCKETS, QUIET, step_losses, tiny_config, tiny_trainer
 from utils.training.device import Runtime, describe
 
 
@@ -45,3 +46,19 @@ def test_variables_of_a_batch_job_start_no_group(names, monkeypatch, caplog):
 def test_a_processor_says_its_threads(threads, said, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert describe(Runtime("cpu")).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("how", "parts"), [("true", ["ConditionedAST"]), ("blocks", ["Block"] * 2), ("false", [])]
+)
+def test_the_model_or_its_blocks_are_compiled(how, parts, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Runtime, "_compiler_works", lambda self: True)
+    monkeypatch.setattr(nn.Module, "compile", lambda self: seen.append(type(self).__name__))
+    keys, config = QUIET | {"training.compile": how}, torch._dynamo.config
+    with config.patch(automatic_dynamic_shapes=True, recompile_limit=8):
+        tiny_trainer(tiny_config(**keys), tmp_path)
+        assert seen == parts and config.automatic_dynamic_shapes
+        tiny_trainer(tiny_config(**keys, **BUCKETS), tmp_path)
+        assert config.automatic_dynamic_shapes == (how == "false")
+        assert config.recompile_limit == (8 if how == "false" else 24)

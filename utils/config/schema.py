@@ -75,8 +75,8 @@ class TrainingConfig:
     device: str = setting("auto", choices=("auto", "cpu", "cuda"))  # auto | cpu | cuda
     # auto (bf16 where the hardware has it, else fp32) | fp32 (exact) | tf32 | bf16 | fp16
     precision: str = setting("auto", choices=("auto", "fp32", "tf32", "bf16", "fp16"))
-    # auto (on CUDA) | true | false
-    compile: str = setting("auto", choices=("auto", "true", "false"))
+    # auto (on CUDA) | true | false | blocks (each block by itself: one short compilation for all)
+    compile: str = setting("auto", choices=("auto", "true", "false", "blocks"))
     # auto: continue an identical run | never: start from scratch
     resume: str = setting("auto", choices=("auto", "never"))
     checkpoint_minutes: float = setting(10.0, low=0)  # between checkpoints; 0: after every step

@@ -15,6 +15,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+#: Of one width: a full and a smaller batch, in training and evaluation, and some to spare.
+GRAPHS = 8
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -26,6 +28,7 @@ class Runtime:
         device: of this process.
         precision: fp32 (exact) | tf32 | bf16 | fp16; "auto" resolved.
         compiled: whether models are compiled.
+        by_block: whether each block of a model is compiled by itself.
     """
 
     def __init__(self, device: str = "auto", precision: str = "auto", compile: str = "auto"):
@@ -52,8 +55,9 @@ class Runtime:
             native = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
             precision = "bf16" if native else "fp32"
         self.precision = precision if on_cuda or precision != "tf32" else "fp32"
-        enabled = on_cuda if compile == "auto" else compile == "true"
+        enabled = on_cuda if compile == "auto" else compile != "false"
         self.compiled = enabled and self._compiler_works()
+        self.by_block = compile == "blocks"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         if on_cuda:  # TF32 rounds the factors of a product to 10 bits; the front end never uses it
             exact = precision == "fp32"
@@ -90,15 +94,23 @@ class Runtime:
             return nullcontext()
         return torch.autocast(self.device.type, AUTOCAST[self.precision])
 
-    def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
+    def prepare(self, model: torch.nn.Module, widths: int = 1) -> torch.nn.Module:
         """Move to the device, compile by key, and wrap for several processes.
 
         The model passed in shares its weights with the returned one; use it for everything but
         the training step.
+
+        widths: of spectrograms that there will be; each of several gets graphs of its own shape.
         """
         model.to(self.device)
         if self.compiled:
-            model.compile()
+            if widths > 1:
+                torch._dynamo.config.automatic_dynamic_shapes = False
+                torch._dynamo.config.recompile_limit = max(
+                    torch._dynamo.config.recompile_limit, GRAPHS * widths
+                )
+            for part in model.backbone.blocks if self.by_block else [model]:
+                part.compile()
         return self.accelerator.prepare_model(model) if self.world > 1 else model
 
     def exchange(self, wrapped: torch.nn.Module, *, when: bool) -> AbstractContextManager:

@@ -98,7 +98,7 @@ class Trainer:
         self.training, self.data, self.runtime = training, data, runtime
         self.model, self.inputs, self.batch_size = model, inputs, batch_size
         self.checkpointer, self.tracker = checkpointer, tracker or Tracker()
-        self.wrapped = runtime.prepare(model)
+        self.wrapped = runtime.prepare(model, len(data.clip_samples))
         self.predictor = Predictor(data, model, inputs, runtime, batch_size)
         self.signals = Signals(runtime.device, runtime.world, 60 * training.checkpoint_minutes)
         self.rows = data.split.train
