@@ -40,16 +40,17 @@ class FrequencyFilter(nn.Module):
         """[B, T, F] -> [B, T, F] float32."""
         with full_precision(x):
             x = x.float()
-            spectrum = torch.fft.rfft(x, dim=1, norm="ortho")
-            blocks = torch.view_as_real(spectrum).unflatten(2, (self.w1.shape[1], -1))
-            parts = torch.cat(blocks.unbind(-1), dim=-1)  # [B, T / 2 + 1, blocks, real | imaginary]
+            # along the last dimension: of others the compiler assumes another layout than FFTs give
+            spectrum = torch.fft.rfft(x.mT.contiguous(), norm="ortho")  # [B, F, T / 2 + 1]
+            blocks = torch.view_as_real(spectrum).unflatten(1, (self.w1.shape[1], -1))
+            parts = blocks.permute(0, 3, 1, 4, 2).flatten(3)  # [B, T / 2 + 1, blocks, re | im]
             parts = _complex(_complex(parts, self.w1, self.b1).relu(), self.w2, self.b2)
             parts = F.softshrink(parts, self.threshold).unflatten(-1, (2, -1))
-            parts = parts.movedim(-2, -1).flatten(2, 3).contiguous()  # [B, T / 2 + 1, F, 2]
+            parts = parts.permute(0, 2, 4, 1, 3).flatten(1, 2).contiguous()  # [B, F, T / 2 + 1, 2]
             found = torch.view_as_complex(parts)
             if self.multiply:
                 found = found * spectrum
-            return x + torch.fft.irfft(found, n=x.shape[1], dim=1, norm="ortho")
+            return x + torch.fft.irfft(found, n=x.shape[1], norm="ortho").mT
 
 
 def _complex(parts: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
