@@ -61,7 +61,7 @@ def epoch_of_icbhi(folder: str, per_clip: np.ndarray) -> dict[str, float]:
     plan = epoch_plan(order, batch_size=BATCH, bucket=bucket)
     parts = [(bucket[part.rows[0]], len(part.rows)) for step in plan for part in step]
     counts = {f"{s:g}s_cycles": int((bucket == i).sum()) for i, s in enumerate(BUCKETS)}
-    batches = np.bincount([number for number, _ in parts])
+    batches = np.bincount([number for number, _ in parts], minlength=len(BUCKETS))
     counts |= {f"{s:g}s_batches": int(n) for s, n in zip(BUCKETS, batches, strict=True)}
     single = len(seconds) * per_clip[-1]
     grouped = sum(n * per_clip[number] for number, n in parts)

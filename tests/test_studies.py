@@ -10,7 +10,7 @@ import soundfile
 import yaml
 
 from data.synthetic.corpus import write_corpus
-from experiments import spectrograms, transfer
+from experiments import buckets, spectrograms, transfer
 from tests.utils.evaluation_tables import cycle_table, finish_run, predictions
 from tests.utils.tiny import TINY, tiny_config
 from utils.common.files import write_json
@@ -96,3 +96,20 @@ def test_transfer_both_ways(sprsound, tmp_path, monkeypatch):
     assert rows[1][4].startswith(f"{sp:.1f} [") and rows[1][5].startswith(f"{se:.1f} [")
     monkeypatch.setattr(transfer, "build_trainer", None)
     assert transfer.trained(None, path) == path, "what is there is not trained again"
+
+
+def test_buckets_are_tabled(tmp_path, synthetic_corpus, monkeypatch):
+    lengths = {"single length": "null", "buckets": "[0.5,1.0]"}
+    monkeypatch.setattr(buckets, "LENGTHS", lengths)
+    words = ["audio.clip_seconds=1", "dataset.w=64", "models.ast.input_tdim=64"]
+    words += ["backbone.embed_dim=16", "backbone.depth=1", "backbone.num_heads=2"]
+    words += ["training.epochs=1", "training.warmup_epochs=0"]
+    text = buckets.study("Here", str(synthetic_corpus), tmp_path, 1, words)
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[1:]] == [
+        "| single length",
+        "| buckets",
+        "| buckets minus single length",
+    ]
+    values = [[float(cell.split()[0]) for cell in row[2:5]] for row in rows[1:]]
+    assert values[2] == pytest.approx(np.subtract(values[1], values[0]), abs=0.11)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, harness, loop, model_step
+from benchmarks import buckets, gpu, harness, loop, model_step
 from utils.common.cli import command
 from utils.common.errors import UserError
 
@@ -196,3 +196,12 @@ def test_the_whole_gpu_program_runs_on_a_cpu(tmp_path):
     assert len(checked) == 1 + 2 * 5 and all(row["met"] for row in checked), checked
     trained = sections["training"]["results"]
     assert sorted(trained) == ["ast", "ast_film", "ast_grf", "ast_softfilm", "ast_tafilm"]
+
+
+def test_an_epoch_in_buckets_is_counted(synthetic_corpus):
+    found = buckets.epoch_of_icbhi(str(synthetic_corpus), np.array([0.25, 0.5, 1.0]))
+    cycles = [found[f"{s}_cycles"] for s in ("2.5s", "5s", "10s")]
+    assert sum(found[f"{s}_batches"] for s in ("2.5s", "5s", "10s")) >= found["steps"]
+    assert found["steps"] == -(-sum(cycles) // 16)
+    assert found["single_epoch_s"] == sum(cycles)
+    assert found["buckets_epoch_s"] == pytest.approx(np.dot(cycles, [0.25, 0.5, 1.0]))
