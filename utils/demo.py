@@ -18,6 +18,7 @@ import tempfile
 import threading
 import webbrowser
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -61,8 +62,10 @@ class Demo:
     def __init__(self, model: TrainedModel, folder: Path, max_mb: float = MAX_MB):
         check_model(model)
         self.model, self.folder, self.max_mb = model, folder, max_mb
-        self._lock = threading.Lock()
-        _ = model.model, model.frontend  # opened before two requests at once would open them
+        #: One prediction at a time. The process waits for a thread of its own when it ends; one of
+        #: the server's, with torch at work in it, would abort it.
+        self.worker = ThreadPoolExecutor(1)
+        _ = model.model, model.frontend  # a fault in them is said before the page is there
 
     def about(self) -> dict[str, Any]:
         """What the page says of the model."""
@@ -94,8 +97,7 @@ class Demo:
             self._receive(body, path)
             try:
                 given = self._given(fields)
-                with self._lock:
-                    return getattr(self, what)(path, given)
+                return self.worker.submit(getattr(self, what), path, given).result()
             except UserError as error:
                 raise UserError(str(error).replace(f"{place}/", "")) from error
 
@@ -264,12 +266,14 @@ def main() -> None:
     model = TrainedModel.open(options.checkpoint, device=options.device)
     print(model.headline(), flush=True)
     with tempfile.TemporaryDirectory(prefix="demo-", ignore_cleanup_errors=True) as folder:
-        server = listen(Demo(model, Path(folder), options.max_mb), options.port)
+        demo = Demo(model, Path(folder), options.max_mb)
+        server = listen(demo, options.port)
         address = f"http://{HOST}:{server.port}"
-        print(f"open {address} (Ctrl-C ends it)", flush=True)
+        print(f"open {address} (Ctrl-C ends it, after the answer under way)", flush=True)
         if options.open:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-        server.serve_forever()
+        server.serve_forever()  # Ctrl-C ends it
+        demo.worker.shutdown(cancel_futures=True)
 
 
 if __name__ == "__main__":
