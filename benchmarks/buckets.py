@@ -31,16 +31,19 @@ from utils.config.schema import RunConfig, load_config
 from utils.training.assemble import build_data, build_trainer
 from utils.training.device import Runtime
 
-BUCKETS, FRAMES, BATCH = (2.5, 5.0, 10.0), 1024, 16
+BUCKETS, BATCH = (2.5, 5.0, 10.0), 16
 
 
-def steps(depth: int, batch: int, rounds: int) -> tuple[dict[str, float], np.ndarray]:
+def steps(
+    size: Size, batch: int, rounds: int, device: str = "cpu", precision: str = "fp32"
+) -> tuple[dict[str, float], np.ndarray]:
     """Figures, and seconds per clip of a training step of each bucket."""
-    model = Conditioned(our_model("ast", Size(depth=depth)), some_metadata(batch, "cpu")).train()
+    model = Conditioned(our_model("ast", size), some_metadata(batch, device)).to(device).train()
     calls = {}
     for seconds in BUCKETS:
-        x = torch.randn(batch, 1, N_MELS, round(FRAMES * seconds / BUCKETS[-1]))
-        calls[f"{seconds:g}s"] = action(model, x, "step", "fp32", "cpu")
+        frames = round(size.n_frames * seconds / BUCKETS[-1])
+        x = torch.randn(batch, 1, N_MELS, frames, device=device)
+        calls[f"{seconds:g}s"] = action(model, x, "step", precision, device)
     times = interleave(calls, rounds=rounds, warmup=1)
     longest = times[f"{BUCKETS[-1]:g}s"]
     result = {}
@@ -120,7 +123,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     result: dict[str, Any] = {key: getattr(args, key) for key in given}
     if "step" in args.parts:
-        found, per_clip = steps(args.depth, args.batch, args.rounds)
+        found, per_clip = steps(Size(depth=args.depth), args.batch, args.rounds)
         result |= found | epoch_of_icbhi(args.icbhi, per_clip)
     if "epoch" in args.parts:
         with tempfile.TemporaryDirectory() as cache:

@@ -6,6 +6,7 @@
 * correctness: logits and gradients of every variant, and log-mel, against float64 on the CPU;
 * step: forward pass and training step in bf16, time, memory and share of the matrix rate, against
   transformers' AST and the plain AST;
+* buckets: training steps of the plain AST on clips of 10, 5 and 2.5 s;
 * training: a short compiled training of every variant, from recordings to weights;
 * frontend: log-mel and whole front end, against torchaudio on the CPU, clip by clip;
 * resume: runs that were killed and resumed, against one never killed;
@@ -42,7 +43,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import frontend, kill_resume, loop, model_step
+from benchmarks import buckets, frontend, kill_resume, loop, model_step
 from benchmarks.data import clips_for_benchmark, paper_frontend
 from benchmarks.harness import rounded, table
 from benchmarks.model_step import N_MELS, N_OUTPUTS, Size
@@ -177,6 +178,14 @@ def step(setting: Setting) -> Parts:
         yield f"{group}, {kind}, batch {batch}", rows
 
 
+def buckets_section(setting: Setting) -> Parts:
+    """Steps of each clip length, bf16, by batch."""
+    for batch in (2,) if setting.small else (64, 16):
+        rounds = 2 if setting.small else 7
+        found, _ = buckets.steps(setting.size, batch, rounds, setting.device, "bf16")
+        yield f"batch {batch}", found
+
+
 # ---------------------------------------------------------------------- front end and loop
 
 
@@ -251,6 +260,7 @@ def resume(setting: Setting) -> Parts:
 SECTIONS: dict[str, tuple[Callable[[Setting], Parts], float]] = {
     "correctness": (correctness, 60),
     "step": (step, 170),
+    "buckets": (buckets_section, 20),
     "training": (training, 140),
     "frontend": (frontend_section, 30),
     "resume": (resume, 60),
