@@ -45,10 +45,11 @@ SCENARIOS = {
         "ast_film",
         QUIET | BUCKETS | {"training.accumulation_steps": 2},
     ),
-    "lora_sam": (
+    "lora_sam_add_rsc": (
         "ast_film",
         QUIET
-        | {"backbone.adapter": "lora", "training.sam_rho": 0.05, "training.accumulation_steps": 2},
+        | {"backbone.adapter": "lora", "training.sam_rho": 0.05, "training.accumulation_steps": 2}
+        | {"methods.add_rsc": {}},
     ),
     "frozen": ("ast", QUIET | {"backbone.trainable_blocks": 0}),
 }
