@@ -145,6 +145,15 @@ class ConditionedAST(nn.Module):
             x = self.frozen_prefix(values)
         return self.backbone.resume(x, state.modulation, self.cut)
 
+    def merge(self) -> None:
+        """Put adapters into the weights, for prediction."""
+        self.backbone.merge()
+
+    @property
+    def layer_norm_eps(self) -> float:
+        """Of the backbone."""
+        return self.backbone.norm.eps
+
     # ------------------------------------------------------------------ frozen prefix
 
     @property

@@ -63,6 +63,16 @@ class BackboneConfig:
 
 
 @dataclass
+class FusionConfig:
+    """Finished runs fused into one model; `utils.runs.fuse` writes it."""
+
+    kind: str = setting("gated", choices=("gated", "mean"))  # gated | mean (of the probabilities)
+    title: str | None = None  # name in reports and tables
+    members: list[str] = setting([])  # SHA-256 of the fused checkpoints; none: an ordinary run
+    checkpoints: list[str] = setting([])  # where those lie
+
+
+@dataclass
 class ModelConfig:
     """Keys of `models.<variant>` that every variant has.
 

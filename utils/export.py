@@ -181,6 +181,7 @@ def export(
         UserError: a package is missing, a file differs from PyTorch, the folder cannot be written.
     """
     check_packages(form)
+    model.need_own_weights("export")
     model.config.training.precision = "fp32"
     audio, suffix = model.config.audio, {"onnx": ".onnx", "torch": ".pt2"}[form]
     real, about, files = real_cases(model, recordings), describe(model, NEEDED[form]), {}

@@ -134,6 +134,7 @@ def share(model: TrainedModel, folder: Path, license: str = "mit") -> None:
     Raises:
         UserError: it cannot be written.
     """
+    model.need_own_weights("sharing")
     write_folder(folder, content_of(without_places(model.checkpoint)))
     write_text(folder / CARD, model_card(model, license))
 

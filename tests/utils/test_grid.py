@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -21,6 +22,7 @@ from tests.utils.evaluation_tables import finish_run
 from tests.utils.tiny import words
 from utils.common.errors import UserError
 from utils.config.schema import config_hash, load_config
+from utils.evaluation.result_tables import PUBLISHED_NOTE
 from utils.runs import grid as grids
 from utils.runs.grid import Cell, read_grid, run_grid, run_tracked, start_process
 from utils.runs.run import Run
@@ -28,8 +30,10 @@ from utils.runs.start import parse_arguments
 from utils.training.device import Runtime
 
 ROOT = Path(__file__).resolve().parents[2]
+RULES = ("selected on validation patients", "SELECTED ON TEST")
 FREEZING = ROOT / "configs" / "ablations" / "freezing.yaml"
 SHIPPED = {"ablations/freezing": 20, "ablations/conditioned_layers": 3, "grids/methods": 25}
+SHIPPED |= {"grids/mvst": 5, "grids/leaderboard": 52}
 GRID = """
 table: freezing
 scripts:
@@ -87,12 +91,52 @@ def test_the_shipped_grids_are_sound(name, monkeypatch, capsys):
         names = [c.config.title for c in grid.cells]
         added = ["", " + Patch-Mix CL", " + SG-SCL", " + DAT", " + PAFA"]
         assert names == [v.title + method for v in list(VARIANTS.values())[:5] for method in added]
+    elif name == "grids/mvst":
+        patches = [(c.config.backbone.patch, c.config.dataset.h) for c in grid.cells]
+        assert patches == [((16 << n, 16 >> n), 256) for n in range(5)]
+        assert "patch_size=[32,8] freq_stride=32" in grid.cells[1].label
+    elif name == "grids/leaderboard":
+        titles = [c.config.title for c in grid.cells]
+        assert titles[::4] == list(dict.fromkeys(titles)) and len(titles[::4]) == 13
     elif name == "ablations/freezing":
         cells = [(c.config.variant, c.config.backbone.trainable_blocks) for c in grid.cells]
         assert cells == [(v, n) for v in list(VARIANTS)[:5] for n in (0, 4, 8, 12)]
     else:
         layers = [c.config.model.conditioned_layers for c in grid.cells]
         assert layers == [list(range(first, 12)) for first in (10, 6, 0)]
+
+
+def test_the_leaderboard_keeps_the_rules_apart(here, capsys):
+    """Three systems x both tasks x two rules: two tables a rule, published rows with their like."""
+    words = yaml.safe_load((ROOT / "configs" / "grids" / "leaderboard.yaml").read_text())
+    words["systems"] = [words["systems"][n] for n in (0, 1, 10)]  # AST, Patch-Mix CL, FiLM
+    (here / "excerpt.yaml").write_text(yaml.safe_dump(words, sort_keys=False))
+    layers = "models.*.conditioned_layers=all"
+    grid = read_grid("excerpt.yaml", overrides=[*small(), layers])
+    for cell in grid.cells:
+        finish(cell)
+    assert run_tracked(grid, None) == []
+    tables = dict(
+        re.findall(r"^### (.*?)\n(.*?)(?=^### |\Z)", capsys.readouterr().out, re.M | re.S)
+    )
+    assert [title.partition(" (")[0] for title in tables] == [
+        f"Leaderboard, {n}-class" for n in (4, 4, 2, 2)
+    ]
+    four, two = (
+        {
+            rule: next(t for head, t in tables.items() if n in head and rule in head)
+            for rule in RULES
+        }
+        for n in ("4-class", "2-class")
+    )
+    honest, test = (four[rule] for rule in RULES)
+    row = next(line for line in test.splitlines() if line.startswith("| AST + Patch-Mix CL |"))
+    assert "n = 1" in row and row.endswith("| 81.66 ± 3.83 | 43.07 ± 2.80 | 62.37 ± 0.61 |")
+    assert "| AST + Patch-Mix CL |" in honest and "62.37" not in honest
+    assert "| M2D2 |" in honest and "M2D2" not in test
+    assert "| MVST (split: recordings shuffled) |" in test and "MVST" not in honest
+    assert "| FiLM-AST (4-class model, collapsed) |" in two[RULES[0]]
+    assert "selected on test" not in honest.lower().replace(PUBLISHED_NOTE.lower(), "")
 
 
 def test_seeds_and_words_reach_every_cell(grid_file):

@@ -280,6 +280,10 @@ ELSEWHERE = {
     "dataset.allow_shared_patients": ("tests/data/test_corpora.py", "allow_shared_patients"),
     "dataset.allow_overlaps": ("tests/data/test_corpora.py", "allow_overlaps"),
     "dataset.label_map": ("tests/data/test_corpora.py", "label_map"),
+    **{
+        f"fusion.{key}": ("tests/utils/test_fusion.py", key)
+        for key in ("kind", "title", "members", "checkpoints")
+    },
     "backbone.patch_init": ("tests/models/test_geometry.py", "patch_init"),
     "dataset.parts": ("tests/data/test_parts.py", "parts"),
 }

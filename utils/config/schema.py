@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.config import AudioConfig, AugmentConfig, DatasetConfig
 from data.task import Task
-from models.config import BackboneConfig
+from models.config import BackboneConfig, FusionConfig
 from models.registry import METHODS, VARIANTS
 from utils.common.errors import UserError
 from utils.common.settings import MAX_COUNT, MAX_SEED, MAX_SIZE, setting
@@ -108,6 +108,7 @@ class RunConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     models: dict[str, Any] = field(default_factory=dict)
     methods: dict[str, Any] = field(default_factory=dict)  # act in this order
+    fusion: FusionConfig = field(default_factory=FusionConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mlflow: MLflowConfig = field(default_factory=MLflowConfig)
 
@@ -124,6 +125,8 @@ class RunConfig:
     @property
     def title(self) -> str:
         """Name in reports, figures and tables, such as FiLM-AST + Patch-Mix CL."""
+        if self.fusion.members:
+            return self.fusion.title or f"{self.fusion.kind} fusion"
         titles = [METHODS[name].title for name in self.methods]
         if self.audio.keep_bands:
             titles.append("frequency band selection (reconstruction)")
@@ -143,6 +146,7 @@ class RunConfig:
 # not what comes out of it: a run may be resumed although they changed.
 NOT_HASHED = {
     "dataset": {"cache_dir", "store_workers", "cycle_metadata_path"},
+    "fusion": {"checkpoints"},
     "training": {"resume", "output_dir", "checkpoint_dir", "checkpoint_minutes"},
 }
 
@@ -160,6 +164,7 @@ LATER = {
         **{"patch_init": None, "bucket_positions": "start", "adapter": "none"},
         **{"lora_rank": 8, "lora_targets": ["k", "v"], "lora_scale": 8 / 96},
     },
+    "fusion": {"kind": "gated", "title": None, "members": []},
     "models": {"encoder_dropout": None},  # of the variant's section
     "training": {"thresholds": "chosen", "sam_rho": 0.0},
 }
@@ -269,6 +274,8 @@ def config_hash(config: RunConfig) -> str:
     for section, keys in NOT_HASHED.items():
         for key in keys:
             values[section].pop(key)
+    if not values["fusion"]:
+        del values["fusion"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 

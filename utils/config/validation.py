@@ -15,7 +15,7 @@ from utils.tracking import check_tracking_uri
 
 def validate(config: Any) -> None:
     """Raise `UserError` for the first fault in a `utils.config.schema.RunConfig`."""
-    for name in ("dataset", "audio", "augment", "backbone", "training", "mlflow"):
+    for name in ("dataset", "audio", "augment", "backbone", "fusion", "training", "mlflow"):
         check_section(getattr(config, name), name)
     prefix = f"models.{config.variant}"
     check_section(config.model, prefix)

@@ -85,6 +85,8 @@ class Run:
         for key, value in self.config.items():
             if key.startswith(("mlflow.", "models.")) and not key.startswith(own):
                 continue
+            if self.config.get("fusion.members") and key.startswith(("audio.", "backbone.", own)):
+                continue  # the first fused run's, if anyone's
             if key not in UNSEEN:
                 out[key.replace(own, "models.*.")] = _text(value)
         if self.layers is not None:
@@ -116,7 +118,7 @@ class Run:
 #: Keys that are not in `Run.setting`.
 UNSEEN = {f"{section}.{key}" for section, keys in NOT_HASHED.items() for key in keys} | {
     "variant", "dataset.n_cls", "training.seed", "training.selection", "dataset.split_strategy",
-    "dataset.test_fold", "dataset.split_seed",
+    "dataset.test_fold", "dataset.split_seed", "fusion.members", "fusion.title",
 }  # fmt: skip
 
 

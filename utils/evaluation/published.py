@@ -31,6 +31,14 @@ SPLITS = (OFFICIAL, SHUFFLED, UNCLEAR, "quarter of the official test part")
 OTHER_SE, LABEL_SEEN, ENSEMBLE = "another Se", "label in the input", "ensemble"
 CAVEATS = (OTHER_SE, LABEL_SEEN, ENSEMBLE)
 PEOPLE = "people"  # backbone of the physicians
+#: Published system -> title of the same system here; the backbone must be the AST.
+OURS = {
+    "AST fine-tuning": "AST",
+    "Patch-Mix CL": "AST + Patch-Mix CL",
+    "SG-SCL": "AST + SG-SCL",
+    "DAT": "AST + DAT",
+    "LoRA-RSC": "AST + LoRA",
+}
 AUTHORS = "Kontogiannis et al."  # of the paper that this repository implements
 BLOCKS = 12  # of the AST
 

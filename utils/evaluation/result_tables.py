@@ -14,7 +14,8 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -30,7 +31,15 @@ from utils.evaluation.finished_runs import (
     group_runs,
     read_runs,
 )
-from utils.evaluation.published import AUTHORS, BLOCKS, read_published
+from utils.evaluation.published import (
+    AUTHORS,
+    BLOCKS,
+    NOT_STATED,
+    OFFICIAL,
+    OURS,
+    read_published,
+    systems,
+)
 from utils.evaluation.render import NOTHING, RATES, counts_line, markdown_table, number
 from utils.metrics.protocol import Selection, caption, warnings
 
@@ -40,6 +49,10 @@ TRAINABLE, LAYERS = "backbone.trainable_blocks", "models.*.conditioned_layers"
 SELECTION_NOTE = (
     "Paper: SELECTED ON TEST: official split, values as printed; the authors' code chooses epoch "
     "and thresholds on the test half."
+)
+PUBLISHED_NOTE = (
+    "Published: as printed, with sd where given; sources, rules and caveats are in "
+    "utils/figures/published.csv. Test-selected values stand in the test-selected table only."
 )
 TAFILM_NOTE = (
     "The paper's 2-class TAFiLM row is quoted as printed, but does not add up: "
@@ -88,10 +101,13 @@ TABLES: dict[str, Kind] = {
         lambda run: run.blocks == run.depth and run.layers is not None,
     ),
     "methods": Kind("Score under each training method, 4-class", 4, ("score",), None, _whole),
+    "leaderboard": Kind("Leaderboard", 4, RATES, None, lambda run: run.conditions_all),
 }  # fmt: skip
+#: Those that are made unless one is named.
+USUAL = tuple(name for name in TABLES if name != "leaderboard")
 
 
-def build_tables(runs: Sequence[Run], names: Sequence[str] = tuple(TABLES)) -> list[Table]:
+def build_tables(runs: Sequence[Run], names: Sequence[str] = USUAL) -> list[Table]:
     """Every table that the runs can fill, one per protocol, in the order of `names`.
 
     Raises:
@@ -99,8 +115,9 @@ def build_tables(runs: Sequence[Run], names: Sequence[str] = tuple(TABLES)) -> l
     """
     grouped = group_runs(runs)
     made = (
-        (_methods if name == "methods" else _table)(TABLES[name], protocol, groups)
+        make(TABLES[name], protocol, groups)
         for name in names
+        for make in MAKERS.get(name, (_table,))
         for protocol, groups in grouped
     )
     return [table for table in made if table is not None]
@@ -162,6 +179,37 @@ def _methods(kind: Kind, protocol: Protocol, groups: Sequence[RunGroup]) -> Tabl
     return Table(_title(kind, protocol), frame[head].fillna(NOTHING), notes, protocol)
 
 
+def _leaderboard(n_cls: int, kind: Kind, protocol: Protocol, groups: Sequence) -> Table | None:
+    """Every system of ours by its title, and the published ones whose rule was as honest."""
+    kind = replace(kind, n_cls=n_cls, title=f"{kind.title}, {n_cls}-class")
+    own = [g for g in groups if kind.belongs(g.first) and g.n_cls == n_cls]
+    collapsed = [g for g in groups if kind.belongs(g.first) and g.n_cls == 4 != n_cls]
+    if not own and not collapsed:
+        return None
+    shown = [*own, *collapsed]
+    alike = ([o for o in shown if (o.title, o.n_cls) == (g.title, g.n_cls)] for g in shown)
+    keys = dict.fromkeys(key for same in alike for key in _differing(same))
+    rows = [_row(g, kind, [*keys]) for g in own]
+    rows += [_row(g, kind, [*keys], "collapsed_", COLLAPSED) for g in collapsed]
+    head = ["Method", *keys, *(f"{HEADS[metric]}, ours" for metric in kind.metrics)]
+    frame = pd.DataFrame(rows, columns=head)
+    absent = {SELECTION_NOTE} | ({TAFILM_NOTE} if protocol.selection != "test" else set())
+    notes = [note for note in _notes(kind, protocol, shown, []) if note not in absent]
+    if not protocol.leaky:  # never next to values on other splits
+        frame = frame.merge(_published(kind, protocol), how="outer", on="Method")
+        notes.append(PUBLISHED_NOTE)
+    frame = frame.iloc[sorted(range(len(frame)), key=lambda i: _rank(frame["Method"].iloc[i]))]
+    frame = frame.astype(object).fillna(NOTHING)
+    return Table(_title(kind, protocol), frame, notes, protocol)
+
+
+#: Tables that are not made by `_table`; the leaderboard is two.
+MAKERS: dict[str, tuple[Callable[..., Table | None], ...]] = {
+    "methods": (_methods,),
+    "leaderboard": (partial(_leaderboard, 4), partial(_leaderboard, 2)),
+}
+
+
 def _title(kind: Kind, protocol: Protocol) -> str:
     title = kind.title + ("" if protocol.split == "official" else f", split {protocol.split}")
     return caption(title, protocol.selection, protocol.partial, protocol.synthetic, protocol.leaky)
@@ -211,11 +259,36 @@ def _paper(kind: Kind) -> pd.DataFrame:
         out[TRAINABLE] = blocks.astype(str)
     if kind.key == LAYERS:
         out[LAYERS] = layers.map(lambda n: "all" if n == BLOCKS else f"last {n}")
+    return _with_printed(out, table, kind, "paper")[inside]
+
+
+def _with_printed(out: pd.DataFrame, table: pd.DataFrame, kind: Kind, whose: str) -> pd.DataFrame:
+    """`out` with the printed values of as many rows of published.csv and their sd."""
     for metric in kind.metrics:
         values = table[metric].map("{:.2f}".format, na_action="ignore")
-        sd = table[f"{metric}_sd"].map(" ± {:.2f}".format, na_action="ignore").fillna("")
-        out[f"{HEADS[metric]}, paper"] = values + sd
-    return out[inside]
+        sd = table[f"{metric}_sd"].map(" ± {:.2f}".format, na_action="ignore").astype(object)
+        out[f"{HEADS[metric]}, {whose}"] = values + sd.fillna("")
+    return out
+
+
+def _published(kind: Kind, protocol: Protocol) -> pd.DataFrame:
+    """Systems of published.csv: in the row of ours where the split was official and nothing else
+    speaks against it, else in one of their own that says why. Those chosen on validation patients
+    stand with ours that were, all others with ours that were selected on test."""
+    table = systems()
+    honest = table.selection.isin([Selection.VALIDATION.value, Selection.FIXED.value])
+    table = table[
+        (table.task == f"{kind.n_cls}-class") & (honest == (protocol.selection != "test"))
+    ]
+    names = []
+    for row in table.itertuples():
+        marks = [] if row.split == OFFICIAL else [f"split: {row.split}"]
+        marks += [] if pd.isna(row.caveat) else [row.caveat]
+        marks += [f"selection {NOT_STATED}"] if row.selection == NOT_STATED else []
+        name = row.method if marks else OURS.get(row.method, row.method)
+        names.append(f"{name} ({'; '.join(marks)})" if marks else name)
+    out = pd.DataFrame({"Method": names}, index=table.index)
+    return _with_printed(out, table, kind, "published")
 
 
 def _place(row: pd.Series, kind: Kind) -> tuple:
@@ -346,7 +419,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not options.runs:
         raise UserError("no run folders given; name some, such as runs/*")
-    tables = build_tables(read_runs(options.runs), [options.table] if options.table else [*TABLES])
+    tables = build_tables(read_runs(options.runs), [options.table] if options.table else USUAL)
     if not tables:
         raise UserError(
             f"the runs fill no table{f' {options.table}' if options.table else ''}; "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import filecmp
 import logging
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from data.synthetic.corpus import is_synthetic
 from models.build import ConditionedAST
 from models.conditioner import Conditioner
 from utils.common.errors import UserError
+from utils.common.files import sha256
 from utils.evaluation.report import Origin
 from utils.metrics.predictions import make_predictions
 from utils.metrics.protocol import Selection, caption, is_leaky
@@ -41,6 +42,7 @@ from utils.training.assemble import (
 )
 from utils.training.checkpoint import Checkpoint, git_revision, load_checkpoint
 from utils.training.device import Runtime, describe
+from utils.training.inputs import KnownInputs
 from utils.training.predict import Predictor
 from utils.training.runfolder import RunFolder
 from utils.training.shared_folder import located
@@ -88,7 +90,9 @@ class TrainedModel:
             UserError: no such file, or no checkpoint of this repository.
         """
         path = located(path)
-        return cls(path, load_checkpoint(path), **options)
+        checkpoint = load_checkpoint(path)
+        fused = checkpoint.config.get("fusion", {}).get("members")
+        return (FusedModel if fused else cls)(path, checkpoint, **options)
 
     @property
     def title(self) -> str:
@@ -144,17 +148,35 @@ class TrainedModel:
     @torch.no_grad()
     def under(self, batch: Batch, metadata: Sequence[Metadata]) -> Tensor:
         """[M, B, K] float32 on the device: the same sounds with each of M metadata."""
+        return self._heard(
+            batch, metadata, len(self.task.outputs), lambda *x: self.model(*x).logits
+        )
+
+    @torch.no_grad()
+    def embedded(self, batch: Batch, metadata: Sequence[Metadata]) -> Tensor:
+        """[M, B, D] float32 on the device: what the head sees, as `under`."""
+        width = self.config.backbone.embed_dim
+        return self._heard(batch, metadata, width, lambda *x: self.model.embed(*x)[1])
+
+    def _heard(
+        self,
+        batch: Batch,
+        metadata: Sequence[Metadata],
+        width: int,
+        answer: Callable[[Tensor, Metadata], Tensor],
+    ) -> Tensor:
+        """`answer` [B, width] to a batch's spectrograms and each of M metadata: [M, B, width]."""
         device, lengths = self.runtime.device, batch.length.numpy(force=True)
-        logits = torch.empty(len(metadata), len(batch), len(self.task.outputs), device=device)
+        out = torch.empty(len(metadata), len(batch), width, device=device)
         bucket = buckets_of(lengths, self.config.audio.clip_samples)
         for part in batches_of(np.arange(len(batch)), bucket, len(batch)):
             longest, rows = int(lengths[part].max()), torch.from_numpy(part)
             waveform, length = batch.waveform[rows, :longest], batch.length[rows]
             with self.runtime.autocast():
                 features = self.frontend(waveform.to(device), length.to(device), None)
-                for own, one in zip(logits, metadata, strict=True):
-                    own[rows] = self.model(features, one[rows].to(device)).logits
-        return logits
+                for own, one in zip(out, metadata, strict=True):
+                    own[rows] = answer(features, one[rows].to(device)).float()
+        return out
 
     # ---------------------------------------------------------------- with data
 
@@ -219,17 +241,22 @@ class TrainedModel:
         return make_predictions(self.task, self.data.table, rows, logits, self.thresholds)
 
     @torch.no_grad()
-    def embeddings(self, rows: np.ndarray) -> np.ndarray:
-        """[n, D] float32: what the head sees of the given rows, in their order."""
+    def embeddings(self, rows: np.ndarray, metadata: Metadata | None = None) -> np.ndarray:
+        """[n, D] float32: what the head sees of the given rows, in their order.
+
+        metadata: of length n, instead of the cycles' own.
+        """
         inputs = self.predictor.inputs
         inputs.prepare(rows)
         places = batches_of(np.arange(len(rows)), self.data.bucket[rows], self.batch_size)
         out = np.empty((len(rows), self.model.backbone.embed_dim), np.float32)
-        for place, batch in zip(
-            places, inputs.batches(rows[place] for place in places), strict=True
-        ):
+        batches = inputs.batches(rows[place] for place in places)
+        for place, batch in zip(places, batches, strict=True):
+            given = batch.metadata
+            if metadata is not None:
+                given = metadata[torch.from_numpy(place)].to(self.runtime.device)
             with self.runtime.autocast():
-                _, fused = self.model.embed(inputs(batch, None), batch.metadata)
+                _, fused = self.model.embed(inputs(batch, None), given)
             out[place] = fused.float().cpu().numpy()
         return out
 
@@ -289,6 +316,9 @@ class TrainedModel:
             partial = f"TRAINED ON {self.checkpoint.partial}"
         return " ".join(filter(None, (self.other_data(), partial)))
 
+    def need_own_weights(self, what: str) -> None:
+        """Refuse a checkpoint that is not all of its model."""
+
     # ---------------------------------------------------------------- its run
 
     @cached_property
@@ -321,3 +351,100 @@ class TrainedModel:
             data_folder=self.config.dataset.data_folder,
             evaluated_with={"revision": git_revision(), "machine": describe(self.runtime)},
         )
+
+
+class FusedModel(TrainedModel):
+    """Several trained models as one (`utils.runs.fuse`).
+
+    The checkpoint holds the fusion alone; the fused checkpoints are opened where they lie.
+    """
+
+    def __init__(self, path: str | Path, checkpoint: Checkpoint, **options):
+        super().__init__(path, checkpoint, **options)
+        self._options = {"device": self._device, **options}
+
+    @cached_property
+    def members(self) -> list[TrainedModel]:
+        """The fused models, on the device.
+
+        Raises:
+            UserError: a checkpoint is not what was fused.
+        """
+        fusion = self.config.fusion
+        return [
+            member(path, digest, self.path, **self._options)
+            for path, digest in zip(fusion.checkpoints, fusion.members, strict=True)
+        ]
+
+    @property
+    def is_conditioned(self) -> bool:
+        return any(member.is_conditioned for member in self.members)
+
+    def features(self, rows: np.ndarray, metadata: Metadata | None = None) -> Tensor:
+        """What is fused of the given rows, [n, V, W]: embeddings, or logits for the mean."""
+        return member_features(self.config.fusion.kind, self.members, rows, metadata)
+
+    @torch.no_grad()
+    def under(self, batch: Batch, metadata: Sequence[Metadata]) -> Tensor:
+        mean = self.config.fusion.kind == "mean"
+        asked = (m.under if mean else m.embedded for m in self.members)
+        values = torch.stack([ask(batch, metadata) for ask in asked], dim=2)  # [M, B, V, W]
+        return torch.stack([self.model(one, None).logits for one in values])
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        return FusedPredictor(self)
+
+    @torch.no_grad()
+    def embeddings(self, rows: np.ndarray, metadata: Metadata | None = None) -> np.ndarray:
+        values = self.features(rows, metadata).to(self.runtime.device)
+        return self.model.embed(values).cpu().numpy()
+
+    def need_own_weights(self, what: str) -> None:
+        raise UserError(
+            f"{self.path} is a fusion of {len(self.config.fusion.members)} checkpoints, which it "
+            f"names but does not hold, so {what} is not possible; use the checkpoints one by one"
+        )
+
+
+class FusedPredictor(Predictor):
+    """A `FusedModel`'s; under other metadata its members are asked again."""
+
+    def __init__(self, model: FusedModel):
+        self.fused = model
+        inputs = KnownInputs(model.features, model.runtime, model.data)
+        super().__init__(model.data, model.model, inputs, model.runtime, model.batch_size)
+
+    @torch.no_grad()
+    def under(self, rows: np.ndarray, metadata: Sequence[Metadata]) -> np.ndarray:
+        device = self.runtime.device
+        values = (self.fused.features(rows, one).to(device) for one in metadata)
+        return np.stack([self.model(one, None).logits.cpu().numpy() for one in values])
+
+
+def member(path: str, digest: str, whose: Path, **options) -> TrainedModel:
+    """Open a checkpoint that was fused.
+
+    Raises:
+        UserError: it is gone, or another one by now.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{whose} fuses {path}, which is not there; put it back")
+    if sha256(Path(path)) != digest:
+        raise UserError(f"{whose} fuses {path}, which is another file by now; put it back")
+    return TrainedModel.open(path, **options)
+
+
+def member_features(
+    kind: str, members: Sequence[TrainedModel], rows: np.ndarray, metadata: Metadata | None = None
+) -> Tensor:
+    """What `kind` fuses of the given rows, in their order, without augmentation: [n, V, W]."""
+
+    def one(model: TrainedModel) -> np.ndarray:
+        if kind == "gated":
+            return model.embeddings(rows, metadata)
+        if metadata is None:
+            return model.predictor(rows)
+        return model.predictor.under(rows, [metadata])[0]
+
+    return torch.from_numpy(np.stack([one(model) for model in members], axis=1))

@@ -152,7 +152,8 @@ def print_end(folder: RunFolder, config: RunConfig, *, published: bool = True) -
 
 def published_best(config: RunConfig) -> Path:
     """Where the best checkpoint of a variant's latest finished plain run is copied to."""
-    return Path(config.training.checkpoint_dir) / f"{VARIANTS[config.variant].short}_best.pt"
+    short = "fused" if config.fusion.members else VARIANTS[config.variant].short
+    return Path(config.training.checkpoint_dir) / f"{short}_best.pt"
 
 
 def ui_command(uri: str) -> str:

@@ -42,10 +42,10 @@ from utils.common.cli import EXIT_BUSY, EXIT_INTERRUPTED, EXIT_PREEMPTED, comman
 from utils.common.errors import Preempted, UserError
 from utils.common.files import write_json, write_text
 from utils.config.merge import merge, read_yaml
-from utils.config.schema import RunConfig, load_config
+from utils.config.schema import RunConfig, flatten, load_config
 from utils.evaluation.finished_runs import read_runs
 from utils.evaluation.render import number
-from utils.evaluation.result_tables import FORMATS, TABLES, build_tables, render
+from utils.evaluation.result_tables import FORMATS, TABLES, USUAL, build_tables, render
 from utils.metrics.protocol import caption, is_leaky
 from utils.tracking import Tracker, start_tracking
 from utils.training.checkpoint import git_revision
@@ -59,11 +59,14 @@ SUFFIXES = {"markdown": "md", "latex": "tex", "csv": "csv"}
 
 @dataclass
 class GridFile:
-    """What a grid file holds: every combination of a script, a further configuration (null: none)
-    and of the keys' values is a cell."""
+    """What a grid file holds: every combination of a script, a further configuration (null: none;
+    a file, keys and values, or a list of these) and of the keys' values is a cell."""
 
     scripts: dict[str, str] = field(default_factory=dict)  # script: its configuration
     configs: list[Any] = field(default_factory=lambda: [None])  # merged after it, one per cell
+    # one script with one further configuration, in addition to the combinations: [script, its
+    # configuration, further ...]
+    systems: list[list[Any]] = field(default_factory=list)
     grid: dict[str, Any] = field(default_factory=dict)  # key: values
     overrides: dict[str, Any] = field(default_factory=dict)  # key: value, in every cell
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -74,15 +77,23 @@ class GridFile:
         """Raises UserError: the file, a key or the kind of a value is wrong."""
         found = merge(OmegaConf.structured(cls), read_yaml(file), f"in {file}")
         content = cls(**OmegaConf.to_container(found))
-        if not content.scripts:
+        if not content.scripts and not content.systems:
             raise UserError(f"{file}: scripts is missing; name script: configuration")
         for key, values in content.grid.items():
             if not isinstance(values, list) or not values:
                 raise UserError(f"{file}: grid.{key} must be a list of values")
+        if any(len(system) < 2 for system in content.systems):
+            raise UserError(f"{file}: each of systems must be [script, configuration, ...]")
         if content.table not in (None, *TABLES):
             names = ", ".join(TABLES)
             raise UserError(f"{file}: no table {content.table!r}; there are {names}")
         return content
+
+    def rows(self) -> list[list[Any]]:
+        """[script, configurations ...] of each combination, then `systems`."""
+        further = [part if isinstance(part, list) else [part] for part in self.configs]
+        pairs = itertools.product(self.scripts.items(), further)
+        return [[*script, *parts] for script, parts in pairs] + self.systems
 
 
 @dataclass(frozen=True)
@@ -172,13 +183,13 @@ def read_grid(
             raise UserError(f"{key} is set by {by}; leave {word} out")
     axes = content.grid | {"training.seed": content.seeds if seeds is None else seeds_from(seeds)}
     cells = []
-    for (script, config_file), further, values in itertools.product(
-        content.scripts.items(), content.configs, override_sets(axes)
-    ):
-        files = [*map(_found, filter(None, (config_file, further))), *config_files]
+    for (script, *parts), values in itertools.product(content.rows(), override_sets(axes)):
+        own = [part for part in parts if isinstance(part, dict)]
+        given = [_word(k, v) for part in own for k, v in flatten(part).items()]
+        files = [_found(part) for part in parts if isinstance(part, str)] + list(config_files)
         *varied, seed = [_word(key, value) for key, value in values.items()]
-        words = [*fixed, *varied, *overrides, seed]
-        shown = [f"{key.rpartition('.')[2]}={_text(value)}" for key, value in values.items()]
+        words = [*fixed, *given, *varied, *overrides, seed]
+        shown = [re.sub(r"^[^=]*\.", "", word) for word in (*given, *varied, seed)]
         try:
             config = load_config(files, words, mlflow_file=mlflow_file)
         except UserError as error:
@@ -286,7 +297,7 @@ def _last_words(log: Path) -> str:
 def report_grid(grid: Grid) -> str:
     """Write the table in all formats; returns the Markdown, "" if the runs do not fill it."""
     done = [cell.folder.path for cell in grid.cells if cell.folder.finished]
-    tables = build_tables(read_runs(done), [grid.table] if grid.table else [*TABLES])
+    tables = build_tables(read_runs(done), [grid.table] if grid.table else USUAL)
     for form in FORMATS if tables else ():
         write_text(grid.folder / f"table.{SUFFIXES[form]}", render(tables, form))
     return render(tables, "markdown") if tables else ""

@@ -29,11 +29,18 @@ from utils.runs import group
 from utils.runs.end import banner, print_end, published_best, write_run_report
 from utils.runs.model_summary import parameter_table
 from utils.tracking import MAX_TAG, Tracker, start_tracking
-from utils.training.assemble import build_data, build_model, build_trainer, describe_run
+from utils.training.assemble import (
+    build_data,
+    build_inputs,
+    build_model,
+    build_trainer,
+    describe_run,
+)
 from utils.training.checkpoint import git_revision, load_checkpoint, save_checkpoint
 from utils.training.checkpointer import Checkpointer
 from utils.training.device import Runtime, describe
 from utils.training.fingerprint import difference, fingerprint
+from utils.training.inputs import Inputs
 from utils.training.runfolder import RunFolder
 from utils.training.trainer import Trainer
 
@@ -186,13 +193,18 @@ class Run:
         logger.info("%s", parameter_table(model))
         return model
 
+    def inputs(self, data: Cycles, model: ConditionedAST) -> Inputs:
+        """What the model computes from."""
+        return build_inputs(self.config, data, model, self.runtime)
+
     def fit(self, model: ConditionedAST, data: Cycles) -> Trainer:
         """Train or resume; the model then has the weights of the chosen epoch."""
         self._open_folder()
         origin = self.description["config"], self.description["fingerprint"]
         checkpointer = Checkpointer(self.folder, *origin, lost=self._lost)
+        inputs = self.inputs(data, model)
         trainer = build_trainer(
-            self.config, data, self.runtime, model=model, checkpointer=checkpointer
+            self.config, data, self.runtime, model=model, inputs=inputs, checkpointer=checkpointer
         )
         if self.runtime.is_main:
             self.tracker = trainer.tracker = self._start_tracking()

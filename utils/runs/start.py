@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from utils.common.errors import UserError
 from utils.config.schema import config_to_yaml, load_config
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ def start(variant: str, description: str, arguments: Sequence[str] | None = None
     config = load_config(
         options.config, options.overrides, mlflow_file=options.mlflow_config, variant=variant
     )
+    if config.fusion.members:
+        raise UserError("fusion.members cannot be trained here; use python -m utils.runs.fuse")
     if options.print_config:
         print(config_to_yaml(config), end="")
         return

@@ -7,6 +7,7 @@ from data.frontend import AudioFrontend
 from data.statistics import MetadataStatistics
 from models.build import ConditionedAST
 from models.build import build_model as build
+from models.fusion import FusionModel, GatedFusion, MeanFusion
 from utils.config.schema import RunConfig
 
 
@@ -19,8 +20,10 @@ def build_frontend(config: RunConfig) -> AudioFrontend:
 
 def build_model(
     config: RunConfig, statistics: MetadataStatistics, *, layer_norm_eps: float = 1e-6
-) -> ConditionedAST:
-    """The configured variant, pretrained as the configuration says."""
+) -> ConditionedAST | FusionModel:
+    """The configured variant, pretrained as the configuration says; or the fusion of several."""
+    if config.fusion.members:
+        return build_fusion(config)
     return build(
         config.variant,
         config.model,
@@ -34,3 +37,11 @@ def build_model(
         methods=config.methods,
         layer_norm_eps=layer_norm_eps,
     )
+
+
+def build_fusion(config: RunConfig) -> FusionModel:
+    """What is trained on the features of `fusion.members`."""
+    members = len(config.fusion.members)
+    if config.fusion.kind == "mean":
+        return MeanFusion(members, config.task.exclusive)
+    return GatedFusion(members, config.backbone.embed_dim, len(config.task.outputs))

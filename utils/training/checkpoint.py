@@ -143,7 +143,7 @@ class Checkpoint:
             raise UserError(
                 f"the weights of {self.run} do not fit its configuration: {' '.join(lines[1:2])}"
             ) from None
-        model.backbone.merge()
+        model.merge()
         return model.eval()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +82,35 @@ class SpectrogramInputs(Inputs):
             frames = values.transpose(1, 2).contiguous()  # [B, T, F]
             values = self.augmentation.mask(frames, plan).transpose(1, 2)
         return Features(values.unsqueeze(1).contiguous())
+
+
+class KnownInputs(Inputs):
+    """Rows -> features [B, V, W] that trained models give, computed once per row and kept.
+
+    compute: rows [n] -> [n, V, W], in their order. Rows are computed when they are first needed,
+        so that the test part is not read before its time.
+    """
+
+    def __init__(self, compute: Callable[[np.ndarray], Tensor], runtime: Runtime, data: Cycles):
+        self.compute, self.runtime, self.data = compute, runtime, data
+        self.known = np.zeros(len(data.table), bool)
+        self.features = torch.empty(0)
+
+    def prepare(self, rows: np.ndarray) -> None:
+        rows = rows[~self.known[rows]]
+        if len(rows) == 0:
+            return
+        found = self.compute(rows)
+        if not len(self.features):
+            self.features = torch.zeros(len(self.known), *found.shape[1:])
+        self.features[rows], self.known[rows] = found, True
+
+    def read(self, rows: np.ndarray) -> Batch:
+        batch = self.data.batch(rows, waveforms=False)
+        return replace(batch, features=self.features[rows])
+
+    def __call__(self, batch: Batch, seed: int | None) -> Features:
+        return Features(batch.features)
 
 
 class FrozenInputs(Inputs):

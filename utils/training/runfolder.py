@@ -40,8 +40,9 @@ logger = logging.getLogger(__name__)
 
 def run_name(config: RunConfig) -> str:
     """Folder name of the run that a configuration describes."""
+    what = f"fused_{config.fusion.kind}" if config.fusion.members else config.variant
     return (
-        f"{config.variant}-{config.dataset.n_cls}cls-{config.training.selection}"
+        f"{what}-{config.dataset.n_cls}cls-{config.training.selection}"
         f"-s{config.training.seed}-{config_hash(config)}"
     )
 

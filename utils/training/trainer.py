@@ -177,7 +177,7 @@ class Trainer:
             thresholds=progress.thresholds,
             epoch=progress.best_epoch,
             score=progress.best_score,
-            layer_norm_eps=self.model.backbone.norm.eps,
+            layer_norm_eps=self.model.layer_norm_eps,
             pos_weight=tuple(self.pos_weight.tolist()) if self.training.loss == "bce" else (),
             **description,
         )
