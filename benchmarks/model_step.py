@@ -29,7 +29,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 from transformers import ASTConfig, ASTForAudioClassification
 
 from benchmarks.harness import interleave, options, rounded, spread, table
@@ -49,6 +53,13 @@ SAME_WORK, OURS, SDPA, EAGER, MATMUL = "same work", "ours", "transformers", "eag
 #: what the others of a group are compared with
 BASE = {"peers": SDPA, "variants": "ast", "methods": "ast", "adapters": "ast"}
 COUNTED = ("methods", "adapters")  # groups that differ in arithmetic
+#: What torch's counter does not know: a processor's fused attention.
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+KERNELS = {
+    _ATTENTION: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    _BACKWARD: lambda out, q, k, v, *_, **__: sdpa_backward_flop_count(out, q, k, v),
+}
 
 
 class Size(NamedTuple):
@@ -245,12 +256,12 @@ def action(module: nn.Module, x: Tensor, kind: str, name: str, device: str) -> C
 def flops(module: nn.Module, x: Tensor, kind: str, computed: bool = False) -> float:
     """Of one forward pass, or of one training step (without the optimiser).
 
-    computed: count real operations, of which some attention kernels are not known to the counter,
-        and not those on meta tensors, which know no autocast.
+    computed: count real operations, of which fused attention's backward pass computes a product
+        again, and not those on meta tensors, which know no autocast.
     """
     if not computed:
         module, x = copy.deepcopy(module).to("meta"), x.to("meta")
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=KERNELS) as counter:
         if isinstance(module, Conditioned):
             logits, _ = without_casts(module.model, x, module.metadata.to(x.device))
         else:
