@@ -86,8 +86,9 @@ def checkpoints(synthetic_corpus, tmp_path_factory):
 
 
 @pytest.fixture
-def views(checkpoints):
-    """Two patch shapes and a conditioned model."""
+def views(checkpoints, monkeypatch):
+    """Two patch shapes and a conditioned model; no pictures are drawn."""
+    monkeypatch.setattr("utils.runs.end.draw_figures", lambda *_: None)
     wide = {"backbone.patch_size": [8, 32], "backbone.freq_stride": 8}
     return [checkpoints("square"), checkpoints("wide", **wide), checkpoints("film", "ast_film")]
 
