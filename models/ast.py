@@ -326,9 +326,10 @@ class AST(nn.Module):
         modulation: Sequence[Modulation | None] = (),
         cut: Cut = Cut(),  # noqa: B008 (immutable)
         all_tokens: bool = False,
+        pool: bool = True,
     ) -> Tensor:
         """Everything after `cut`: tokens [B, N, D] -> pooled [B, D], mean of CLS and DIST after
-        the final LN; or with `all_tokens` all of them, [B, N, D]."""
+        the final LN; without `pool` both, [B, 2, D]; with `all_tokens` all tokens, [B, N, D]."""
         if modulation and len(modulation) != self.depth:
             raise ValueError(f"{len(modulation)} modulations for {self.depth} blocks")
         if any(m is not None for m in modulation[: cut.block]):
@@ -341,7 +342,8 @@ class AST(nn.Module):
                 x = self._run(self.blocks[index], x, m, self._keep(index, all_tokens))
         if all_tokens:
             return self.norm(x)
-        return self.norm(x[:, :N_SPECIAL]).mean(dim=1)
+        special = self.norm(x[:, :N_SPECIAL])
+        return special.mean(dim=1) if pool else special
 
     def _run(self, function, *args):
         """Call, recomputing activations in the backward pass where that is asked for."""

@@ -108,7 +108,9 @@ class ConditionedAST(nn.Module):
         self, features: Features | Tensor, metadata: Metadata, step: Step
     ) -> ModelOutput:
         """All views and mixes go through the backbone as one batch of R B rows."""
-        values, from_prefix = features if isinstance(features, Features) else Features(features)
+        values, from_prefix, waveform = (
+            features if isinstance(features, Features) else Features(features)
+        )
         methods, clips = self.methods, len(metadata)
         with full_precision(values):
             state = self.conditioner.encode(metadata)
@@ -117,9 +119,11 @@ class ConditionedAST(nn.Module):
             patches = methods.mix(self.backbone.patches(values), clips, step)
             tokens = methods.keep(self.backbone.position(patches), step)
             rows = len(tokens) // clips
-            pooled = self.backbone.resume(tokens, _repeated(state.modulation, rows))
+            modulation = _repeated(state.modulation, rows)
+            pooled = self.backbone.resume(tokens, modulation, pool=not methods.hears)
+            pooled = self._listened(pooled, waveform)
         else:
-            pooled = self._pool(values, from_prefix, state)
+            pooled = self._pool(values, from_prefix, state, waveform)
         pooled = pooled.float().unflatten(0, (-1, clips))  # [R, B, D]
         with full_precision(pooled):
             logits = self.head(self.conditioner.fuse(pooled[0], state))
@@ -128,22 +132,34 @@ class ConditionedAST(nn.Module):
 
     def embed(self, features: Features | Tensor, metadata: Metadata) -> tuple[Tensor, Tensor]:
         """Representations [B, D] float32 before and after `Conditioner.fuse`."""
-        values, from_prefix = features if isinstance(features, Features) else Features(features)
+        values, from_prefix, waveform = (
+            features if isinstance(features, Features) else Features(features)
+        )
         with full_precision(values):
             state = self.conditioner.encode(metadata)
         values, _ = self.methods.filter(values)
-        pooled = self._pool(values, from_prefix, state).float()
+        pooled = self._pool(values, from_prefix, state, waveform).float()
         with full_precision(pooled):
             return pooled, self.conditioner.fuse(pooled, state)
 
-    def _pool(self, values: Tensor, from_prefix: bool, state: ConditionState) -> Tensor:
+    def _pool(
+        self, values: Tensor, from_prefix: bool, state: ConditionState, waveform: Tensor | None
+    ) -> Tensor:
         if self.cut is None:
-            return self.backbone(values, state.modulation)
-        if from_prefix:  # stored in half precision perhaps; the residual stream is not
+            x = self.backbone.prefix(values)
+        elif from_prefix:  # stored in half precision perhaps; the residual stream is not
             x = values.to(self.backbone.norm.weight.dtype)
         else:
             x = self.frozen_prefix(values)
-        return self.backbone.resume(x, state.modulation, self.cut)
+        hears = self.methods.hears
+        pooled = self.backbone.resume(x, state.modulation, self.cut or Cut(), pool=not hears)
+        return self._listened(pooled, waveform)
+
+    def _listened(self, pooled: Tensor, waveform: Tensor | None) -> Tensor:
+        """[R, D] as it is; or of a method that hears, CLS and DIST [R, 2, D] -> [R, D]."""
+        if not self.methods.hears:
+            return pooled
+        return self.methods.listen(pooled, waveform).mean(dim=1)
 
     def merge(self) -> None:
         """Put adapters into the weights, for prediction."""
@@ -160,7 +176,8 @@ class ConditionedAST(nn.Module):
     def cacheable(self) -> bool:
         """Whether there is a frozen, unconditioned prefix that is the same for a clip in every
         epoch (given the same spectrogram); the embedding alone is not worth it."""
-        return self.cut not in (None, Cut()) and not self.methods.whole_input
+        free = not (self.methods.whole_input or self.methods.hears)
+        return self.cut not in (None, Cut()) and free
 
     def frozen_prefix(self, spectrogram: Tensor) -> Tensor:
         """[B, 1, F, T] -> [B, N, D] tokens at the cut; [B, 2, D] when the cut lies after the last

@@ -22,10 +22,12 @@ class Features(NamedTuple):
     Attributes:
         values: spectrograms [B, 1, F, T], or tokens [B, N, D] from `ConditionedAST.frozen_prefix`.
         from_prefix: whether they are the latter.
+        waveform: clips [B, S] of the spectrograms, for methods that hear; else None.
     """
 
     values: Tensor
     from_prefix: bool = False
+    waveform: Tensor | None = None
 
 
 class Modulation(NamedTuple):

@@ -249,6 +249,18 @@ class StructuredPatchoutConfig:
     time_share: float = setting(0.4, low=0, high=1, ends="[)")  # of the columns, left out
 
 
+@dataclass
+class TimeDomainConfig:
+    """Keys of `methods.time_domain`; the sizes are wav2vec2-base's."""
+
+    # hub name or local folder (transformers layout); null: random
+    weights: str | None = setting(None, path=True)
+    embed_dim: int = setting(768, low=1, high=MAX_SIZE)  # width of the tokens
+    depth: int = setting(12, low=1, high=1000)  # blocks
+    num_heads: int = setting(12, low=1, high=MAX_SIZE)  # attention heads per block
+    conv_dim: int = setting(512, low=1, high=MAX_SIZE)  # channels of the seven convolutions
+
+
 def resolve_layers(value: Any, depth: int, prefix: str = "models.*") -> tuple[int, ...]:
     """`conditioned_layers` -> ascending block indices.
 
@@ -321,6 +333,7 @@ class MethodType(NamedTuple):
         removes: metadata fields that the features are to know nothing of.
         bands_multiple: dataset.h must be a multiple of it.
         augmented_views: whether it compares views of a clip that only augmentation tells apart.
+        hears: whether it needs waveforms, of 16 kHz.
     """
 
     name: str
@@ -331,6 +344,7 @@ class MethodType(NamedTuple):
     removes: tuple[str, ...] = ()
     bands_multiple: int = 1
     augmented_views: bool = False
+    hears: bool = False
 
 
 _HOME = "models.conditioners"
@@ -374,4 +388,5 @@ SHIPPED_METHODS: tuple[MethodType, ...] = (
     _shipped("patchmix_cl", "Patch-Mix CL", PatchMixConfig, adds_rows=True),
     _shipped("sg_scl", "SG-SCL", SGSCLConfig, adds_rows=True, augmented_views=True),
     _shipped("structured_patchout", "Structured patchout", StructuredPatchoutConfig),
+    _shipped("time_domain", "time domain", TimeDomainConfig, hears=True),
 )

@@ -47,6 +47,7 @@ class Method(nn.Module):
         mixes: whether `mix` does anything.
         adds_mix: whether the mixed rows are added to the clean ones, not put in their place.
         drops: whether `keep` drops tokens.
+        hears: whether `wave` and `attend` do anything.
     """
 
     views: int = 1
@@ -54,6 +55,7 @@ class Method(nn.Module):
     mixes: bool = False
     adds_mix: bool = False
     drops: bool = False
+    hears: bool = False
 
     def draw(self, clips: int, tokens: int, seed: int) -> dict[str, Tensor]:
         """All randomness of a step, on the CPU: a pure function of its arguments."""
@@ -72,6 +74,14 @@ class Method(nn.Module):
         """CLS, DIST and patches with positions [R, 2 + N, D] -> those that the blocks see, in
         training; CLS and DIST stay first."""
         return tokens
+
+    def wave(self, waveform: Tensor) -> Tensor:
+        """Clips [B, S], where `hears` -> further tokens [B, M, D], in training and prediction."""
+        raise NotImplementedError
+
+    def attend(self, special: Tensor, wave: Tensor) -> Tensor:
+        """CLS and DIST after the blocks [B, 2, D] and `wave`'s tokens -> [B, 2, D]."""
+        return special
 
     def loss(
         self, features: Tensor, aside: Aside, plan: Plan, evidence: Tensor | None
@@ -147,6 +157,7 @@ class Methods(nn.ModuleList):
         super().__init__(methods)
         self.views = max((m.views for m in self), default=1)
         self.adds_mix = any(m.adds_mix for m in self)
+        self.hears = any(m.hears for m in self)
         self.whole_input = any(m.filters or m.mixes or m.drops for m in self) or self.views > 1
 
     def draw(self, batch: Batch, tokens: int, seed: int) -> Step | None:
@@ -182,6 +193,18 @@ class Methods(nn.ModuleList):
         for method, plan in zip(self, step.plans, strict=True):
             tokens = method.keep(tokens, plan)
         return tokens
+
+    def listen(self, special: Tensor, waveform: Tensor | None) -> Tensor:
+        """CLS and DIST [R, 2, D] -> with what `hears` found in the clips [B, S]; mixed rows hear
+        the clip whose metadata they keep."""
+        if waveform is None:
+            raise ValueError("a method hears the waveform, and the model was given none")
+        for method in self:
+            if method.hears:
+                wave = method.wave(waveform)
+                wave = wave.repeat(len(special) // len(wave), 1, 1)
+                special = method.attend(special, wave)
+        return special
 
     def loss(self, features: Tensor, step: Step, evidence: list[Tensor | None]) -> Tensor:
         """Sum of the methods' losses; features [V, B, D]."""

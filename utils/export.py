@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from data.task import EVENTS
+from models.registry import METHODS
 from utils.common.cli import command
 from utils.common.errors import UserError
 from utils.common.files import plain, write_error, write_json
@@ -182,6 +183,12 @@ def export(
     """
     check_packages(form)
     model.need_own_weights("export")
+    hearing = [name for name in model.config.methods if METHODS[name].hears]
+    if hearing:
+        raise UserError(
+            f"{model.path}: methods.{hearing[0]} hears the waveform next to the spectrogram, for "
+            "which there is no export; use predict.py"
+        )
     model.config.training.precision = "fp32"
     audio, suffix = model.config.audio, {"onnx": ".onnx", "torch": ".pt2"}[form]
     real, about, files = real_cases(model, recordings), describe(model, NEEDED[form]), {}

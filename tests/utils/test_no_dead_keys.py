@@ -251,6 +251,10 @@ KEYS: dict[str, tuple] = {
             "sg_scl.temperature": 0.5,
             "sg_scl.weight": 0.1,
             "dat.weight": 0.1,
+            "time_domain.embed_dim": 32,
+            "time_domain.depth": 2,
+            "time_domain.num_heads": 4,
+            "time_domain.conv_dim": 16,
             "dat.alpha": 0.1,
             "dat.schedule": "ganin",
             "pafa.pcsl_weight": 0.1,
@@ -284,8 +288,15 @@ ELSEWHERE = {
         f"fusion.{key}": ("tests/utils/test_fusion.py", key)
         for key in ("kind", "title", "members", "checkpoints")
     },
+    "methods.time_domain.weights": ("tests/utils/test_time_domain.py", "time_domain.weights"),
     "backbone.patch_init": ("tests/models/test_geometry.py", "patch_init"),
     "dataset.parts": ("tests/data/test_parts.py", "parts"),
+}
+
+
+# sections whose defaults are too large for a test
+SMALL = {
+    "methods.time_domain": {"embed_dim": 16, "depth": 1, "num_heads": 2, "conv_dim": 8},
 }
 
 
@@ -328,7 +339,8 @@ def test_a_second_value_matters(key, baseline, tmp_path, synthetic_corpus):
     variant = variant_with(key)
     common = {**LIVELY, "training.epochs": 3, **surroundings}
     if key.startswith("methods."):
-        common[key.rpartition(".")[0]] = {}
+        section = key.rpartition(".")[0]
+        common[section] = SMALL.get(section, {})
     if probe is read:
         common |= {
             "dataset.data_folder": str(synthetic_corpus),

@@ -44,7 +44,21 @@ def _check_methods(config: Any) -> None:
         if config.dataset.h % multiple:
             remedy = f"methods.{name} divides the bands by {multiple}; give a multiple of it"
             _refuse(config, "dataset.h", remedy)
+        if METHODS[name].hears:
+            _check_hearing(config, name)
     check_micro_batches(config)
+
+
+def _check_hearing(config: Any, name: str) -> None:
+    dataset, training = config.dataset, config.training
+    if dataset.ready_made:
+        refuse("dataset.name", dataset.name, f"methods.{name} hears waveforms, and it has none")
+    if config.audio.sample_rate != 16000:
+        _refuse(config, "audio.sample_rate", f"methods.{name} hears 16000 Hz")
+    frozen = config.backbone.trainable_blocks < config.backbone.depth
+    if frozen and training.frozen_cache and not config.augment.enabled:
+        remedy = f"the cache holds no waveforms, which methods.{name} hears; use false"
+        _refuse(config, "training.frozen_cache", remedy)
 
 
 def check_micro_batches(config: Any, processes: int = 1) -> None:

@@ -42,7 +42,7 @@ from utils.training.assemble import (
 )
 from utils.training.checkpoint import Checkpoint, git_revision, load_checkpoint
 from utils.training.device import Runtime, describe
-from utils.training.inputs import KnownInputs
+from utils.training.inputs import KnownInputs, heard
 from utils.training.predict import Predictor
 from utils.training.runfolder import RunFolder
 from utils.training.shared_folder import located
@@ -173,7 +173,8 @@ class TrainedModel:
             longest, rows = int(lengths[part].max()), torch.from_numpy(part)
             waveform, length = batch.waveform[rows, :longest], batch.length[rows]
             with self.runtime.autocast():
-                features = self.frontend(waveform.to(device), length.to(device), None)
+                sound = waveform.to(device), length.to(device), None
+                features = heard(self.frontend, self.model.methods.hears, *sound)
                 for own, one in zip(out, metadata, strict=True):
                     own[rows] = answer(features, one[rows].to(device)).float()
         return out

@@ -131,7 +131,7 @@ def build_inputs(
     frontend = build_frontend(config)
     enabled = config.training.frozen_cache and not config.augment.enabled
     if not (enabled and model.cacheable):
-        return Inputs(frontend, runtime, data)
+        return Inputs(frontend, runtime, data, model.methods.hears)
     settings = asdict(config.audio) | {"h": config.dataset.h, "w": config.dataset.w}
     if config.audio.buckets:
         settings["bucket_positions"] = config.backbone.bucket_positions

@@ -135,6 +135,9 @@ class Checkpoint:
         """The trained model, in eval mode, on the CPU; adapters are merged into the weights."""
         config = self.run_config()
         config.backbone.weights = "none"  # they come from here
+        for section in config.methods.values():
+            if hasattr(section, "weights"):
+                section.weights = None
         model = build_model(config, self.metadata_statistics(), layer_norm_eps=self.layer_norm_eps)
         try:
             model.load_state_dict(self.weights)

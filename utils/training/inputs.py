@@ -29,11 +29,24 @@ from utils.training.device import Runtime
 logger = logging.getLogger(__name__)
 
 
+def heard(
+    frontend: AudioFrontend, hears: bool, waveform: Tensor, length: Tensor, seed: int | None
+) -> Features:
+    """Waveforms [B, S] -> spectrograms and, where a method `hears`, the padded and augmented clips
+    that they are of."""
+    clips = frontend.clips(waveform, length, seed) if hears else None
+    return Features(frontend(waveform, length, seed), waveform=clips)
+
+
 class Inputs:
     """Rows -> batches -> spectrograms [B, 1, F, T], computed on the device for every batch."""
 
-    def __init__(self, frontend: AudioFrontend, runtime: Runtime, data: Cycles):
+    def __init__(
+        self, frontend: AudioFrontend, runtime: Runtime, data: Cycles, hears: bool = False
+    ):
+        """hears: a method of the model needs the clips' waveforms as well."""
         self.frontend, self.runtime, self.data = frontend.to(runtime.device), runtime, data
+        self.hears = hears
 
     def prepare(self, rows: np.ndarray) -> None:
         """Called with the rows [n] that will be read; nothing to do here."""
@@ -58,18 +71,22 @@ class Inputs:
 
         seed: of the augmentation; None: none.
         """
-        return Features(self.frontend(batch.waveform, batch.length, seed))
+        return heard(self.frontend, self.hears, batch.waveform, batch.length, seed)
 
     def views(self, batch: Batch, seed: int, count: int) -> Features:
         """`count` independent augmentation draws of a batch, one after the other: [V B, ...]."""
         if count == 1:
             return self(batch, seed)
         seeds = [seed, *(derived_seed(seed, view) for view in range(1, count))]
-        return Features(torch.cat([self(batch, one).values for one in seeds]))
+        parts = [self(batch, one) for one in seeds]
+        waveform = torch.cat([part.waveform for part in parts]) if self.hears else None
+        return Features(torch.cat([part.values for part in parts]), waveform=waveform)
 
 
 class SpectrogramInputs(Inputs):
     """Rows -> batches of ready-made spectrograms -> [B, 1, F, T], with SpecAugment in training."""
+
+    hears = False
 
     def __init__(self, augmentation: Augmentation | None, runtime: Runtime, data: Cycles):
         self.augmentation, self.runtime, self.data = augmentation, runtime, data
