@@ -15,7 +15,7 @@ from utils.evaluation.model_report import report_on
 from utils.evaluation.render import RATES, number, to_markdown, with_interval
 from utils.evaluation.report import Report
 from utils.evaluation.trained_model import TrainedModel
-from utils.figures.runs import Evaluation, evaluation_figures
+from utils.figures import runs as pictures
 from utils.metrics.predictions import write_predictions
 from utils.metrics.protocol import Selection, metric_group, warnings
 from utils.runs.end import banner, defined, figure_row
@@ -84,7 +84,7 @@ def write_evaluation(folder: Path, report: Report, frame: pd.DataFrame) -> None:
     write_predictions(frame, folder / "predictions.csv")
     title = f"{origin.title}: {origin.part} part of {origin.data_folder}"
     write_text(folder / "report.md", to_markdown(report, title))
-    evaluation_figures(Evaluation(folder, report), folder / "figures")
+    pictures.evaluation_figures(pictures.Evaluation(folder, report), folder / "figures")
     write_json(folder / "report.json", report.to_dict())
 
 
