@@ -229,7 +229,7 @@ def test_the_front_end_gets_the_batch_and_its_seed():
     frontend = Frontend()
     inputs = Inputs(frontend, Runtime("cpu"), tiny_data(tiny_config()))
     (batch,) = inputs.batches([np.array([3, 1])])
-    assert inputs(batch, 17) == ("spectrogram", False)
+    assert inputs(batch, 17) == ("spectrogram", False, None)
     waveform, length, seed = frontend.arguments
     assert waveform is batch.waveform
     assert length is batch.length
