@@ -104,6 +104,7 @@ def test_a_fused_run_is_a_run(views, tmp_path):
     assert report["title"] == "AST and FiLM-AST + gated fusion of 3"
     assert (tmp_path / "best" / "fused_best.pt").is_file() and run.folder.finished
     model = TrainedModel.open(run.folder.best)
+    assert model.config.fusion.kind == "gated"
     rows = model.rows("test")
     stored = np.loadtxt(
         run.folder.predictions / "test.csv", delimiter=",", skiprows=1, usecols=0, dtype=str

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -271,52 +272,41 @@ class Trainer:
         With `sam_rho` the gradient is taken twice of the same micro-batches, under the same dropout
         and exchanged between the processes both times, so that all perturb the weights alike.
         """
-        runtime, rho = self.runtime, self.training.sam_rho
-        self.model.methods.on_step(self.finished)
+        runtime, methods = self.runtime, self.model.methods
+        methods.on_step(self.finished)
         given = ((part, next(batches)) for part in parts)
-        if rho:
+        total, passes = torch.zeros((), device=runtime.device), [nullcontext()]
+        if self.training.sam_rho:
             given, generators = list(given), generator_states()
-        total = self._add_gradients(given, last=parts[-1])
-        if rho:
-            with sharpened(self.parameters, rho):
-                set_generator_states(generators)
-                self._add_gradients(given, last=parts[-1], record=False)
+            passes.append(sharpened(self.parameters, self.training.sam_rho))
+        for again, weights in enumerate(passes):
+            with weights:
+                if again:
+                    set_generator_states(generators)
+                for part, batch in given:
+                    with runtime.exchange(self.wrapped, when=part is parts[-1]):
+                        with runtime.autocast():
+                            features = self.inputs.views(batch, part.seed, methods.views)
+                            drawn = self.model.draw(batch, part.seed, features)
+                            output = self.wrapped(features, batch.metadata, drawn)
+                        if drawn is None:
+                            losses = self.loss(output.logits, batch.label)  # [B]
+                        else:
+                            losses = methods.task_losses(
+                                self.loss, output.logits, batch.label, drawn
+                            )
+                        share = part.weight * len(batch)
+                        loss = losses.sum() * part.weight + output.regularisation * share
+                        runtime.backward(loss)
+                    if again:
+                        continue  # what is recorded is of the weights themselves
+                    total += loss.detach()
+                    if part.weight:
+                        seen = torch.cat([losses.detach()[:, None], output.logits.detach()], dim=1)
+                        self.seen.append((batch.cycle, seen))
         nonfinite = runtime.update(self.optimizer, self.parameters, self.training.grad_clip, total)
         self.schedule.step()
         return nonfinite
-
-    def _add_gradients(
-        self,
-        given: Iterable[tuple[MicroBatch, Batch]],
-        *,
-        last: MicroBatch,
-        record: bool = True,
-    ) -> Tensor:
-        """Forward and backward of micro-batches; their loss, a scalar on the device.
-
-        last: after which the processes exchange gradients.
-        record: whether losses and logits are those of the epoch.
-        """
-        runtime, methods = self.runtime, self.model.methods
-        total = torch.zeros((), device=runtime.device)
-        for part, batch in given:
-            with runtime.exchange(self.wrapped, when=part is last):
-                with runtime.autocast():
-                    features = self.inputs.views(batch, part.seed, methods.views)
-                    drawn = self.model.draw(batch, part.seed, features)
-                    output = self.wrapped(features, batch.metadata, drawn)
-                if drawn is None:
-                    losses = self.loss(output.logits, batch.label)  # [B]
-                else:
-                    losses = methods.task_losses(self.loss, output.logits, batch.label, drawn)
-                share = part.weight * len(batch)
-                loss = losses.sum() * part.weight + output.regularisation * share
-                runtime.backward(loss)
-            total += loss.detach()
-            if part.weight and record:
-                seen = torch.cat([losses.detach()[:, None], output.logits.detach()], dim=1)
-                self.seen.append((batch.cycle, seen))
-        return total
 
     def _handle_flags(self, flags: Flags | None, save: bool = True) -> None:
         """Act on the flags of the step before."""
