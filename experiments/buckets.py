@@ -21,9 +21,8 @@ import torch
 from benchmarks.harness import table
 from data.synthetic.corpus import write_corpus
 from experiments.leaky_split import Tested
-from experiments.planted_effect import SETTINGS, Remembered, tables
+from experiments.planted_effect import SETTINGS, Remembered, tables, write_page
 from utils.common.cli import command
-from utils.common.files import write_text
 from utils.config.schema import RunConfig, load_config
 from utils.training.assemble import build_data, build_trainer
 from utils.training.build import build_frontend
@@ -93,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     shown = " ".join("DIR" if word == options.icbhi else word for word in words)
     head = f"# Length buckets, {date.today()}\n\n`python -m experiments.buckets {shown}`"
-    write_text(options.output, "\n\n".join([head, NOTE, *sections]) + "\n")
+    write_page(options.output, "\n\n".join([head, NOTE, *sections]))
     print(f"wrote {options.output}")
 
 

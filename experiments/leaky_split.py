@@ -26,10 +26,9 @@ import numpy as np
 import torch
 
 from benchmarks.harness import table
-from experiments.planted_effect import REMARKS
+from experiments.planted_effect import write_page
 from models.registry import VARIANTS
 from utils.common.cli import command
-from utils.common.files import write_text
 from utils.config.schema import RunConfig, load_config
 from utils.evaluation.render import with_interval
 from utils.evaluation.report import Report, RunReport, read_report
@@ -169,8 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     revisions = dict.fromkeys(run.revision for found in reports.values() for run in found)
     head = f"# Leaky split, {date.today()}\n\n`python -m experiments.leaky_split {shown}`, "
     text = to_markdown(reports, sizes, head + f"code revision {', '.join(revisions)}.")
-    old = options.output.read_text(encoding="utf-8") if options.output.is_file() else ""
-    write_text(options.output, f"{text}\n{REMARKS}\n{old.partition(REMARKS)[2].lstrip()}")
+    write_page(options.output, text)
     print(f"wrote {options.output}")
 
 

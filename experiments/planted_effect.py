@@ -72,6 +72,12 @@ cycles, summed over blocks; what every cycle receives equally carries no informa
 Record = dict[str, Any]
 
 
+def write_page(path: Path, text: str) -> None:
+    """Write a page, above the remarks that a person added to the file."""
+    kept = path.read_text(encoding="utf-8").partition(REMARKS)[2] if path.is_file() else ""
+    write_text(path, f"{text.rstrip()}\n\n{REMARKS}\n\n{kept.strip()}".rstrip() + "\n")
+
+
 class Job(NamedTuple):
     """One run: the planted field (or `OFF`), the variant, the seed."""
 
@@ -348,8 +354,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{options.seeds} --threads {options.threads} --fields {' '.join(options.fields)}`: "
         f"{len(finished)} of {len(planned)} runs finished.",
     )
-    old = options.output.read_text(encoding="utf-8") if options.output.is_file() else ""
-    write_text(options.output, f"{text}\n{REMARKS}\n{old.partition(REMARKS)[2].lstrip()}")
+    write_page(options.output, text)
 
 
 if __name__ == "__main__":

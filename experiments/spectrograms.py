@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-from experiments.planted_effect import REMARKS
+from experiments.planted_effect import write_page
 from models.registry import VARIANTS
 from utils.common.cli import command
-from utils.common.files import write_text
 from utils.evaluation.finished_runs import RunGroup, group_runs, read_runs
 from utils.evaluation.render import markdown_table, number, with_interval
 from utils.evaluation.report import Report, read_report
@@ -65,8 +64,7 @@ def permutation(groups: Sequence[RunGroup]) -> list[str]:
 
 def write_result(path: Path, lines: Sequence[str]) -> None:
     """Print the lines and write them, above the remarks that a person added to the file."""
-    kept = path.read_text(encoding="utf-8").partition(REMARKS)[2] if path.is_file() else ""
-    write_text(path, "\n".join([*lines, REMARKS, "", kept.strip("\n")]).rstrip("\n") + "\n")
+    write_page(path, "\n".join(lines))
     print("\n".join(lines))
 
 

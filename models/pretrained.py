@@ -366,9 +366,8 @@ def load_into(backbone: AST, weights: Weights, patch_init: str | None = None) ->
     patch, kernel = own[projection].shape[-2:], state[projection]
     same_patches = kernel.ndim != 4 or kernel.shape[-2:] == patch
     if not same_patches and patch_init:
-        state[projection] = resize_kernel(kernel, patch)
-        if patch_init == "random":
-            state[projection] = own[projection]
+        random = patch_init == "random"
+        state[projection] = own[projection] if random else resize_kernel(kernel, patch)
     for key, value in own.items():
         if key != "pos_embed" and value.shape != state[key].shape:
             raise UserError(

@@ -11,6 +11,7 @@ import yaml
 
 from data.synthetic.corpus import write_corpus
 from experiments import buckets, spectrograms, transfer
+from experiments.planted_effect import REMARKS
 from tests.utils.evaluation_tables import cycle_table, finish_run, predictions
 from tests.utils.tiny import TINY, tiny_config
 from utils.common.files import write_json
@@ -37,7 +38,7 @@ def test_spectrograms_are_tabled(tmp_path, capsys):
     ]
     write_json(folders[0].path / "evaluation" / "test" / "report.json", report.to_dict())
     output = tmp_path / "out.md"
-    output.write_text(f"old\n{spectrograms.REMARKS}\n\nA remark.\n")
+    output.write_text(f"old\n{REMARKS}\n\nA remark.\n")
     spectrograms.main([*(str(folder.path) for folder in folders), "--output", str(output)])
     text = output.read_text()
     scores = [f.read_report()["test"]["metrics"]["chosen"]["score"]["value"] for f in folders]

@@ -133,6 +133,21 @@ def default_window(model: TrainedModel) -> float:
     return min(round(median, 3) or WINDOW, model.config.audio.clip_seconds)
 
 
+def _window_and_hop(
+    model: TrainedModel, window: float | None, hop: float | None
+) -> tuple[float, float]:
+    """Both in s, the default where None is given; refused where the model cannot use them."""
+    audio = model.config.audio
+    window = default_window(model) if window is None else window
+    hop = min(HOP, window) if hop is None else hop
+    if not (hop * audio.sample_rate >= 1 and hop <= window <= audio.clip_seconds):
+        raise UserError(
+            f"windows of {window:g} s every {hop:g} s cannot be; the model hears at most "
+            f"{audio.clip_seconds:g} s, and a hop is above 0 and not longer than the window"
+        )
+    return window, hop
+
+
 def predict_recording(
     model: TrainedModel, path: str | Path, *, metadata: Mapping[str, Any] | None = None, **options
 ) -> Prediction:
@@ -176,15 +191,8 @@ def predict_under(
     audio = model.config.audio
     known = [check_metadata(model.statistics, given) for given in metadata]
     cycles = None if cycles is None else [Segment(*cycle) for cycle in cycles]
-    window = default_window(model) if window is None else window
-    hop = min(HOP, window) if hop is None else hop
-    if cycles is None and not (
-        hop * audio.sample_rate >= 1 and hop <= window <= audio.clip_seconds
-    ):
-        raise UserError(
-            f"windows of {window:g} s every {hop:g} s cannot be; the model hears at most "
-            f"{audio.clip_seconds:g} s, and a hop is above 0 and not longer than the window"
-        )
+    if cycles is None:
+        window, hop = _window_and_hop(model, window, hop)
     stream = Stream.open(path, audio.sample_rate, audio.resampler)
     if cycles is None:
         spans = window_spans(stream.samples, *(round(s * audio.sample_rate) for s in (window, hop)))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.utils.resuming import resumed_in_mid_epoch
 from tests.utils.tiny import (
     LIVELY,
     QUIET,
@@ -18,7 +19,7 @@ from tests.utils.tiny import (
     tiny_trainer,
     weights,
 )
-from utils.common.errors import Preempted, UserError
+from utils.common.errors import UserError
 from utils.config.schema import config_hash
 from utils.evaluation.trained_model import TrainedModel
 from utils.training.assemble import describe_run
@@ -110,26 +111,8 @@ def test_sharpness_changes_the_step(tmp_path):
 )
 def test_killed_and_resumed_equals_uninterrupted(variant, keys, tmp_path):
     config = tiny_config(variant, **LIVELY, **keys, **{"training.epochs": 2})
-    whole = tiny_trainer(config, tmp_path / "whole")
-    history = whole.fit().history
+    history = resumed_in_mid_epoch(config, tmp_path).progress.history
     assert all(math.isfinite(row["train_loss"]) for row in history)
-    stopped = tiny_trainer(config, tmp_path / "cut")
-    step, count = stopped.step, 0
-
-    def interrupted(parts, batches):
-        nonlocal count
-        count += 1
-        if count == 5:  # in the middle of the second epoch
-            stopped._save()
-            raise Preempted
-        return step(parts, batches)
-
-    stopped.step = interrupted
-    with pytest.raises(Preempted):
-        stopped.fit()
-    resumed = tiny_trainer(config, tmp_path / "cut")
-    resumed.fit()
-    assert not differing(weights(whole), weights(resumed))
 
 
 def test_adapters_alone_train_and_a_checkpoint_merges_them(tmp_path):

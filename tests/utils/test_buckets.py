@@ -8,7 +8,7 @@ import torch
 
 from data.loader import batches_of, epoch_plan
 from models.registry import METHODS, VARIANTS
-from tests.utils.test_resume import assert_same, at_step, outcome, sigterm
+from tests.utils.resuming import resumed_in_mid_epoch
 from tests.utils.tiny import (
     BUCKETS,
     LIVELY,
@@ -19,7 +19,7 @@ from tests.utils.tiny import (
     tiny_data,
     tiny_trainer,
 )
-from utils.common.errors import Preempted, UserError
+from utils.common.errors import UserError
 from utils.evaluation.exported import forms_of, random_case
 from utils.evaluation.trained_model import TrainedModel
 from utils.training.build import build_frontend, build_model
@@ -100,17 +100,7 @@ def test_a_mixed_step_weighs_every_cycle_alike(tmp_path):
 def test_resume_in_mid_epoch_is_exact(tmp_path):
     keys = LIVELY | BUCKETS | {"training.accumulation_steps": 2, "training.sampler": "balanced"}
     keys |= {"training.epochs": 2}
-    whole = tiny_trainer(tiny_config(**keys), tmp_path / "whole")
-    whole.fit()
-    first = tiny_trainer(tiny_config(**keys), tmp_path / "parts")
-    at_step(first, 0, sigterm)
-    with pytest.raises(Preempted):
-        first.fit()
-    assert 0 < first.progress.step < first.steps_per_epoch
-    torch.manual_seed(99)
-    second = tiny_trainer(tiny_config(**keys), tmp_path / "parts")
-    second.fit()
-    assert_same(outcome(second), outcome(whole))
+    resumed_in_mid_epoch(tiny_config(**keys), tmp_path, step=0)
 
 
 @pytest.mark.parametrize("trainable", [0, 1])

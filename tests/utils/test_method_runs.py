@@ -15,6 +15,7 @@ import yaml
 from data.loader import MicroBatch
 from models import methods
 from models.registry import METHODS as METHOD_TYPES
+from tests.utils.resuming import resumed_in_mid_epoch
 from tests.utils.tiny import (
     LIVELY,
     QUIET,
@@ -24,7 +25,7 @@ from tests.utils.tiny import (
     tiny_trainer,
     weights,
 )
-from utils.common.errors import Preempted, UserError
+from utils.common.errors import UserError
 from utils.config.schema import config_hash
 from utils.config.validation import check_micro_batches
 from utils.runs.run import Run
@@ -63,26 +64,7 @@ def test_every_parameter_learns_and_the_base_is_shared(method, variant, n_cls, t
 
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_and_resumed_equals_uninterrupted(method, tmp_path):
-    config = with_method(method, **LIVELY, **{"training.epochs": 2})
-    whole = tiny_trainer(config, tmp_path / "whole")
-    whole.fit()
-    stopped = tiny_trainer(config, tmp_path / "cut")
-    step, count = stopped.step, 0
-
-    def interrupted(parts, batches):
-        nonlocal count
-        count += 1
-        if count == 5:  # in the middle of the second epoch
-            stopped._save()
-            raise Preempted
-        return step(parts, batches)
-
-    stopped.step = interrupted
-    with pytest.raises(Preempted):
-        stopped.fit()
-    resumed = tiny_trainer(config, tmp_path / "cut")
-    resumed.fit()
-    assert not differing(weights(whole), weights(resumed))
+    resumed_in_mid_epoch(with_method(method, **LIVELY, **{"training.epochs": 2}), tmp_path)
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.utils.resuming import assert_same, at_step, outcome, sigterm
 from tests.utils.tiny import (
     LIVELY,
-    comparable,
     cycle_table,
     differing,
     tiny_config,
@@ -38,52 +38,6 @@ STEPS = 3  # per epoch
 
 class Crash(Exception):
     """Stands for a kill: nothing is saved on the way out."""
-
-
-def outcome(trainer):
-    """Everything that must be equal, with the figures that may not."""
-    return {
-        "weights": weights(trainer),
-        "moments": [v for s in trainer.optimizer.state.values() for v in s.values()],
-        "schedule": trainer.schedule.state_dict(),
-        "history": comparable(trainer.progress.history),
-        "progress": (
-            trainer.progress.epoch,
-            trainer.progress.best_epoch,
-            trainer.progress.best_score,
-            trainer.progress.thresholds,
-            trainer.progress.stale,
-        ),
-        "logits": trainer.predict(trainer.data.split.test),
-        "generator": torch.get_rng_state(),
-    }
-
-
-def assert_same(a, b) -> None:
-    assert not differing(a["weights"], b["weights"])
-    assert all(torch.equal(x, y) for x, y in zip(a["moments"], b["moments"], strict=True))
-    assert a["history"] == b["history"]
-    assert a["progress"] == b["progress"]
-    assert a["schedule"] == b["schedule"]
-    assert np.array_equal(a["logits"], b["logits"])
-    assert torch.equal(a["generator"], b["generator"])
-
-
-def at_step(trainer, number: int, act) -> None:
-    """Call `act` during optimiser step `number` (from 0 in this process)."""
-    step, count = trainer.step, [0]
-
-    def watched(parts, batches):
-        if count[0] == number:
-            act()
-        count[0] += 1
-        return step(parts, batches)
-
-    trainer.step = watched
-
-
-def sigterm() -> None:
-    signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.fixture(scope="module")

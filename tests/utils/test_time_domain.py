@@ -10,6 +10,7 @@ from transformers import Wav2Vec2Model
 from data.loader import MicroBatch
 from models.config import TimeDomainConfig
 from models.methods import time_domain
+from tests.utils.resuming import resumed_in_mid_epoch
 from tests.utils.tiny import (
     LIVELY,
     differing,
@@ -20,7 +21,7 @@ from tests.utils.tiny import (
     tiny_trainer,
     weights,
 )
-from utils.common.errors import Preempted, UserError
+from utils.common.errors import UserError
 from utils.evaluation.trained_model import TrainedModel
 from utils.export import export
 
@@ -82,25 +83,7 @@ def test_attention_is_the_formula():
 
 
 def test_killed_and_resumed_is_the_same(tmp_path):
-    whole = tiny_trainer(hearing("ast"), tmp_path / "whole")
-    whole.fit()
-    cut = tiny_trainer(hearing("ast"), tmp_path / "cut")
-    step, count = cut.step, 0
-
-    def interrupted(parts, batches):
-        nonlocal count
-        count += 1
-        if count == 4:
-            cut._save()
-            raise Preempted
-        return step(parts, batches)
-
-    cut.step = interrupted
-    with pytest.raises(Preempted):
-        cut.fit()
-    resumed = tiny_trainer(hearing("ast"), tmp_path / "cut")
-    resumed.fit()
-    assert not differing(weights(whole), weights(resumed))
+    resumed_in_mid_epoch(hearing("ast"), tmp_path)
 
 
 @pytest.mark.parametrize("other", ["patchmix_cl", "sg_scl"])

@@ -52,7 +52,7 @@ def _check_methods(config: Any) -> None:
 def _check_hearing(config: Any, name: str) -> None:
     dataset, training = config.dataset, config.training
     if dataset.ready_made:
-        refuse("dataset.name", dataset.name, f"methods.{name} hears waveforms, and it has none")
+        _refuse(config, "dataset.name", f"methods.{name} hears waveforms, and it has none")
     if config.audio.sample_rate != 16000:
         _refuse(config, "audio.sample_rate", f"methods.{name} hears 16000 Hz")
     frozen = config.backbone.trainable_blocks < config.backbone.depth
