@@ -27,6 +27,7 @@ from benchmarks.loop import ROOT
 from benchmarks.model_step import N_MELS, Conditioned, Size, action, our_model, some_metadata
 from data.corpora.icbhi import read_cycles
 from data.loader import buckets_of, epoch_order, epoch_plan
+from utils.common.cli import quiet
 from utils.config.schema import RunConfig, load_config
 from utils.training.assemble import build_data, build_trainer
 from utils.training.device import Runtime
@@ -114,11 +115,11 @@ def real_epoch(folder: str, depth: int, cache: Path) -> dict[str, float]:
     return out
 
 
+@quiet(logging.ERROR, "")
 def main() -> None:
     """Measure and print."""
     given: dict[str, Any] = {"depth": 2, "batch": 2, "rounds": 5, "threads": 1}
     args = options(__doc__, icbhi="icbhi", parts=["step", "epoch"], **given)
-    logging.getLogger().setLevel(logging.ERROR)
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     result: dict[str, Any] = {key: getattr(args, key) for key in given}

@@ -25,7 +25,6 @@ import argparse
 import copy
 import gc
 import json
-import logging
 import platform
 import re
 import statistics
@@ -48,7 +47,7 @@ from benchmarks.data import clips_for_benchmark, paper_frontend
 from benchmarks.harness import rounded, table
 from benchmarks.model_step import N_MELS, N_OUTPUTS, Size
 from models.registry import VARIANTS
-from utils.common.cli import command
+from utils.common.cli import command, quiet
 from utils.common.errors import UserError
 from utils.common.files import write_text
 from utils.training.assemble import build_trainer
@@ -342,6 +341,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+@quiet()
 def main(arguments: list[str] | None = None) -> None:
     """Measure section after section."""
     given = sys.argv[1:] if arguments is None else arguments
@@ -383,5 +383,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    logging.getLogger("utils").setLevel(logging.WARNING)  # here: it outlives a call of main
     sys.exit(command(main)())

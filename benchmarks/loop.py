@@ -29,6 +29,7 @@ from data.splits import Split
 from data.synthetic.corpus import write_corpus
 from models.conditioner import Conditioner, Features, ModelOutput, ParameterGroup
 from models.method import Methods
+from utils.common.cli import quiet
 from utils.config.schema import RunConfig, load_config
 from utils.training.assemble import build_data, build_trainer
 from utils.training.device import Runtime
@@ -148,6 +149,7 @@ def cache(
     return result | {f"{name}_times_faster": ratio.median, f"{name}_spread": spread(ratio)}
 
 
+@quiet(logging.ERROR, "")
 def main() -> None:
     """Measure and print."""
     args = options(
@@ -156,7 +158,6 @@ def main() -> None:
         cases=list(CACHE_CASES),
         **{"rounds": 9, "threads": 1, "clips": 4},
     )
-    logging.getLogger().setLevel(logging.ERROR)
     torch.set_num_threads(args.threads)
     runtime = Runtime("cpu", "fp32", "false")
     result: dict[str, Any] = {"threads": args.threads}

@@ -41,12 +41,14 @@ from data.batch import Batch, Metadata
 from data.task import FIELDS
 from models.build import build_model
 from models.conditioned_ast import ConditionedAST
+from models.conditioner import Features
 from models.config import BackboneConfig
 from models.pretrained import Weights, from_transformers, load_into
 from models.registry import METHODS, VARIANTS
 from utils.training.optim import sharpened
 
 N_MELS, N_OUTPUTS = 128, 2
+SAMPLES_PER_FRAME = 160_000 / 1024  # 10 s of 16 kHz are 1,024 frames
 #: Of a corpus with four devices and seven sites, as many as ICBHI has.
 COUNTS = {"device_counts": (1.0,) * 4 + (0.0,), "site_counts": (1.0,) * 7 + (0.0,)}
 SAME_WORK, OURS, SDPA, EAGER, MATMUL = "same work", "ours", "transformers", "eager", "matmul"
@@ -103,16 +105,20 @@ class Sharpened(Conditioned):
 
 
 class WithMethod(nn.Module):
-    """Our model with a training method, fixed metadata and labels and one fixed draw."""
+    """Our model with a training method, fixed metadata and labels, one fixed draw, and noise in
+    place of the waveform where the method hears it."""
 
     def __init__(self, model: ConditionedAST, batch: Batch):
         super().__init__()
         self.model, self.metadata, self.step = model, batch.metadata, model.draw(batch, 0)
+        samples = round(model.backbone.input_size[1] * SAMPLES_PER_FRAME)
+        noise = torch.randn(len(batch.metadata), samples) if model.methods.hears else None
+        self.register_buffer("waveform", noise)
 
     def forward(self, spectrogram: Tensor) -> Tensor:
         """[B, 1, F, T] -> logits [B, K] plus the method's loss; every view is the same here."""
         views = spectrogram.repeat(self.model.methods.views, 1, 1, 1)
-        out = self.model(views, self.metadata, self.step)
+        out = self.model(Features(views, waveform=self.waveform), self.metadata, self.step)
         return out.logits + out.regularisation
 
 

@@ -28,7 +28,7 @@ import torch
 from benchmarks.harness import table
 from experiments.planted_effect import write_page
 from models.registry import VARIANTS
-from utils.common.cli import command
+from utils.common.cli import command, quiet
 from utils.config.schema import RunConfig, load_config
 from utils.evaluation.render import with_interval
 from utils.evaluation.report import Report, RunReport, read_report
@@ -163,8 +163,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = configure(options.data_folder, variant, split, seed, options.words)
         reports[split].append(finished(config))
         configs[split] = config
-    logging.getLogger("data").setLevel(logging.ERROR)  # the splits' warnings were given
-    sizes = {split: describe(config) for split, config in configs.items()}
+    with quiet(logging.ERROR, "data"):  # the splits' warnings were given
+        sizes = {split: describe(config) for split, config in configs.items()}
     revisions = dict.fromkeys(run.revision for found in reports.values() for run in found)
     head = f"# Leaky split, {date.today()}\n\n`python -m experiments.leaky_split {shown}`, "
     text = to_markdown(reports, sizes, head + f"code revision {', '.join(revisions)}.")

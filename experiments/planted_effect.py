@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -40,7 +39,7 @@ from data.synthetic.planted import SECOND_GROUP
 from models.conditioner import Features
 from models.conditioners.softfilm import SoftFiLM
 from models.registry import VARIANTS
-from utils.common.cli import command
+from utils.common.cli import command, quiet
 from utils.common.files import write_text
 from utils.config.schema import RunConfig, config_from_dict, config_hash
 from utils.evaluation.metadata_test import conditions
@@ -330,6 +329,7 @@ def to_markdown(records: Sequence[Record], best: dict[str, dict | None], head: s
     return "\n\n".join(parts) + "\n"
 
 
+@quiet()
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.planted_effect")
@@ -358,5 +358,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    logging.getLogger("utils").setLevel(logging.WARNING)  # here: it outlives a call of main
     sys.exit(command(main)())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 from benchmarks import buckets, gpu, harness, loop, model_step
+from models.config import TimeDomainConfig
+from models.registry import METHODS
 from utils.common.cli import command
 from utils.common.errors import UserError
 
@@ -111,6 +114,17 @@ def test_what_adapters_save_and_sharpness_costs():
 
 
 # ---------------------------------------------------------------------- loop
+
+
+def test_every_method_takes_a_timed_step(monkeypatch):
+    """Also one that hears the waveform; its own model is a small one here."""
+    sizes = {"embed_dim": 16, "depth": 1, "num_heads": 2, "conv_dim": 8}
+    small = METHODS["time_domain"]._replace(config_class=partial(TimeDomainConfig, **sizes))
+    monkeypatch.setattr(model_step, "METHODS", {**METHODS, "time_domain": small})
+    size = model_step.Size(depth=1, embed_dim=24, heads=2, n_frames=32)
+    rows = model_step.compare("methods", "step", "fp32", size, 4, "cpu", rounds=1, matmul_size=16)
+    assert set(rows) == {"ast", "matmul", *METHODS}
+    assert all(row["seconds_per_clip"] > 0 for row in rows.values())
 
 
 def test_the_loop_is_timed_around_a_stub(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.common.cli import command
+from utils.common.cli import command, quiet
 from utils.common.errors import Preempted, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +62,21 @@ def test_a_broken_pipe_that_is_not_the_output_is_an_error():
 
     with pytest.raises(BrokenPipeError):
         main()
+
+
+def test_quiet_puts_the_level_back(caplog):
+    log = logging.getLogger("utils.test")
+
+    @quiet()
+    def main() -> None:
+        log.info("within")
+        raise UserError("x")
+
+    with caplog.at_level(logging.INFO):
+        with pytest.raises(UserError):
+            main()
+        log.info("after")
+    assert caplog.messages == ["after"]
 
 
 LOUD = """

@@ -57,6 +57,19 @@ def set_up_logging(quiet: bool = False) -> None:
     root.setLevel(logging.INFO)
 
 
+@contextmanager
+def quiet(level: int = logging.WARNING, name: str = "utils") -> Iterator[None]:
+    """Context (or decorator) in which messages below `level` of the loggers under `name` are
+    dropped; the level is put back, as the caller's own messages come later."""
+    named = logging.getLogger(name)
+    before = named.level
+    named.setLevel(level)
+    try:
+        yield
+    finally:
+        named.setLevel(before)
+
+
 def _ours_or_warning(record: logging.LogRecord) -> bool:
     ours = record.name.split(".")[0] in ("__main__", "benchmarks", "data", "models", "utils")
     return ours or record.levelno >= logging.WARNING
