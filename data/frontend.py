@@ -135,11 +135,16 @@ class AudioFrontend(nn.Module):
         seed: of this batch's augmentation; None: no augmentation.
         """
         shape = (1, self.size[0], self.frames(self._samples(waveform)))
-        return self._run(self._spectrogram, shape, waveform, length, seed)
+        return self._run(self._spectrogram, shape, seed, waveform, length)
 
     def clips(self, waveform: Tensor, length: Tensor, seed: int | None = None) -> Tensor:
         """The waveforms that `forward` transforms, padded and augmented: [B, samples]."""
-        return self._run(self._clip, (self._samples(waveform),), waveform, length, seed)
+        return self._run(self._clip, (self._samples(waveform),), seed, waveform, length)
+
+    def transform(self, clips: Tensor, seed: int | None = None) -> Tensor:
+        """What `forward` makes of the clips [B, samples] that `clips` gave for the same seed."""
+        shape = (1, self.size[0], self.frames(clips.shape[1]))
+        return self._run(self._transform, shape, seed, clips)
 
     def frames(self, samples: int) -> int:
         """T of a clip of so many samples."""
@@ -158,12 +163,12 @@ class AudioFrontend(nn.Module):
         self,
         stage: Callable[..., Tensor],
         shape: tuple[int, ...],
-        waveform: Tensor,
-        length: Tensor,
         seed: int | None,
+        waveform: Tensor,
+        *length: Tensor,
     ) -> Tensor:
         """A stage of the front end, [B, *shape], on the back end of the device."""
-        batch = (waveform.float(), length)
+        batch = (waveform.float(), *length)
         if seed is not None and self.augmentation is not None:
             batch += (self.augmentation.draw(len(waveform), seed),)
         with torch.autocast(waveform.device.type, enabled=False):
@@ -190,6 +195,9 @@ class AudioFrontend(nn.Module):
         self, backend: Backend, waveform: Tensor, length: Tensor, plan: Plan | None = None
     ) -> Tensor:
         clip = self._clip(backend, waveform, length, plan)  # [B, samples]
+        return self._transform(backend, clip, plan)
+
+    def _transform(self, backend: Backend, clip: Tensor, plan: Plan | None = None) -> Tensor:
         if plan is None:
             return self._fitted(self.normalise(backend.log_mel(clip)), clip.shape[1])
         mel = self.normalise(backend.log_mel(clip, self._warped_banks(plan)))  # [B, T, F]

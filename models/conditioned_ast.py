@@ -195,8 +195,9 @@ class ConditionedAST(nn.Module):
         sha = hashlib.sha256(repr((self.cut, backbone.input_size, backbone.grid)).encode())
         sha.update(repr(backbone.patch_embed.proj.stride).encode())  # two may give one grid
         sha.update(repr((backbone.blocks[0].attn.num_heads, backbone.norm.eps)).encode())
-        for name, parameter in backbone.named_parameters():
-            if not parameter.requires_grad:
+        later = tuple(f"blocks.{i}." for i in range(backbone.frozen_blocks, backbone.depth))
+        for name, parameter in backbone.named_parameters():  # of LoRA's blocks all but adapters
+            if not parameter.requires_grad and not name.startswith(later):
                 sha.update(name.encode())
                 sha.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
         return sha.hexdigest()

@@ -161,3 +161,8 @@ def test_the_fingerprint_follows_the_frozen_weights_only(make_model):
     near = [make_model("ast", trainable_blocks=0, time_stride=n) for n in (15, 16)]
     assert near[0].backbone.grid == near[1].backbone.grid
     assert near[0].prefix_fingerprint() != near[1].prefix_fingerprint()  # other places
+    lora = make_model("ast", trainable_blocks=1, adapter="lora", lora_rank=2)
+    torch.nn.init.normal_(lora.backbone.blocks[2].attn.adapter.down)
+    trained = lora.prefix_fingerprint()
+    lora.merge()  # as evaluation does, which shall find the stored features
+    assert lora.prefix_fingerprint() == trained

@@ -52,14 +52,17 @@ def test_it_starts_as_the_model_without_and_learns(variant, tmp_path):
 
 
 def test_it_hears_the_very_clip(tmp_path):
-    """Padded and augmented as the spectrogram is; other sound, another answer."""
+    """Padded and augmented once, for ear and spectrogram; other sound, another answer."""
     trainer = tiny_trainer(hearing(), tmp_path)
     rows = trainer.rows[:4]
     (batch,) = trainer.inputs.batches([rows])
+    front, made, clip = trainer.inputs.frontend, [], trainer.inputs.frontend._clip
+    front._clip = lambda *arguments: made.append(clip(*arguments)) or made[-1]
     one = trainer.inputs(batch, 5)
-    front = trainer.inputs.frontend
-    assert one.waveform.shape == (4, front.clip_samples[-1])
-    assert torch.equal(one.waveform, front.clips(batch.waveform, batch.length, 5))
+    assert len(made) == 4 and one.waveform.shape == (4, front.clip_samples[-1])
+    sound = batch.waveform, batch.length, 5
+    assert torch.equal(one.waveform, front.clips(*sound))
+    assert torch.equal(one.values, front(*sound))
     with torch.no_grad():
         torch.nn.init.normal_(trainer.model.methods[0].out.weight)
     trainer.model.eval()

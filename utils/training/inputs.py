@@ -34,8 +34,10 @@ def heard(
 ) -> Features:
     """Waveforms [B, S] -> spectrograms and, where a method `hears`, the padded and augmented clips
     that they are of."""
-    clips = frontend.clips(waveform, length, seed) if hears else None
-    return Features(frontend(waveform, length, seed), waveform=clips)
+    if not hears:
+        return Features(frontend(waveform, length, seed))
+    clips = frontend.clips(waveform, length, seed)
+    return Features(frontend.transform(clips, seed), waveform=clips)
 
 
 class Inputs:
