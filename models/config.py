@@ -241,6 +241,26 @@ class PAFAConfig:
 
 
 @dataclass
+class PriorProductConfig:
+    """Keys of `methods.prior_product`."""
+
+    strength: float = setting(1.0, low=0)  # factor on the prior's logits; 0: off
+    # linear | trees (combinations of fields)
+    learner: str = setting("linear", choices=("linear", "trees"))
+    fields: list[str] = setting(list(FIELDS), choices=FIELDS)  # that the prior sees
+    folds: int = setting(5, low=2, high=1000)  # of patients, of the cross-fitting
+
+
+@dataclass
+class GroupDROConfig:
+    """Keys of `methods.group_dro`."""
+
+    step_size: float = setting(0.01, low=0)  # eta of the groups' exponentiated gradient
+    strength: float = setting(1.0, low=0, high=1)  # share of the groups' weights; 0: off
+    adjustment: float = setting(0.0, low=0)  # C of C / sqrt(n_g), added to a group's loss
+
+
+@dataclass
 class StructuredPatchoutConfig:
     """Keys of `methods.structured_patchout`; on AudioSet the authors leave out 4 of 12 rows and 40
     of 99 columns."""
@@ -384,8 +404,10 @@ def _shipped(name: str, *given: Any, **traits: Any) -> MethodType:
 SHIPPED_METHODS: tuple[MethodType, ...] = (
     _shipped("add_rsc", "ADD-RSC", ADDRSCConfig, bands_multiple=8),
     _shipped("dat", "DAT", DATConfig, removes=("device",)),
+    _shipped("group_dro", "group DRO", GroupDROConfig),
     _shipped("pafa", "PAFA", PAFAConfig),
     _shipped("patchmix_cl", "Patch-Mix CL", PatchMixConfig, adds_rows=True),
+    _shipped("prior_product", "prior product", PriorProductConfig),
     _shipped("sg_scl", "SG-SCL", SGSCLConfig, adds_rows=True, augmented_views=True),
     _shipped("structured_patchout", "Structured patchout", StructuredPatchoutConfig),
     _shipped("time_domain", "time domain", TimeDomainConfig, hears=True),

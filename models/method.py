@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.batch import Batch
+from data.batch import Batch, Metadata
 from models.conditioner import ParameterGroup
 
 Plan = Mapping[str, Tensor]  # what `Method.draw` gave: small tensors, fixed names and shapes
@@ -30,11 +30,29 @@ class Aside(NamedTuple):
         device: [B] int64, as `Metadata.device`.
         device_known: [B] bool.
         patient: [B] int64, equal for clips of one patient.
+        cycle: [B] int64, row number in the run's cycle table, as `TrainingCycles.cycle`.
     """
 
     label: Tensor
     device: Tensor
     device_known: Tensor
+    patient: Tensor
+    cycle: Tensor
+
+
+class TrainingCycles(NamedTuple):
+    """The N training cycles without their sound, in ascending order of the row number.
+
+    Attributes:
+        cycle: [N] int64, row number in the run's cycle table.
+        metadata: of the N cycles.
+        label: [N, C] float32.
+        patient: [N] int64.
+    """
+
+    cycle: Tensor
+    metadata: Metadata
+    label: Tensor
     patient: Tensor
 
 
@@ -56,6 +74,10 @@ class Method(nn.Module):
     adds_mix: bool = False
     drops: bool = False
     hears: bool = False
+
+    def prepare(self, cycles: TrainingCycles) -> None:
+        """Called once before the training, on every process with the same cycles (on the CPU): a
+        pure function of them. What it finds belongs into buffers, which a resumed run restores."""
 
     def draw(self, clips: int, tokens: int, seed: int) -> dict[str, Tensor]:
         """All randomness of a step, on the CPU: a pure function of its arguments."""
@@ -103,6 +125,10 @@ class Method(nn.Module):
 
     def on_step(self, progress: float) -> None:
         """Called before every step with the finished share of the training, 0..1."""
+
+    def after_step(self) -> None:
+        """Called after a step's backward passes on every process: what has to be summed over the
+        micro-batches and processes of a step is summed here."""
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """All trainable parameters of the method, each in exactly one group."""
@@ -160,6 +186,10 @@ class Methods(nn.ModuleList):
         self.hears = any(m.hears for m in self)
         self.whole_input = any(m.filters or m.mixes or m.drops for m in self) or self.views > 1
 
+    def prepare(self, cycles: TrainingCycles) -> None:
+        for method in self:
+            method.prepare(cycles)
+
     def draw(self, batch: Batch, tokens: int, seed: int) -> Step | None:
         """The randomness of a step and the batch's side information, on the batch's device."""
         if not len(self):
@@ -168,7 +198,9 @@ class Methods(nn.ModuleList):
         plans = (m.draw(len(batch), tokens, seed + n) for n, m in enumerate(self))
         metadata = batch.metadata
         return Step(
-            Aside(batch.label, metadata.device, metadata.known[:, 0], batch.patient),
+            Aside(
+                *(batch.label, metadata.device, metadata.known[:, 0]), batch.patient, batch.cycle
+            ),
             tuple({k: v.to(device, non_blocking=True) for k, v in plan.items()} for plan in plans),
         )
 
@@ -231,6 +263,10 @@ class Methods(nn.ModuleList):
     def on_step(self, progress: float) -> None:
         for method in self:
             method.on_step(progress)
+
+    def after_step(self) -> None:
+        for method in self:
+            method.after_step()
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return [group for method in self for group in method.parameter_groups()]

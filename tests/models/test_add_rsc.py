@@ -128,9 +128,9 @@ def test_bias_denoising_loss():
     assert found.item() == pytest.approx(smoothed.item() - 0.720125, abs=1e-6)
     method = ADDRSC(ADDRSCConfig(weight=0.25), 16, 4)
     assert method.weigh(torch.ones(2), None).tolist() == [0.75, 0.75]
-    assert method.loss(None, Aside(none, none, none, none), {}, logits).item() == pytest.approx(
-        0.25 * 0.0206282, abs=1e-6
-    )
+    assert method.loss(
+        None, Aside(none, none, none, none, none), {}, logits
+    ).item() == pytest.approx(0.25 * 0.0206282, abs=1e-6)
     best = torch.tensor([[math.log(4.0)]])  # 0.8 against 0.2
     assert bias_denoising(best, one[:, 1:]).item() == pytest.approx(0, abs=1e-6)
 

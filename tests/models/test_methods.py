@@ -28,7 +28,7 @@ def aside(clips, device=None, patient=None):
     device = torch.zeros(clips, dtype=torch.int64) if device is None else torch.tensor(device)
     patient = torch.arange(clips) if patient is None else torch.tensor(patient)
     known = torch.ones(clips, dtype=torch.bool)
-    return Aside(torch.zeros(clips, 2), device, known, patient)
+    return Aside(torch.zeros(clips, 2), device, known, patient, torch.arange(clips))
 
 
 # ---------------------------------------------------------------- Patch-Mix

@@ -51,6 +51,12 @@ SCENARIOS = {
         | {"backbone.adapter": "lora", "training.sam_rho": 0.05, "training.accumulation_steps": 2}
         | {"methods.add_rsc": {}},
     ),
+    "shift": (
+        "ast_film",
+        QUIET
+        | {"training.accumulation_steps": 2, "methods.prior_product": {}}
+        | {"methods.group_dro": {"step_size": 0.5}},
+    ),
     "frozen": ("ast", QUIET | {"backbone.trainable_blocks": 0}),
 }
 #: Contrasts live inside a micro-batch: one process computes those of the two, with their seeds.

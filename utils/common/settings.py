@@ -25,7 +25,7 @@ class Limits:
     Attributes:
         low, high: bounds; None: unbounded. Of every element where the value is a list.
         ends: as intervals are written: "[" and "]" include a bound, "(" and ")" exclude it.
-        choices: the only values; empty: any.
+        choices: the only values, of every element where the value is a list; empty: any.
         interval: the value is a list [low, high] with low <= high.
         path: a leading `~` means the home directory.
     """
@@ -39,8 +39,10 @@ class Limits:
 
     def problem(self, value: Any) -> str:
         """Why `value` is refused; empty when it is not."""
-        if self.choices and value not in self.choices:
-            return f"it must be one of {', '.join(map(str, self.choices))}"
+        listed = value if isinstance(value, list) else [value]
+        if self.choices and any(one not in self.choices for one in listed):
+            word = "each must" if isinstance(value, list) else "it must"
+            return f"{word} be one of {', '.join(map(str, self.choices))}"
         numbers = value if isinstance(value, list) else [value]
         numbers = [x for x in numbers if isinstance(x, int | float) and not isinstance(x, bool)]
         if not all(math.isfinite(x) for x in numbers):

@@ -44,6 +44,8 @@ def _check_methods(config: Any) -> None:
         if config.dataset.h % multiple:
             remedy = f"methods.{name} divides the bands by {multiple}; give a multiple of it"
             _refuse(config, "dataset.h", remedy)
+        if getattr(config.methods[name], "fields", None) == []:
+            refuse(f"methods.{name}.fields", "[]", "name at least one metadata field")
         if METHODS[name].hears:
             _check_hearing(config, name)
     check_micro_batches(config)

@@ -24,6 +24,7 @@ from data.batch import Batch
 from data.loader import Cycles, MicroBatch, derived_seed, epoch_order, epoch_plan
 from data.task import EVENTS
 from models.build import ConditionedAST
+from models.method import TrainingCycles
 from utils.common.errors import Preempted, UserError
 from utils.config.schema import TrainingConfig
 from utils.metrics.score import choose_thresholds, sp_se_score, summarise
@@ -111,6 +112,9 @@ class Trainer:
         }[training.selection]
         labels = data.label[self.rows]
         _need_every_label(labels)
+        index = torch.from_numpy(self.rows)
+        known = data.metadata[index], labels, data.patient[index]
+        model.methods.prepare(TrainingCycles(index, *known))
         _need_both_sides(data.classes(self.selection_rows), training.selection)
         self.pos_weight = positive_weights(labels, training.sensitivity_bias)
         self.loss = build_loss(training, self.pos_weight.to(runtime.device))
@@ -289,7 +293,7 @@ class Trainer:
                             features = self.inputs.views(batch, part.seed, methods.views)
                             drawn = self.model.draw(batch, part.seed, features)
                             output = self.wrapped(features, batch.metadata, drawn)
-                        if drawn is None:
+                        if drawn is None or not part.weight:  # a filler is no clip of the step
                             losses = self.loss(output.logits, batch.label)  # [B]
                         else:
                             losses = methods.task_losses(
@@ -304,6 +308,7 @@ class Trainer:
                     if part.weight:
                         seen = torch.cat([losses.detach()[:, None], output.logits.detach()], dim=1)
                         self.seen.append((batch.cycle, seen))
+        methods.after_step()
         nonfinite = runtime.update(self.optimizer, self.parameters, self.training.grad_clip, total)
         self.schedule.step()
         return nonfinite
