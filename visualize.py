@@ -6,11 +6,15 @@
     python visualize.py --film-params --checkpoint checkpoints/softfilm_best.pt
     python visualize.py --confusion --operating-curve --reliability --subgroups \\
         --learning-curves --run runs/RUN
+    python visualize.py --permutation --run runs/RUN
+    python visualize.py --compare runs/*
+    python visualize.py --ablation runs/ablation-GRID
     python visualize.py --log-mel --data-folder DIR
     python visualize.py --sota
 
-Several figures may be asked for at once; --all asks for every one. A checkpoint holds its own
-configuration and statistics; only the data is needed as well. PNG and PDF go to --output-dir.
+Several figures may be asked for at once; --all asks for every one that needs no list of runs. A
+checkpoint holds its own configuration and statistics; only the data is needed as well. PNG and PDF
+go to --output-dir. --caption off or file gives a figure for a paper; marks such as SYNTHETIC stay.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ FIGURES = {
     "reliability": "observed share against predicted probability",
     "subgroups": "Sp, Se and Score by device, site, sex, age and whether the BMI is known",
     "learning_curves": "loss, Score and learning rate against the epoch",
+    "permutation": "Score with real, shuffled and unknown metadata, after evaluate.py",
     "log_mel": "one cycle of each class; the front end of the checkpoint, or the default one",
 }
 
@@ -45,6 +50,13 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[list[str], argparse.N
     figures = parser.add_argument_group("figures")
     for name, text in FIGURES.items():
         figures.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+    figures.add_argument(
+        "--compare", nargs="+", default=[], metavar="DIR",
+        help="Scores of finished runs, and paired differences to the first",
+    )  # fmt: skip
+    figures.add_argument(
+        "--ablation", metavar="DIR", help="Score against what a grid varies; the grid's folder"
+    )
     figures.add_argument("--all", action="store_true", help="every figure; says which lack input")
     source = parser.add_argument_group("input")
     source.add_argument("--checkpoint", metavar="FILE", help="a trained model")
@@ -56,14 +68,20 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[list[str], argparse.N
     source.add_argument(
         "--cycles", type=int, default=0, metavar="N", help="t-SNE of N random test cycles only"
     )
-    parser.add_argument("--output-dir", type=Path, default=Path("figs"), metavar="DIR")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/figures"), metavar="DIR")
     parser.add_argument(
         "--formats", nargs="+", choices=("png", "pdf", "svg"), default=("png", "pdf")
     )
+    parser.add_argument(
+        "--caption", choices=("below", "off", "file"), default="below",
+        help="in the figure, nowhere, or in a text file next to it",
+    )  # fmt: skip
     given = parser.parse_args(arguments)
     names = [name for name in FIGURES if given.all or getattr(given, name)]
+    names += [name for name in ("compare", "ablation") if getattr(given, name)]
     if not names:
-        parser.error("which figure? " + ", ".join(f"--{n.replace('_', '-')}" for n in FIGURES))
+        every = (*FIGURES, "compare", "ablation")
+        parser.error("which figure? " + ", ".join(f"--{name.replace('_', '-')}" for name in every))
     return names, given
 
 
@@ -74,7 +92,7 @@ def main() -> None:
     from utils.figures.style import Output
 
     options = Options(
-        output=Output(given.output_dir, given.formats),
+        output=Output(given.output_dir, given.formats, given.caption),
         checkpoint=given.checkpoint or (SOFTFILM if given.all else None),
         baseline=given.baseline_ckpt,
         softfilm=given.softfilm_ckpt,
@@ -82,6 +100,8 @@ def main() -> None:
         part=given.part,
         data_folder=given.data_folder,
         cycles=given.cycles,
+        compared=given.compare,
+        grid=given.ablation,
     )
     failures = []
     for name in names:

@@ -41,4 +41,4 @@ def test_visualize_offers_the_figures_there_are():
     import visualize
     from utils.figures import commands
 
-    assert list(visualize.FIGURES) == list(commands.FIGURES)
+    assert [*visualize.FIGURES, "compare", "ablation"] == list(commands.FIGURES)

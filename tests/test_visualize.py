@@ -58,7 +58,7 @@ def test_readme_commands_write_png_and_pdf(checkpoints, tmp_path, capsys):
         assert said in first
     assert run("--film-params", "--checkpoint", soft, *out) == 0
     assert run("--tsne", "--baseline-ckpt", base, "--softfilm-ckpt", soft, *out) == 0
-    names = ("film_params", "film_params_map", "mask_analysis", "tsne")
+    names = ("film_params", "film_params_cycles", "film_params_map", "mask_analysis", "tsne")
     assert written(tmp_path) == [f"{name}.{f}" for name in names for f in ("pdf", "png")]
 
 

@@ -24,7 +24,9 @@ from utils.figures.embeddings import (
     tsne_figure,
 )
 from utils.figures.film import (
+    cycle_means,
     distances,
+    distribution_figure,
     film_statistics,
     heatmap_caption,
     heatmap_figure,
@@ -196,6 +198,22 @@ def test_lines_show_mean_and_spread():
         assert f"γ: between devices {between[:, 0].mean():.3g}" in caption
 
 
+def test_boxes_hold_each_cycle_under_its_value(monkeypatch):
+    monkeypatch.setattr("utils.figures.film.BATCH", 7)
+    conditioner, cycles = film(), metadata()
+    (found,) = cycle_means(conditioner, cycles)
+    modulation = conditioner.encode(cycles).modulation
+    gamma = torch.stack([1 + m.scale[:, 0] for m in modulation]).mean((0, 2)).detach().numpy()
+    np.testing.assert_allclose(found.values[:, 0], gamma, rtol=1e-5)
+    figure = distribution_figure(found, groupings(cycles))
+    labels = [text.get_text() for text in figure.axes[2].get_xticklabels()]  # beta by device
+    place = [label.split("\n")[0] for label in labels].index("Meditron")
+    rows = cycles.device.numpy() == DEVICES.index("Meditron")
+    assert labels[place].endswith(f"({rows.sum()})")
+    median = [line for line in figure.axes[0].lines if line.get_linewidth() == 0.9][place]
+    assert median.get_ydata()[0] == pytest.approx(np.median(gamma[rows]), rel=1e-5)
+
+
 def test_tafilm_has_parameters_for_both_tokens():
     cycles = metadata()
     special, patches = film_statistics(film(TAFiLM), cycles, groupings(cycles))
@@ -241,8 +259,10 @@ def test_maps_are_reproducible_and_drawn_as_they_are():
         "site": np.array(["Al", "unknown", "Tc"] * 10), "patient": np.arange(30),
     }  # fmt: skip
     figure = tsne_figure({"AST": first, "SoftFiLM-AST": first[::-1]}, labels)
-    drawn = figure.axes[3].collections[0].get_offsets()
-    assert {tuple(p) for p in np.asarray(drawn)} == {tuple(p) for p in first}
+    parts = [np.asarray(part.get_offsets()) for part in figure.axes[3].collections]
+    assert {tuple(p) for p in np.concatenate(parts)} == {tuple(p) for p in first}
+    normal, both = (part.get_paths()[0].vertices for part in figure.axes[3].collections[:2])
+    assert normal.shape != both.shape  # a marker of its own
     assert figure.axes[0].get_ylabel() == "AST" and figure.axes[1].get_title() == "device"
     text = tsne_caption({"AST": {"class": Measured(0.1, 0.5, 0.25)}}, 30)
     assert text.splitlines()[1:] == ["AST: class 50.0 % (25.0 %; +0.100)."]

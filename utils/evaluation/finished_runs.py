@@ -169,7 +169,12 @@ class RunGroup:
         return over_seeds([run.report.test.metrics["chosen"][metric].value for run in self.runs])
 
     @cached_property
-    def _intervals(self) -> dict[str, Interval]:
+    def tables(self) -> np.ndarray:
+        """[R, P, C, C] confusion matrices of the R runs on the P test patients.
+
+        Raises:
+            UserError: the runs were tested on different patients.
+        """
         tests = [run.report.test for run in self.runs]
         classes = len(tests[0].task["classes"])
         if any(list(test.patients) != list(tests[0].patients) for test in tests):
@@ -178,9 +183,11 @@ class RunGroup:
                 "evaluate them on the same data"
             )
         tables = [np.array(test.patient_tables) for test in tests]
-        return patient_bootstrap(
-            np.stack([table.reshape(-1, classes, classes) for table in tables])
-        )
+        return np.stack([table.reshape(-1, classes, classes) for table in tables])
+
+    @cached_property
+    def _intervals(self) -> dict[str, Interval]:
+        return patient_bootstrap(self.tables)
 
     def interval(self, metric: str) -> Interval:
         """95 % patient bootstrap interval of the runs' mean."""
@@ -266,3 +273,12 @@ def group_runs(runs: Sequence[Run]) -> list[tuple[Protocol, list[RunGroup]]]:
         ordered = tuple(by_seed[seed] for seed in sorted(by_seed))
         protocols.setdefault(protocol, []).append(RunGroup(ordered))
     return sorted(protocols.items(), key=lambda item: (Selection(item[0].selection).rank, item[0]))
+
+
+def differing(groups: Sequence[RunGroup]) -> list[str]:
+    """Keys whose values differ among the groups that have them, in the configuration's order."""
+    values: dict[str, set[str]] = {}
+    for group in groups:
+        for key, value in group.first.setting.items():
+            values.setdefault(key, set()).add(value)
+    return [key for key, found in values.items() if len(found) > 1]

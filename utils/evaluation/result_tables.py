@@ -28,6 +28,7 @@ from utils.evaluation.finished_runs import (
     Protocol,
     Run,
     RunGroup,
+    differing,
     group_runs,
     read_runs,
 )
@@ -131,7 +132,7 @@ def _table(kind: Kind, protocol: Protocol, groups: Sequence[RunGroup]) -> Table 
         return None
     if kind.key and len({g.first.setting.get(kind.key) for g in own}) < 2:
         return None
-    keys = _differing([*own, *collapsed])
+    keys = differing([*own, *collapsed])
     if kind.key:
         keys = [kind.key, *(key for key in keys if key != kind.key)]
     names = [HEADS[metric] for metric in kind.metrics]
@@ -160,7 +161,7 @@ def _methods(kind: Kind, protocol: Protocol, groups: Sequence[RunGroup]) -> Tabl
         columns.setdefault(group.methods, []).append(group)
     if len(columns) < 2:
         return None
-    keys = list(dict.fromkeys(key for column in columns.values() for key in _differing(column)))
+    keys = list(dict.fromkeys(key for column in columns.values() for key in differing(column)))
     rows: dict[tuple[str, ...], dict[str, str]] = {}
     for group in own:
         values = {key: group.first.setting.get(key, NOTHING) for key in keys}
@@ -172,7 +173,7 @@ def _methods(kind: Kind, protocol: Protocol, groups: Sequence[RunGroup]) -> Tabl
     frame = pd.DataFrame(sorted(rows.values(), key=lambda row: _rank(row["Variant"])))
     notes = [note for note in _notes(kind, protocol, own, []) if note != SELECTION_NOTE]
     for name, column in columns.items():
-        for key in _differing([*column, *columns.get("none", [])]):
+        for key in differing([*column, *columns.get("none", [])]):
             if key not in keys:
                 (value,) = {g.first.setting[key] for g in column if key in g.first.setting}
                 notes.append(f"{name}: {key}={value}, unlike the runs without a method.")
@@ -188,7 +189,7 @@ def _leaderboard(n_cls: int, kind: Kind, protocol: Protocol, groups: Sequence) -
         return None
     shown = [*own, *collapsed]
     alike = ([o for o in shown if (o.title, o.n_cls) == (g.title, g.n_cls)] for g in shown)
-    keys = dict.fromkeys(key for same in alike for key in _differing(same))
+    keys = dict.fromkeys(key for same in alike for key in differing(same))
     rows = [_row(g, kind, [*keys]) for g in own]
     rows += [_row(g, kind, [*keys], "collapsed_", COLLAPSED) for g in collapsed]
     head = ["Method", *keys, *(f"{HEADS[metric]}, ours" for metric in kind.metrics)]
@@ -213,15 +214,6 @@ MAKERS: dict[str, tuple[Callable[..., Table | None], ...]] = {
 def _title(kind: Kind, protocol: Protocol) -> str:
     title = kind.title + ("" if protocol.split == "official" else f", split {protocol.split}")
     return caption(title, protocol.selection, protocol.partial, protocol.synthetic, protocol.leaky)
-
-
-def _differing(groups: Sequence[RunGroup]) -> list[str]:
-    """Keys whose values differ among the groups that have them, in the configuration's order."""
-    values: dict[str, set[str]] = {}
-    for group in groups:
-        for key, value in group.first.setting.items():
-            values.setdefault(key, set()).add(value)
-    return [key for key, found in values.items() if len(found) > 1]
 
 
 def _row(

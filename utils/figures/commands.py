@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from data.corpora.icbhi import completeness
 from data.synthetic.corpus import is_synthetic
 from models.registry import VARIANTS
 from utils.common.errors import UserError
 from utils.config.schema import RunConfig
+from utils.evaluation.finished_runs import Run, RunGroup, group_runs, read_runs
+from utils.evaluation.report import read_json
 from utils.evaluation.trained_model import TrainedModel
-from utils.figures import runs
+from utils.figures import compared, runs
 from utils.figures.runs import Evaluation, model_notice, read_evaluation
 from utils.figures.sota import OwnResult, sota_caption, sota_figure
 from utils.figures.style import Notice, Output
 from utils.metrics.bootstrap import over_seeds
 from utils.metrics.subgroups import age_group
 from utils.training.assemble import build_frontend, build_split
+
+logger = logging.getLogger(__name__)
 
 BASELINE, SOFTFILM = "checkpoints/ast_best.pt", "checkpoints/softfilm_best.pt"
 #: Training script and configuration of each variant that the repository ships.
@@ -46,6 +52,8 @@ class Options:
     part: str = "test"
     data_folder: str | None = None
     cycles: int = 0  # at most so many test cycles in the t-SNE; 0: all
+    compared: Sequence[str] = ()  # --compare
+    grid: str | None = None  # --ablation
 
 
 def training_command(variant: str) -> str:
@@ -130,6 +138,72 @@ def sota(options: Options) -> list[Path]:
     return options.output.write(sota_figure(own), "icbhi_sota_comparison", sota_caption(own))
 
 
+def compare(options: Options) -> list[Path]:
+    """Scores of finished runs with intervals, and paired differences to the first one's."""
+    return _of_groups(options, read_runs(options.compared), "comparison", _forest)
+
+
+def ablation(options: Options) -> list[Path]:
+    """Score of the finished runs of a grid against what the grid varies."""
+    folder = Path(options.grid or "")
+    path = folder / "grid.json"
+    if not path.is_file():
+        raise UserError(
+            f"--ablation draws a grid that has run: {path} is missing; name the folder that "
+            "python -m utils.runs.grid printed (runs/ablation-...)"
+        )
+    runs = [folder.parent / cell["run"] for cell in read_json(path)["cells"]]
+    there = read_runs([run for run in runs if run.is_dir()])
+    if len(there) < len(runs):
+        logger.warning(
+            "%d of %d cells are finished; the others are left out", len(there), len(runs)
+        )
+    return _of_groups(options, there, "ablation", _ablation)
+
+
+Drawn = tuple[Figure, str]
+
+
+def _of_groups(
+    options: Options, found: Sequence[Run], name: str, draw: Callable[[Sequence[RunGroup]], Drawn]
+) -> list[Path]:
+    """A figure for each protocol and number of classes; they never share one."""
+    if not found:
+        raise UserError("none of the runs is finished, so there is nothing to draw")
+    by_task: dict[tuple, list[RunGroup]] = {}
+    for protocol, groups in group_runs(found):
+        for group in groups:
+            by_task.setdefault((protocol, group.n_cls), []).append(group)
+    paths, order = [], {str(run.path): place for place, run in enumerate(found)}
+    for number, ((protocol, n_cls), groups) in enumerate(by_task.items(), start=1):
+        groups.sort(key=lambda group: min(order[str(run.path)] for run in group.runs))
+        figure, text = draw(groups)
+        report = groups[0].first.report
+        where = f"{n_cls}-class task, split {protocol.split}, {protocol.test_cycles:,} test cycles"
+        notice = Notice(protocol.selection, report.partial_message, report.synthetic, report.leaky)
+        file = name if len(by_task) == 1 else f"{name}_{n_cls}-class_{protocol.selection}_{number}"
+        text = f"{text} {where[0].upper()}{where[1:]} of {protocol.test_patients} patients."
+        paths += options.output.write(figure, file, text, notice)
+    return paths
+
+
+def _forest(groups: Sequence[RunGroup]) -> Drawn:
+    rows = compared.forest_rows(groups)
+    return compared.forest_figure(rows, rows[0].label), (
+        "ICBHI Score with 95 % intervals over test patients, of the mean over training seeds, and "
+        f"paired differences to {rows[0].label} over the same patients (and over the seeds, where "
+        "both have the same ones). Dotted: always normal."
+    )
+
+
+def _ablation(groups: Sequence[RunGroup]) -> Drawn:
+    key, series = compared.ablation_series(groups)
+    return compared.ablation_figure(key, series), (
+        "ICBHI Score with 95 % intervals over test patients, of the mean over training seeds; "
+        "within a value side by side. Dotted: always normal."
+    )
+
+
 def own_results(evaluations: Sequence[Evaluation]) -> list[OwnResult]:
     """Runs that differ in the seed alone, as mean and sd; a 4-class run also counts collapsed.
 
@@ -185,21 +259,25 @@ def film_params(options: Options) -> list[Path]:
             f"FiLM, TAFiLM or SoftFiLM checkpoint: python visualize.py {flag} {SOFTFILM} "
             f"(trained by {training_command('ast_softfilm')})"
         )
-    table, _ = model.corpus
-    groupings = {
-        "device": table["Device"].fillna("unknown"),
-        "site": table["AuscLoc"].fillna("unknown"),
+    table, split = model.corpus
+    table = table.iloc[split.test]
+    metadata, known = model.statistics.transform(table), model.statistics
+    groupings = {  # as the model knows them: what it was not trained on is unknown
+        "device": np.array([*known.devices, "unknown"])[metadata.device],
+        "site": np.array([*known.sites, "unknown"])[metadata.site],
         "age": age_group(table["Age"]),
     }
-    paths = []
-    for one in film.film_statistics(conditioner, model.statistics.transform(table), groupings):
+    paths, notice = [], model_notice(model)
+    statistics = film.film_statistics(conditioner, metadata, groupings)
+    for one, cycles in zip(statistics, film.cycle_means(conditioner, metadata), strict=True):
         tokens = "" if one.tokens == "all tokens" else f"_{one.tokens.split()[0].lower()}"
-        for name, draw, caption in (
-            ("", film.parameters_figure, film.parameters_caption),
-            ("_map", film.heatmap_figure, film.heatmap_caption),
-        ):
-            name, notice = f"film_params{name}{tokens}", model_notice(model)
-            paths += options.output.write(draw(one), name, caption(one), notice)
+        for name, figure, caption in (
+            ("", film.parameters_figure(one), film.parameters_caption(one)),
+            ("_map", film.heatmap_figure(one), film.heatmap_caption(one)),
+            ("_cycles", film.distribution_figure(cycles, groupings),
+             film.distribution_caption(cycles)),
+        ):  # fmt: skip
+            paths += options.output.write(figure, f"film_params{name}{tokens}", caption, notice)
     return paths
 
 
@@ -278,6 +356,11 @@ FIGURES: dict[str, Callable[[Options], list[Path]]] = {
     "tsne": tsne,
     "film_params": film_params,
     "sota": sota,
-    **{draw.__name__: each_run(draw) for draw in (*runs.EVALUATION_FIGURES, runs.learning_curves)},
+    **{
+        draw.__name__: each_run(draw)
+        for draw in (*runs.EVALUATION_FIGURES, runs.learning_curves, runs.permutation)
+    },
     "log_mel": log_mel,
+    "compare": compare,
+    "ablation": ablation,
 }

@@ -101,7 +101,7 @@ def tsne(embedding: np.ndarray) -> np.ndarray:
 
 
 def tsne_figure(maps: Mapping[str, np.ndarray], labels: Mapping[str, Sequence]) -> Figure:
-    """Rows: models; columns: class, device, site.
+    """Rows: models; columns: class, device, site, each value with its colour and marker.
 
     Args:
         maps: model title -> [N, 2].
@@ -128,12 +128,19 @@ def tsne_figure(maps: Mapping[str, np.ndarray], labels: Mapping[str, Sequence]) 
 def _scatter(axis: Axes, points: np.ndarray, name: str, values: np.ndarray) -> dict:
     palette = style.CLASS_COLOURS if name == "class" else style.colours_of(np.unique(values))
     present = [value for value in palette if value in values]
-    colours = np.array([palette[value] for value in values])
-    order = np.random.default_rng(SEED).permutation(len(points))  # no value lies on top of all
-    axis.scatter(*points[order].T, c=colours[order], s=2.5, linewidths=0, alpha=0.8)
+    looks = {
+        value: {"c": palette[value], "marker": style.MARKERS[i % len(style.MARKERS)]}
+        for i, value in enumerate(present)
+    }
+    order = np.random.default_rng(SEED).permutation(len(points))
+    for part in np.array_split(order, min(len(order), 20)):  # no value lies on top of all
+        for value, look in looks.items():
+            axis.scatter(
+                *points[part[values[part] == value]].T, s=4, linewidths=0, alpha=0.8, **look
+            )
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(True)
-    return {value: axis.scatter([], [], c=palette[value], s=6, linewidths=0) for value in present}
+    return {value: axis.scatter([], [], s=8, linewidths=0, **look) for value, look in looks.items()}
 
 
 def tsne_caption(measured: Mapping[str, Mapping[str, Measured]], cycles: int) -> str:

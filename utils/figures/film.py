@@ -47,6 +47,71 @@ class FilmStatistics:
     cycles: dict[str, dict[str, int]]
 
 
+@dataclass(frozen=True)
+class CycleMeans:
+    """gamma and beta of each of N cycles, mean over blocks and dimensions.
+
+    Attributes:
+        tokens: as in `FilmStatistics`.
+        values: [N, 2].
+    """
+
+    tokens: str
+    values: np.ndarray
+
+
+def cycle_means(conditioner: Conditioner, metadata: Metadata) -> list[CycleMeans]:
+    """One entry per group of tokens that is modulated in the same way."""
+    found: dict[str, list[np.ndarray]] = {}
+    for batch in film_parameters(conditioner, metadata):
+        for tokens, (_, parameters) in batch.items():
+            found.setdefault(tokens, []).append(parameters.mean(dim=(1, 3)).numpy())
+    return [CycleMeans(tokens, np.concatenate(parts)) for tokens, parts in found.items()]
+
+
+def distribution_figure(means: CycleMeans, groupings: Mapping[str, Sequence[str]]) -> Figure:
+    """Box plots of the cycles' gamma and beta for each value of each grouping."""
+    figure = style.new_figure(style.PAGE, 3.6)
+    ordered = {
+        name: sorted(np.unique(np.asarray(values, str)), key=lambda v: (_ORDER.get(v, 0), v))
+        for name, values in groupings.items()
+    }
+    axes = figure.subplots(
+        2, len(ordered), sharex="col", sharey="row", squeeze=False,
+        width_ratios=[len(values) + 1 for values in ordered.values()],
+    )  # fmt: skip
+    for column, (grouping, values) in enumerate(ordered.items()):
+        own, colours = np.asarray(groupings[grouping], str), style.colours_of(values)
+        for row, (quantity, neutral) in enumerate(_QUANTITIES):
+            axis = axes[row, column]
+            boxes = axis.boxplot(
+                [means.values[own == value, row] for value in values], widths=0.6,
+                patch_artist=True, medianprops={"color": style.BLACK, "linewidth": 0.9},
+                flierprops={"marker": ".", "markersize": 2, "markeredgecolor": style.GREY},
+            )  # fmt: skip
+            for box, value in zip(boxes["boxes"], values, strict=True):
+                box.set(facecolor=colours[value], alpha=0.7)
+            axis.axhline(neutral, color=style.GREY, linewidth=0.6, linestyle=":", zorder=0)
+            axis.grid(axis="y")
+            if column == 0:
+                axis.set_ylabel(f"mean {quantity} of a cycle")
+        axes[0, column].set_title(grouping)
+        labels = [f"{value}\n({(own == value).sum():,})" for value in values]
+        axes[1, column].set_xticks(range(1, len(values) + 1), labels, fontsize=6)
+    figure.align_ylabels()
+    return figure
+
+
+def distribution_caption(means: CycleMeans) -> str:
+    """Of `distribution_figure`."""
+    return (
+        f"γ and β for {means.tokens}, mean over blocks and dimensions, of each of "
+        f"{len(means.values):,} test cycles (counts of cycles in brackets). Box: quartiles and "
+        "median; whiskers: the last cycle within 1.5 interquartile ranges; dotted: no modulation. "
+        "Within a value, cycles differ by their other metadata."
+    )
+
+
 @torch.no_grad()
 def film_parameters(conditioner: Conditioner, metadata: Metadata) -> Iterator[dict]:
     """Per batch of cycles: {tokens: (layers, parameters [B, C, 2, D])}, gamma and beta."""
@@ -211,7 +276,7 @@ def parameters_caption(statistics: FilmStatistics, grouping: str = "device") -> 
     """Of `parameters_figure`."""
     return (
         f"γ = 1 + Δγ and β for {statistics.tokens}; mean and spread (sd) over the dimensions of "
-        "what the cycles of each value (counts in brackets) get on average. "
+        "what the test cycles of each value (counts in brackets) get on average. "
         + _distances_in_words(statistics, grouping)
     )
 
@@ -221,8 +286,8 @@ def heatmap_caption(statistics: FilmStatistics, grouping: str = "device") -> str
     cycles = sum(statistics.cycles[grouping].values())
     return (
         f"Left: γ = 1 + Δγ and β of every dimension for {statistics.tokens}, mean over "
-        f"{cycles:,} cycles. Right: mean distance of two {grouping}s' means, and spread within. "
-        + _distances_in_words(statistics, grouping)
+        f"{cycles:,} test cycles. Right: mean distance of two {grouping}s' means, and spread "
+        "within. " + _distances_in_words(statistics, grouping)
     )
 
 

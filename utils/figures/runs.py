@@ -18,6 +18,7 @@ from utils.common.errors import UserError
 from utils.evaluation.report import Origin, Report, RunReport, read_json, read_report
 from utils.evaluation.trained_model import TrainedModel
 from utils.figures import evaluation as drawn
+from utils.figures.compared import permutation_figure
 from utils.figures.style import Notice, Output
 from utils.metrics.protocol import caption
 
@@ -166,6 +167,26 @@ def learning_curves(one: Evaluation, output: Output) -> list[Path]:
     figure = learning_figure(table, measured_part(table), one.origin.epoch)
     text = f"Learning curves of {one.origin.title}."
     return output.write(figure, "learning_curves", text, one.notice())
+
+
+def permutation(one: Evaluation, output: Output) -> list[Path]:
+    """Score with real, shuffled and unknown metadata, as evaluate.py has measured it."""
+    inside = one.folder / "evaluation" / one.part
+    if not one.report.metadata_test and (inside / "report.json").is_file():
+        one = read_evaluation(inside, one.part)
+    if not one.report.metadata_test:
+        raise UserError(
+            f"{one.folder} has no metadata permutation test; run python evaluate.py --checkpoint "
+            f"{one.folder}/checkpoints/best.pt first (a model without metadata has none)"
+        )
+    text = (
+        f"Metadata permutation test of {one.origin.title}, {one.part} part: the same model and "
+        "sounds with another patient's metadata (mean over shufflings), with none, and without "
+        "each field. Right: paired differences with 95 % intervals over patients; dotted: Score "
+        "with the real metadata."
+    )
+    figure = permutation_figure(one.report.metadata_test)
+    return output.write(figure, "permutation", text, one.notice())
 
 
 Draw = Callable[[Evaluation, Output], list[Path]]

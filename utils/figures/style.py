@@ -20,12 +20,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data.task import CLASSES
-from utils.common.files import atomic_write
-from utils.metrics.protocol import LEAKY_NOTE, Selection
+from utils.common.files import atomic_write, write_text
+from utils.metrics.protocol import LEAKY_MARK, LEAKY_NOTE, PARTIAL_MARK, SYNTHETIC_MARK, Selection
 
 COLUMN = 3.5  # inch, width of one column
 PAGE = 7.16  # inch, width of both
 FORMATS = ("png", "pdf")
+CAPTIONS = ("below", "off", "file")
 
 # without the palette's yellow, which thin lines and points on white do not show
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = (
@@ -134,6 +135,14 @@ class Notice:
             lines.append(f"Source: {self.source}.")
         return lines
 
+    def marks(self) -> str:
+        """What a figure must show even where its caption stands elsewhere; "" for nothing."""
+        marks = [SYNTHETIC_MARK] * self.synthetic + [LEAKY_MARK] * self.leaky
+        head = self.partial.split(":")[0]  # such as READY-MADE SPECTROGRAMS
+        marks += [head if head.isupper() else PARTIAL_MARK] * bool(self.partial)
+        marks += [Selection.TEST.label] * (self.protocol == Selection.TEST)
+        return " · ".join(marks)
+
     @property
     def grave(self) -> bool:
         """True when the figure must not be read as a result on the whole corpus."""
@@ -187,17 +196,32 @@ def save(
 
 @dataclass(frozen=True)
 class Output:
-    """Where and in which formats figures are written."""
+    """Where and in which formats figures are written, and where their captions go.
 
-    folder: Path = Path("figs")
+    Attributes:
+        caption: below (in the figure), off, or file (`name.txt` next to the figure). The marks of
+            `Notice.marks` are in the figure in any case.
+    """
+
+    folder: Path = Path("outputs/figures")
     formats: Sequence[str] = FORMATS
+    caption: str = CAPTIONS[0]
 
     def write(
         self, figure: Figure, name: str, text: str = "", notice: Notice | None = None
     ) -> list[Path]:
-        """Caption the figure and write it."""
-        caption(figure, text, notice)
-        return save(figure, self.folder, name, self.formats)
+        """Caption the figure and write it; returns the paths."""
+        if self.caption == "below":
+            caption(figure, text, notice)
+            return save(figure, self.folder, name, self.formats)
+        if notice is not None and notice.marks():
+            figure.suptitle(notice.marks(), x=0.99, ha="right", fontsize=6.5, color=VERMILLION)
+        paths = save(figure, self.folder, name, self.formats)
+        if self.caption == "file":
+            lines = [*text.splitlines(), *(notice.lines() if notice is not None else ())]
+            paths.append(self.folder / f"{name}.txt")
+            write_text(paths[-1], "\n".join(lines) + "\n")
+        return paths
 
 
 def whole_numbers(axis: Axes, values: Sequence[int]) -> None:
