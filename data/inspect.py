@@ -23,8 +23,8 @@ import soundfile
 from tqdm import tqdm
 
 from data.config import DatasetConfig, read_dataset
-from data.corpora import CORPORA, read_corpus
 from data.corpora.icbhi import find_recordings, read_cycles
+from data.corpora.registry import CORPORA, read_corpus
 from data.corpora.spectrograms import SpectrogramStore
 from data.cycle_table import classes_of
 from data.splits import patients_in_both_halves, split_by

@@ -102,3 +102,12 @@ def test_no_circles():
         tuple(TopologicalSorter(graph).static_order())
     except CycleError as error:
         pytest.fail(f"circular imports: {' -> '.join(error.args[1])}")
+
+
+def test_no_package_imports_its_commands():
+    """`python -m package.command` would warn that the command was imported before it ran."""
+    for module, path in MODULES.items():
+        if "\nif __name__ ==" in path.read_text(encoding="utf-8"):
+            parts = module.split(".")
+            for package in (".".join(parts[:n]) for n in range(1, len(parts))):
+                assert module not in imports(package), f"{package} imports {module}"

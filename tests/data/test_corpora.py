@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from data.config import DatasetConfig
-from data.corpora import CORPORA, read_corpus
+from data.corpora.registry import CORPORA, read_corpus
 from data.splits import split_cycles
 from data.statistics import MetadataStatistics
 from utils.common.errors import UserError

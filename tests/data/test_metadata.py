@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data.corpora import read_corpus
 from data.corpora.icbhi import read_cycles
+from data.corpora.registry import read_corpus
 from data.cycle_table import COLUMNS, check_metadata, derive, read_metadata, write_metadata
 from data.metadata import build_metadata, main
 from utils.common.errors import UserError

@@ -8,8 +8,8 @@ import pytest
 import soundfile
 
 from data.config import PartConfig
-from data.corpora import CORPORA, read_corpus
 from data.corpora.icbhi import read_cycles
+from data.corpora.registry import CORPORA, read_corpus
 from data.splits import split_cycles
 from data.statistics import MetadataStatistics
 from data.synthetic.corpus import is_synthetic

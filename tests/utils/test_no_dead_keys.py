@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import corpora
+from data.corpora import registry
 from data.splits import split_cycles
 from models.registry import METHODS, VARIANTS
 from tests.utils.tiny import LIVELY, cycle_table, tiny_config, tiny_data, tiny_trainer
@@ -69,10 +69,10 @@ def divided(config: RunConfig, folder: Path) -> str:
 def opened(config: RunConfig, folder: Path) -> str:
     """What the readers of tables and sounds are asked for."""
     read = Mock(return_value=cycle_table())
-    corpus = corpora.CORPORA[config.dataset.name]._replace(read=read)
+    corpus = registry.CORPORA[config.dataset.name]._replace(read=read)
     with (
-        patch.dict(corpora.CORPORA, {config.dataset.name: corpus}),
-        patch.object(corpora, "write_metadata") as written,
+        patch.dict(registry.CORPORA, {config.dataset.name: corpus}),
+        patch.object(registry, "write_metadata") as written,
         patch.object(assemble, "open_store", side_effect=Asked) as sounds,
         pytest.raises(Asked),
     ):

@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from data.config import DatasetConfig, read_dataset
-from data.corpora import CORPORA, read_corpus
+from data.corpora.registry import CORPORA, read_corpus
 from data.cycle_table import classes_of
 from data.synthetic.corpus import is_synthetic
 from data.task import CLASSES

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.batch import Metadata
-from data.corpora import CORPORA
+from data.corpora.registry import CORPORA
 from data.task import FIELDS, SCALARS
 from models.ast import N_SPECIAL
 from models.build import build_model

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from data.corpora import read_corpus
+from data.corpora.registry import read_corpus
 from data.loader import Cycles
 from models.build import ConditionedAST
 from utils.common.cli import log_file, set_up_logging

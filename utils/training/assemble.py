@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from data.augment import Augmentation
-from data.corpora import CORPORA, read_corpus
+from data.corpora.registry import CORPORA, read_corpus
 from data.corpora.spectrograms import SpectrogramStore
 from data.loader import Cycles
 from data.splits import Split, split_by
