@@ -10,7 +10,7 @@ model's overlap is, it says something about the data only beyond these.
 
 from __future__ import annotations
 
-from benchmarks.harness import print_result
+from benchmarks.harness import options, print_result
 from models.masks import SoftMasks, mask_controls
 from utils.config.schema import load_config
 from utils.training.optim import lr_factor
@@ -21,6 +21,7 @@ TRAIN_CYCLES = 4142  # official training half
 
 def main() -> None:
     """Print percentages, and JSON as the last line."""
+    options(__doc__)
     config = load_config([CONFIG])
     model, training = config.model, config.training
     per_epoch = -(-TRAIN_CYCLES // config.dataset.batch_size)
