@@ -93,6 +93,13 @@ class Job:
                 check_metadata(statistics, known)
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
+        lost = [file for file in self.files if self.table and not self.table.names(file)]
+        if lost:
+            logger.warning(
+                "%s has no row for %d of %d recordings, such as %s; correct the column file where "
+                "that is not meant",
+                *(options.metadata, len(lost), len(self.files), lost[0]),
+            )
 
     def metadata(self, file: Path) -> dict:
         return self.given | (self.table.metadata(file) if self.table else {})
@@ -161,7 +168,8 @@ def predict(options: argparse.Namespace) -> None:
     if done:
         write_predictions(model, done, failed, options.output)
         for note, files in notes.items():
-            print(f"note: {note}" + ("" if len(files) == len(done) else f" ({len(files)} files)"))
+            share = "" if len(files) == len(done) else f" ({len(files)} of {len(done)} files)"
+            print(f"note: {note}{share}")
         seconds = sum(prediction.seconds for prediction in done)
         print(f"{seconds:.1f} s of sound in {took:.1f} s: {seconds / took:.1f} times real time")
         print(f"written to {options.output}")

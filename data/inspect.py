@@ -110,7 +110,9 @@ def traps(table: pd.DataFrame) -> list[str]:
     halves = _parts_of(table)
     test = table[table["Split"] == "test"]
     if halves == [""]:
-        found = ["The corpus names no halves; set dataset.split_strategy to random or foldwise."]
+        found = [
+            "The corpus names no halves: dataset.split_strategy random or foldwise draws patients."
+        ]
     if both := patients_in_both_halves(table):
         shared = int(test["PID"].isin(both).sum())
         found = [

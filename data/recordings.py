@@ -106,6 +106,10 @@ class MetadataTable(Table):
         for number, row in enumerate(self.rows.to_dict("records")):
             yield f"{self.where}, row {number + 2}", self._known(row)
 
+    def names(self, recording: Path) -> bool:
+        """Whether any row is about the recording."""
+        return not self.of(recording, alone=False).empty
+
     def metadata(self, recording: Path) -> dict[str, Any]:
         """What the last row of a recording says; nothing where it has none."""
         rows = self.of(recording, alone=False).to_dict("records")

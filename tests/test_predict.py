@@ -240,6 +240,8 @@ def test_a_folder_with_annotations_and_a_faulty_file(
     printed = capsys.readouterr()
     assert "bad.wav has 1 NaN" in printed.err and "1 of 3 recordings" in printed.err
     assert "times real time" in printed.out and " cycles; normal" in printed.out
+    assert "no row for 1 of 3 recordings, such as" in printed.err and "1/same.wav" in printed.err
+    assert "note: device unknown (1 of 2 files)" in printed.out
     frame = pd.read_csv(tmp_path / "o" / "predictions.csv")
     first, second = (frame[frame["file"] == str(folder / n / "same.wav")] for n in "01")
     assert set(first["metadata_known"]) == {"age site"}

@@ -66,6 +66,8 @@ def test_an_opened_folder_answers_the_same_without_data(model, folder):
     assert abs(probability - one.probability).max() < 1e-6
     with pytest.raises(UserError, match=r"data folder not-shared .* --data-folder DIR"):
         _ = opened.corpus
+    with pytest.raises(UserError, match=r"data folder not-shared .* --data-folder DIR"):
+        _ = opened.data
 
 
 def test_nothing_of_the_machine_is_shared(folder):

@@ -138,7 +138,10 @@ def test_a_manifest_without_halves(tmp_path, capsys):
     assert "all 20 10 10 5 5 5 5" in out
     assert out[out.index("Cycles by device") + 3 :][:2] == ["Eko 19 10 73.7", "unknown 1 1 100.0"]
     assert "Device 1 1" in out and "BMI 20 10" in out
-    assert "- The corpus names no halves; set dataset.split_strategy to random or foldwise." in out
+    assert (
+        "- The corpus names no halves: dataset.split_strategy random or foldwise draws patients."
+        in out
+    )
     parts = out[out.index("Parts under the random split") + 3 :][:3]
     assert [line.split()[0] for line in parts] == ["train", "val", "test"]
     assert sum(int(line.split()[1]) for line in parts) == 20

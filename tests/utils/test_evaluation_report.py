@@ -179,6 +179,7 @@ def test_every_table_carries_rule_and_marks(selection, partial, synthetic, split
     card = model_card(report, corpora=["manifest", "sprsound"], training_counts=val)
     assert "Validation: 144 cycles" in card
     assert ("own table and SPRSound (Zhang" in card) == (not synthetic) and "Rocha" not in card
+    assert "156 and 218" not in card, "they are ICBHI's"
 
 
 # --- subgroups -----------------------------------------------------------------------------------

@@ -190,17 +190,20 @@ def _controls(report: Report) -> list[str]:
 
 
 _SPLIT_LIMITS = {
-    "official": (
-        "- Patients 156 and 218 are in both halves of the official split (120 of 2,756 test "
-        "cycles of the whole database).",
-    ),
-    "foldwise": ("- The test part is one of five patient-wise folds, not the official half.",),
-    "random": ("- The test part is a patient-wise random draw, not the official half.",),
-    "recordings": (
-        "- The test part is a random draw of recordings, not the official half: nearly all of its "
-        "patients were heard in training.",
-    ),
+    "foldwise": "- The test part is one of five patient-wise folds, not the official half.",
+    "random": "- The test part is a patient-wise random draw, not the official half.",
+    "recordings": "- The test part is a random draw of recordings, not the official half: nearly "
+    "all of its patients were heard in training.",
 }
+
+
+def _split_limits(strategy: str, corpora: Sequence[str]) -> list[str]:
+    if strategy == "official" and "icbhi" in corpora:
+        return [
+            "- Patients 156 and 218 are in both halves of ICBHI's official split (120 of 2,756 "
+            "test cycles of the whole database)."
+        ]
+    return [_SPLIT_LIMITS[strategy]] if strategy in _SPLIT_LIMITS else []
 
 
 CORPORA = {
@@ -266,10 +269,10 @@ def model_card(
         "",
         "- The intervals hold for patients like those of the test part, recorded as they were; "
         f"{counts['patients']} patients cannot show differences of one or two points.",
-        "- Device, site, age and body mass index nearly identify a patient in this database; "
-        "a model that sees them can learn the patient instead of the sound. See the metadata "
-        "permutation test and the metadata-only baselines in the evaluation report.",
-        *_SPLIT_LIMITS.get(one.split_strategy, ()),
+        "- Device, site, age and body mass index nearly identify a patient in ICBHI 2017, and may "
+        "elsewhere; a model that sees them can learn the patient instead of the sound. See the "
+        "metadata permutation test and the metadata-only baselines in the evaluation report.",
+        *_split_limits(one.split_strategy, corpora),
         "- Annotations come from few experts; their disagreement is not in these intervals.",
         "- The outputs are not calibrated probabilities (the loss and its weighting of positives "
         "shift them); see the calibration in the evaluation report before reading them as such.",

@@ -191,20 +191,24 @@ class TrainedModel:
         """Whether the recordings were generated, those of the training or those evaluated."""
         return self.checkpoint.synthetic or is_synthetic(*self.config.dataset.folders)
 
+    def _find_data(self) -> None:
+        """Said here with the remedy for a checkpoint; a corpus would give a configuration's."""
+        for folder in self.config.dataset.folders:
+            if not Path(folder).expanduser().exists():
+                there = f"correct it in {self.corpus_file}"
+                remedy = there if self.corpus_file else "name it with --data-folder DIR"
+                raise UserError(f"the data folder {folder} does not exist; {remedy}")
+
     @cached_property
     def corpus(self) -> tuple[pd.DataFrame, Split]:
         """Cycle table and split, without opening any sound."""
-        for folder in self.config.dataset.folders:
-            if not Path(folder).exists():
-                raise UserError(
-                    f"the data folder {folder} of the checkpoint does not exist; "
-                    "name it with --data-folder DIR"
-                )
+        self._find_data()
         return build_split(self.config, judged=self.corpus_file is not None)
 
     @cached_property
     def data(self) -> Cycles:
         """The cycles, encoded with the checkpoint's statistics."""
+        self._find_data()
         return build_data(self.config, self.statistics, judged=self.corpus_file is not None)
 
     @cached_property

@@ -42,7 +42,8 @@ def draw(table: pd.DataFrame, folder: str | Path, notice: style.Notice) -> list[
     _bars(axes[0], table, "Class", CLASSES, parts, "class")
     _bars(axes[1], table, "Device", devices, parts, "device")
     _bars(axes[2], table, "AuscLoc", sites, parts, "auscultation site")
-    axes[0].legend()
+    if len(parts) > 1:
+        axes[0].legend()
     durations = table["Duration"].dropna()
     bins = np.arange(0, max(10.0, durations.max() if len(durations) else 0) + 0.25, 0.25)
     for part in parts:
@@ -95,6 +96,8 @@ def _patients(axis: Axes, patients: pd.DataFrame, devices: Sequence[str]) -> Non
         ages = [patients.loc[patients["Device"] == device, "Age"].dropna() for device in devices]
         axis.hist(ages, 20, stacked=True, color=[colours[d] for d in devices], label=devices)
         axis.set_ylabel("patients")
+        axis.margins(y=0.5)  # room for the legend above the bars
+        axis.yaxis.get_major_locator().set_params(integer=True)
     else:
         for number, device in enumerate(devices):
             rows = patients[patients["Device"] == device].dropna(subset=["Age", "BMIDerived"])
