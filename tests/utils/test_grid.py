@@ -10,9 +10,14 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import pytest
+import torch
 import yaml
 
 import evaluate
@@ -20,14 +25,20 @@ from data.synthetic.corpus import write_corpus
 from models.registry import VARIANTS
 from tests.utils.evaluation_tables import finish_run
 from tests.utils.tiny import words
-from utils.common.errors import UserError
+from utils.common.errors import Busy, Preempted, UserError
+from utils.common.lock import held
 from utils.config.schema import config_hash, load_config
 from utils.evaluation.result_tables import PUBLISHED_NOTE
 from utils.runs import grid as grids
-from utils.runs.grid import Cell, read_grid, run_grid, run_tracked, start_process
+from utils.runs.cells import Cell, read_grid
+from utils.runs.pool import Pool, conclude, run_tracked
+from utils.runs.processes import described, keep_ending, read_ending, start_process
 from utils.runs.run import Run
 from utils.runs.start import parse_arguments
+from utils.runs.states import estimates, show_list, show_states, state_of
 from utils.training.device import Runtime
+from utils.training.pace import Pace, PaceMeter, device_name
+from utils.training.runfolder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = ("selected on validation patients", "SELECTED ON TEST")
@@ -62,6 +73,20 @@ def small(**overrides) -> list[str]:
     sizes = {"models.*.input_fdim": "null", "models.*.input_tdim": "null"}  # those of the dataset
     found = words(**{"dataset.data_folder": "corpus", **sizes, **overrides})
     return [word for word in found if not word.startswith("backbone.trainable_blocks")]
+
+
+class Ended:
+    """A cell's process that has ended."""
+
+    def __init__(self, status: int):
+        self.poll = self.wait = lambda: status
+        self.terminate = lambda: None
+
+
+def starting(grid, act):
+    """Starts cells for a pool: `act`, called with cell and log, gives the exit status at once."""
+    cells = {cell.arguments: cell for cell in grid.cells}
+    return lambda words, log, _: Ended(act(cells[words], log))
 
 
 def finish(cell: Cell, seed: int = 0) -> float:
@@ -208,7 +233,7 @@ def test_finished_cells_are_skipped_and_failing_ones_passed_by(grid_file, capsys
         finish(cell, seed=len(started))
         return 0
 
-    assert run_tracked(grid, start) == [broken]
+    assert run_tracked(grid, starting(grid, start)) == [broken]
     assert started == [broken, *rest]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     mark = "(selected on validation patients; SYNTHETIC RECORDINGS)"
@@ -219,7 +244,7 @@ def test_finished_cells_are_skipped_and_failing_ones_passed_by(grid_file, capsys
     assert "error: the gradient was not finite\n    lower training.lr" in caplog.text
     # the same command again runs what is missing, and then the table is whole
     broken, started[:] = None, []
-    assert run_tracked(grid, start) == []
+    assert run_tracked(grid, starting(grid, start)) == []
     assert [cell.label for cell in started] == ["AST trainable_blocks=2 seed=0"]
     table = (grid.folder / "table.md").read_text(encoding="utf-8")
     assert "Backbone freezing" in table and table.strip() in capsys.readouterr().out
@@ -231,42 +256,189 @@ def test_finished_cells_are_skipped_and_failing_ones_passed_by(grid_file, capsys
 
 @pytest.mark.parametrize(
     ("cell_status", "status", "started"),
-    [(75, 75, 1), (130, 130, 1), (-2, 130, 1), (3, 1, 4), (0, 1, 4), (73, 0, 4)],
-)  # 0 without a report is a failure; 73: another process is at work on the cell
+    [(75, 75, 1), (130, 130, 1), (-2, 130, 1), (3, 1, 4), (0, 1, 4)],
+)  # 0 without a report is a failure
 def test_exit_statuses(cell_status, status, started, grid_file, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        grids, "run_tracked", lambda grid: run_grid(grid, lambda *_: calls.append(1) or cell_status)
+        grids,
+        "run_tracked",
+        lambda grid, **_: Pool(grid, lambda *_: calls.append(1) or Ended(cell_status)).run(),
     )
     assert grids.main([str(grid_file), "mlflow.enabled=false"]) == status
     assert len(calls) == started
     assert grids.main(["nowhere.yaml"]) == 2
 
 
-def test_sigterm_reaches_the_cell_and_its_state_counts(here):
-    script = here / "cell.py"
-    script.write_text(
-        "import pathlib, signal, sys, time\n"
+@pytest.fixture
+def stubs(grid_file):
+    """The grid whose four cells print, say that they are ready, and wait for SIGTERM or `go`."""
+    (grid_file.parent / "cell.py").write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "me = str(os.getpid())\n"
         "def stop(*_): print('saved', flush=True); sys.exit(75)\n"
         "signal.signal(signal.SIGTERM, stop)\n"
-        "pathlib.Path('ready').touch()\n"
-        "time.sleep(60)\n"
+        "pathlib.Path('ready-' + me).write_text(os.environ.get('CUDA_VISIBLE_DEVICES', ''))\n"
+        "print('error: no way', flush=True)\n"
+        "while not pathlib.Path('go').exists(): time.sleep(0.01)\n"
+        "sys.exit(3)\n"
     )
+    grid = read_grid(grid_file, overrides=["mlflow.enabled=false"])
+    cells = [Cell(c.label, c.config, ("cell.py", c.label)) for c in grid.cells]
+    return replace(grid, cells=tuple(cells))
 
-    def terminate():
-        while not (here / "ready").exists():
+
+def once_ready(number: int, act):
+    """Call `act` in another thread as soon as that many stubs are ready."""
+
+    def watch():
+        while len(list(Path().glob("ready-*"))) < number:
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+        act()
 
-    threading.Thread(target=terminate).start()
-    cell = Cell("stub", None, (str(script),))
-    began = time.monotonic()
-    assert start_process(cell, here / "logs" / "cell.log") == 75
-    assert time.monotonic() - began < 30
-    assert (here / "logs" / "cell.log").read_text() == "saved\n"
-    script.write_text("import sys; sys.exit('error: no')")
-    assert start_process(cell, here / "logs" / "cell.log") == 1
-    assert (here / "logs" / "cell.log").read_text() == "saved\nerror: no\n"
+    threading.Thread(target=watch).start()
+
+
+def test_sigterm_reaches_all_cells(stubs):
+    once_ready(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Preempted):
+        Pool(stubs, workers=3).run()
+    logs = [stubs.log(cell) for cell in stubs.cells]
+    assert [log.is_file() and log.read_text() for log in logs] == [
+        *["error: no way\nsaved\n"] * 3,
+        False,
+    ]
+    assert [state_of(stubs, cell).name for cell in stubs.cells] == ["pending"] * 4
+
+
+def test_workers_see_their_gpus_and_failures_stay(stubs, capsys):
+    once_ready(2, Path("go").touch)
+    assert Pool(stubs, workers=2, gpus=["4", "7"]).run() == list(stubs.cells)
+    seen = [path.read_text() for path in Path().glob("ready-*")]
+    assert sorted(seen) == ["4", "4", "7", "7"]
+    shown = show_states(stubs)
+    assert shown.count("failed") == 5 and "status 3: error: no way" in shown
+    assert shown.endswith("4 failed")
+
+
+def test_a_killed_cell_says_so(here):
+    script = here / "cell.py"
+    script.write_text("import os; os.kill(os.getpid(), 9)")
+    process = start_process([str(script)], here / "logs" / "cell.log")
+    assert process.wait() == -9 and described(-9) == "SIGKILL (out of memory?)"
+    keep_ending(here / "logs" / "cell.log", -9)
+    assert read_ending(here / "logs" / "cell.log")["last"].endswith("cell.log is empty")
+
+
+# -------------------------------------------------------------------- states and estimates
+
+
+def test_another_processs_cell_is_left_and_waited_for(grid_file, monkeypatch, capsys):
+    """It ends there; a second one dies there and is taken over here."""
+    monkeypatch.setattr("utils.runs.pool.LOOK", 0.05)
+    grid = read_grid(grid_file, overrides=["mlflow.enabled=false"])
+    ours, theirs, dying, _ = grid.cells
+    started, stack = [], ExitStack()
+    for cell in (theirs, dying):
+        stack.enter_context(held(cell.folder.path))
+
+    def start(cell, log):
+        started.append(cell)
+        if len(started) == 2:  # the others of the first round
+            finish(theirs)
+            stack.close()
+        finish(cell)
+        return 0
+
+    assert state_of(grid, theirs).name == "running"
+    assert f"process {os.getpid()} on " in show_states(grid)
+    assert Pool(grid, starting(grid, start)).run() == []
+    assert theirs not in started and started[-1] is dying and started[0] is ours
+    printed = capsys.readouterr().out
+    assert printed.count("another process is at work on it") == 2
+
+
+def test_two_pools_never_run_a_cell_twice(grid_file, monkeypatch):
+    """Both start the same cell: its lock decides, and the other one waits."""
+    monkeypatch.setattr("utils.runs.pool.LOOK", 0.05)
+    grid = read_grid(grid_file, overrides=["mlflow.enabled=false"])
+    done, first = [], Barrier(2)
+
+    def start(cell, log):
+        if cell is grid.cells[0] and len(done) == 0:
+            first.wait()  # both have seen it pending
+        try:
+            with held(cell.folder.path):
+                if cell.folder.finished:
+                    raise Busy("")
+                done.append(cell.label)
+                time.sleep(0.05)
+                finish(cell)
+        except Busy:
+            return 73
+        return 0
+
+    monkeypatch.setattr("utils.runs.pool.sigterm_reaches", lambda _: nullcontext(lambda: False))
+    with ThreadPoolExecutor(2) as threads:
+        pools = [Pool(grid, starting(grid, start)) for _ in range(2)]
+        assert [pool.result() for pool in [threads.submit(p.run) for p in pools]] == [[], []]
+    assert sorted(done) == sorted(cell.label for cell in grid.cells)
+
+
+def test_only_one_process_keeps_the_grid(grid_file, caplog):
+    grid = read_grid(grid_file, overrides=["mlflow.enabled=false"])
+    with held(grid.folder):
+        assert conclude(grid) is False and not (grid.folder / "grid.json").exists()
+    assert conclude(grid) is True and (grid.folder / "grid.json").is_file()
+
+
+def test_a_changed_grid_keeps_equal_cells(grid_file):
+    grid = read_grid(grid_file)
+    finish(grid.cells[1])
+    grid_file.write_text(GRID.replace("[0, 2]", "[1, 2, 3]"))
+    changed = read_grid(grid_file)
+    assert changed.folder != grid.folder
+    states = [state_of(changed, cell).name for cell in changed.cells]
+    assert states == ["pending", "finished", "pending", *["pending"] * 3]
+
+
+def test_list_estimates_from_what_was_measured(grid_file, monkeypatch):
+    grid = read_grid(
+        grid_file,
+        overrides=["training.epochs=4", "training.warmup_epochs=1", "mlflow.enabled=false"],
+    )
+    assert "not measured: no cell has trained here" in show_list(grid)
+    assert show_list(grid).count("not measured") == 5
+    pace = {"device": device_name(), "step": 1.0, "epoch": 30.0, "memory": 2_000_000_000}
+    first = grid.cells[0].folder
+    first.write_record(pace=pace | {"device": "another"})
+    assert show_list(grid).count("not measured") == 5
+    first.write_record(pace=pace)
+    first.write_metrics([{"epoch": 0.0, "val_score": float("nan")}])
+    lines = show_list(grid, workers=2).splitlines()
+    assert lines[0].split()[1:6] == ["pending", "2", "min,", "2.0", "GB"]
+    assert lines[1].split()[2:4] == ["~2", "min,"]
+    assert lines[-1].strip().startswith("8 min in all, 8 min of it left, 4 min with 2 workers")
+    assert [round(left) for _, left, *_ in estimates(grid.cells, device_name())] == [
+        90, 120, 120, 120,
+    ]  # fmt: skip
+
+
+def test_a_run_measures_its_pace(tmp_path, monkeypatch):
+    """After the first minute, and with its evaluation at the end of an epoch."""
+    clock = iter([0.0, 10.0, 30.0, 61.0, 66.0, 1000.0])
+    monkeypatch.setattr("utils.training.pace.time.monotonic", lambda: next(clock))
+    folder = RunFolder(tmp_path / "run")
+    meter = PaceMeter(folder, torch.device("cpu"), steps=10)
+    meter.start()
+    for _ in range(2):
+        meter.step()
+    assert Pace.of(folder) is None, "no minute has passed"
+    meter.step()  # 20 and 31 s after the first
+    assert Pace.of(folder).epoch == 10 * 25.5
+    meter.end()
+    found = Pace.of(folder)
+    assert (found.step, found.epoch) == (25.5, 260.0) and found.memory > 10_000_000
 
 
 # -------------------------------------------------------------------- the whole thing
@@ -291,7 +463,7 @@ def test_methods_and_variants_end_in_one_table(here, synthetic_corpus, monkeypat
             run.test(run.fit(run.model(data), data))
         return 0
 
-    assert run_tracked(grid, start) == []
+    assert run_tracked(grid, starting(grid, start)) == []
     table = (grid.folder / "table.md").read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
     scores = [cell.score().split()[1] for cell in grid.cells]

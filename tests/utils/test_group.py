@@ -16,7 +16,7 @@ from utils.evaluation.finished_runs import group_runs, read_runs
 from utils.evaluation.result_tables import build_tables
 from utils.metrics.bootstrap import patient_bootstrap, patient_tables
 from utils.metrics.predictions import read_predictions
-from utils.runs.grid import seeds_from
+from utils.runs.cells import seeds_from
 from utils.runs.group import Group, expand
 from utils.runs.start import parse_arguments
 from utils.training.runfolder import RunFolder

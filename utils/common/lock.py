@@ -92,6 +92,13 @@ def held(
                 file.unlink()
 
 
+def owner_of(path: str | Path) -> dict[str, Any] | None:
+    """Who owns `path` at this moment ("pid", "host", "since"); None: nobody who is alive."""
+    path = Path(path)
+    owner = _read(path.with_name(f".{path.name}.lock"))
+    return None if owner is None or _stale(owner, path.parent) else owner
+
+
 def _create(file: Path, record: dict[str, Any]) -> bool:
     try:
         opened = file.open("x", encoding="utf-8")

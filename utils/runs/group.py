@@ -33,7 +33,8 @@ from utils.evaluation.report import (
 from utils.metrics.bootstrap import patient_bootstrap
 from utils.metrics.predictions import read_predictions, write_predictions
 from utils.metrics.protocol import caption, is_leaky, metric_group
-from utils.runs.grid import digest, finish_tracking, override_sets, seeds_from, start_parent
+from utils.runs.cells import digest, override_sets, seeds_from
+from utils.runs.pool import finish_tracking, start_parent
 from utils.tracking import Tracker
 from utils.training.runfolder import RunFolder
 

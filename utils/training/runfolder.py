@@ -2,7 +2,7 @@
 
     runs/<variant>-<n_cls>cls-<selection>-s<seed>-<hash of the resolved config>/
         config.yaml             every resolved key
-        record.json             when it was started; once copied to checkpoints/, what it replaced
+        record.json             when it was started, its pace; once published, what it replaced
         run.log                 what was printed
         metrics.csv             one row per finished epoch
         tracking.json           what MLflow is to show, in addition to metrics.csv and the files
@@ -117,7 +117,7 @@ class RunFolder:
             return {}
         return record if isinstance(record, dict) else {}
 
-    def write_record(self, **changed: str) -> None:
+    def write_record(self, **changed: Any) -> None:
         """Add to record.json."""
         write_json(self.record, self.read_record() | changed)
 
@@ -130,6 +130,14 @@ class RunFolder:
         for row in history:
             writer.writerow({k: "" if _is_nan(v) else v for k, v in row.items()})
         write_text(self.metrics, text.getvalue())
+
+    def read_metrics(self) -> list[dict[str, float]]:
+        """The rows of metrics.csv, NaN for an empty cell; none before the first epoch ends."""
+        try:
+            rows = list(csv.DictReader(self.metrics.read_text(encoding="utf-8").splitlines()))
+            return [{k: float(v or "nan") for k, v in row.items()} for row in rows]
+        except (OSError, ValueError, TypeError, AttributeError):
+            return []
 
     def write_report(self, report: dict[str, Any]) -> None:
         """report.json; NaN becomes null, so that any JSON reader takes it."""

@@ -35,6 +35,7 @@ from utils.training.device import Runtime, generator_states, set_generator_state
 from utils.training.inputs import Inputs
 from utils.training.losses import build_loss, positive_weights
 from utils.training.optim import build_optimizer, build_schedule, sharpened
+from utils.training.pace import PaceMeter
 from utils.training.predict import Predictor, gather_rows
 from utils.training.signals import Flags, Signals
 
@@ -123,6 +124,8 @@ class Trainer:
         self.optimizer = build_optimizer(groups, training)
         self.steps_per_epoch = -(-len(self.rows) // batch_size)
         self.schedule = build_schedule(self.optimizer, training, self.steps_per_epoch)
+        folder = checkpointer.folder if checkpointer and runtime.is_main else None
+        self.pace = PaceMeter(folder, runtime.device, self.steps_per_epoch)
         self.progress = Progress()
         self.best: dict[str, Tensor] | None = None
         self.seen: list[tuple[Tensor, Tensor]] = []
@@ -141,6 +144,7 @@ class Trainer:
                 self.model.conditioner.on_epoch(self.progress.epoch)
                 self.train_epoch()
                 self._report(self.close_epoch())
+                self.pace.end()
                 flags = self.signals.now()
                 # the last state is saved whatever happens to the test and the report
                 self._handle_flags(flags._replace(save=flags.save or self._is_over()))
@@ -262,10 +266,12 @@ class Trainer:
             ncols=100,
         )
         started = time.monotonic() - progress.seconds
+        self.pace.start()
         for parts in bar:
             nonfinite = self.step(parts, batches)
             progress.step += 1
             progress.seconds = time.monotonic() - started
+            self.pace.step()
             rows = torch.from_numpy(np.concatenate([part.rows for part in parts]))
             self._handle_flags(self.signals.post(nonfinite, rows))
         self._handle_flags(self.signals.drain(), save=False)  # a due one waits for the evaluation
