@@ -15,6 +15,7 @@ import pandas as pd
 from data.task import CLASSES
 from utils.common.errors import UserError
 from utils.common.files import write_text
+from utils.common.readers import read_csv
 
 #: Columns of the file, in order. Times and Duration in s, Age in years, BMI and BMIDerived in
 #: kg/m2, CW (child weight) in kg, CH (child height) in cm; empty = missing. Tables in memory also
@@ -69,10 +70,7 @@ def read_metadata(path: str | Path) -> pd.DataFrame:
     Raises:
         UserError: the file cannot be read, or is not such a file.
     """
-    try:
-        file = pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str), encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # pandas' parser and decoding errors are ValueErrors
-        raise UserError(f"{path}: cannot be read as CSV ({error}); {_REMEDY}") from error
+    file = read_csv(path, _REMEDY, dtype=dict.fromkeys(_TEXT, str))
     if missing := [name for name in COLUMNS if name not in (*file.columns, *DERIVED)]:
         raise UserError(f"{path}: column {', '.join(missing)} is missing; {_REMEDY}")
     table = file[[name for name in COLUMNS if name in file.columns]].copy()

@@ -9,10 +9,11 @@ from typing import Any
 import pandas as pd
 import soundfile
 
-from data.corpora.icbhi_tables import parse_annotation, read_text
+from data.corpora.icbhi_tables import parse_annotation
 from data.corpora.manifest import NUMBERS, Where, read_rows, to_number
 from data.segments import Segment
 from utils.common.errors import UserError
+from utils.common.readers import read_text
 
 #: Of files in a folder; a file that is named is tried whatever its name.
 SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} - {".raw", ".mat4"}
@@ -41,7 +42,8 @@ def find_audio(paths: Sequence[str | Path]) -> list[Path]:
 
 def read_annotation(path: str | Path) -> list[Segment]:
     """Cycles of an ICBHI annotation (.txt: start, end, crackle, wheeze)."""
-    return [Segment(*cycle) for cycle in parse_annotation(read_text(Path(path)), str(path))]
+    text = read_text(path, "restore the original file", fallback="latin-1")
+    return [Segment(*cycle) for cycle in parse_annotation(text, str(path))]
 
 
 class Table:

@@ -215,7 +215,7 @@ def open_folder(folder: Path, plan: StorePlan, on_bad_recording: str) -> Wavefor
         if index["cycles"] != zlib.crc32(content):
             raise ValueError("cycles.i64 has another checksum")
         size = (folder / "samples.f32").stat().st_size
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         damaged(folder, error)
     if index["settings"] != plan.settings or index["prints"] != plan.prints:
         damaged(folder, "it was made from other recordings")

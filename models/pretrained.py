@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from models.ast import AST, N_SPECIAL, grid_size
+from utils.common.archives import check_archive
 from utils.common.errors import UserError
 
 AUDIOSET_HUB_NAME = "MIT/ast-finetuned-audioset-10-10-0.4593"
@@ -28,6 +28,9 @@ IMAGENET_TIMM_NAME = "deit_base_distilled_patch16_384"
 HUB_FILES = ("config.json", "model.safetensors")
 #: spectrogram that the authors' AudioSet checkpoints were trained on, bands x frames
 AUDIOSET_INPUT = (128, 1024)
+
+#: What people's files put around a state dictionary: DeiT's, Lightning's and others'.
+WRAPPERS = {"model", "state_dict", "model_state_dict"}
 
 State = dict[str, Tensor]
 
@@ -119,7 +122,7 @@ def backbone_of(state: State, source: str) -> tuple[State, bool]:
         some = ", ".join(sorted(state)[:3])
         raise UserError(
             f"backbone.weights_path: {source} holds {len(found) or 'no'} vision transformers "
-            f"(cls_token); its tensors are {some} and so on. Give an AST, SSAST or DeiT file"
+            f"(cls_token); its tensors are {some or 'none'}; give an AST, SSAST or DeiT file"
         )
     root = found[0].removesuffix("cls_token")
     hub = root.endswith("embeddings.")
@@ -189,6 +192,7 @@ def _tensors(path: Path) -> State:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        check_archive(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # options, in many a file
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -196,23 +200,35 @@ def _tensors(path: Path) -> State:
             f"backbone.weights_path: {path} does not exist; the folder must hold "
             f"{' and '.join(HUB_FILES)}"
         ) from None
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # damaged bytes can break the readers in any way
         # torch's own advice, to open it all the same, is for files that one has written oneself
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise UserError(
                 f"backbone.weights_path: {path} holds a Python object ({found[1]}) that could run "
                 "code and is not opened; save the tensors alone, as state_dict() gives them"
             ) from None
+        reason = str(error) if type(error) is ValueError else type(error).__name__
         raise UserError(
-            f"backbone.weights_path: {path} is no readable weights file "
-            f"({type(error).__name__}); it may be cut off: download it again"
+            f"backbone.weights_path: {path} is no readable weights file ({reason}); it may be cut "
+            "off: download it again"
         ) from error
-    for wrapper in ("model", "state_dict", "model_state_dict"):  # DeiT's, Lightning's and others'
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"backbone.weights_path: {path} holds no state dictionary of tensors")
+    while isinstance(state, dict) and (inner := WRAPPERS & state.keys()):
+        state = state[inner.pop()]
+    if not isinstance(state, dict) or not all(map(_is_plain, state, state.values())):
+        holds = f"a {type(state).__name__}"
+        if isinstance(state, dict):
+            holds = ", ".join(f"{k!r:.40} ({type(v).__name__})" for k, v in list(state.items())[:3])
+        raise UserError(
+            f"backbone.weights_path: {path} holds no state dictionary of tensors, but {holds}; "
+            "save model.state_dict() alone"
+        )
     return state
+
+
+def _is_plain(name: Any, value: Any) -> bool:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    named = isinstance(name, str) and name.isprintable()
+    return named and dense and value.device.type == "cpu"
 
 
 def _read_audioset(path: Path) -> Weights:
@@ -233,7 +249,7 @@ def _read_transformers(config_path: Path, state: State, source: str) -> Weights:
         )
         eps, heads = float(config["layer_norm_eps"]), int(config["num_attention_heads"])
         act = config["hidden_act"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise UserError(
             f"backbone.weights_path: {config_path} cannot be read as the configuration of a "
             f"transformers AST ({type(error).__name__}: {error}); it must lie next to "
@@ -271,7 +287,7 @@ def _read_imagenet(path: str | None) -> Weights:
     state = from_vit(state)
     grid = None
     if "pos_embed" in state and state["pos_embed"].ndim == 3:
-        side = round((state["pos_embed"].shape[1] - N_SPECIAL) ** 0.5)
+        side = round(max(0, state["pos_embed"].shape[1] - N_SPECIAL) ** 0.5)
         grid = (side, side)
     return Weights(state, 1e-6, grid, None, source)
 
@@ -375,6 +391,12 @@ def load_into(backbone: AST, weights: Weights, patch_init: str | None = None) ->
                 f"{tuple(value.shape)}; check backbone.embed_dim, mlp_ratio and patch_size (of "
                 "another patch size: set backbone.patch_init)"
             )
+    positions, expected = state["pos_embed"].shape, own["pos_embed"].shape
+    if len(positions) != 3 or positions[::2] != expected[::2]:
+        raise UserError(
+            f"{where} does not fit the backbone: pos_embed is {tuple(positions)}, expected "
+            f"(1, positions, {expected[2]}); check backbone.embed_dim"
+        )
     heads = backbone.blocks[0].attn.num_heads if backbone.depth else None
     if weights.num_heads not in (None, heads):
         raise UserError(

@@ -285,7 +285,7 @@ def test_cycles_of_a_table_and_windows_instead(checkpoint, wav, monkeypatch, tmp
         ("start,end\n1,x\n", "row 2: end is 'x'; a number is needed"),
         ("begin,end\n1,2\n", "lacks the column start"),
         ("start,end,file\n0,1,2,a.wav\n", "rows have more cells than the first line has names"),
-        ("start,end,file\n0,1,\0\n", "row 2: a cell has a NUL byte"),
+        ("start,end,file\n0,1,\0\n", "damaged or no text (a NUL byte at 20)"),
         ("start,end,file\n1,2,other.wav\n", "has no cycle of"),
         ("start,end,crackle\n1,2,maybe\n", "neither 0 nor 1"),
     ):

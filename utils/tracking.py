@@ -35,10 +35,12 @@ from utils.common.cli import EXIT_USER, command
 from utils.common.errors import UserError
 from utils.common.files import check_sum, write_text
 from utils.common.lock import held
+from utils.common.readers import read_json
 
 log = logging.getLogger(__name__)
 
 RECORD = "tracking.json"
+_KINDS = {"key": str, "tags": dict, "values": dict, "files": dict, "params": dict}  # in it
 FIRST_PAUSE, LONGEST_PAUSE = 30.0, 600.0  # s between attempts while the store is down
 CLOSING, BYTES_PER_S = 10.0, 20e6  # s that the end of a run waits; for large files a little more
 MAX_KEY, MAX_PARAM, MAX_TAG = 250, 6000, 5000  # MLflow: characters
@@ -322,18 +324,19 @@ def _read_epochs(folder: Path) -> dict[int, dict[str, float]]:
     try:
         lines = (folder / "metrics.csv").read_text(encoding="utf-8").splitlines()
         return {step: row for row, step in map(epoch_metrics, csv.DictReader(lines))}
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, csv.Error):
         return {}
 
 
 def read_record(folder: Path) -> dict[str, Any]:
     """The record of a run folder; empty where there is none, or a damaged one."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        crc = record.pop("crc32", None)  # records of earlier versions have none
-    except (OSError, ValueError, AttributeError, TypeError):
+        record = read_json(folder / RECORD, "")
+    except UserError:
         return {}
-    return record if "key" in record and crc in (None, _crc(record)) else {}
+    crc = record.pop("crc32", None)  # records of earlier versions have none
+    whole = all(isinstance(record.get(name), kind) for name, kind in _KINDS.items())
+    return record if whole and crc in (None, _crc(record)) else {}
 
 
 def _crc(record: Mapping[str, Any]) -> int:

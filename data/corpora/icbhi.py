@@ -26,12 +26,12 @@ from data.corpora.icbhi_tables import (
     parse_diagnosis,
     parse_name,
     parse_split,
-    read_text,
 )
 from data.cycle_table import COLUMNS, Completeness, count_cycles, derive
 from data.splits import assign_folds
 from data.task import CLASSES
 from utils.common.errors import UserError
+from utils.common.readers import read_text
 
 __all__ = ["DEVICES", "SITES", "completeness", "read_cycles"]
 
@@ -111,7 +111,7 @@ def read_cycles(
     for stem in sorted(set(annotations) & set(audio) if require_audio else annotations):
         try:
             shared = _recording_columns(parse_name(stem), parts, demographics, diagnosis)
-            cycles = parse_annotation(read_text(annotations[stem]), str(annotations[stem]))
+            cycles = parse_annotation(_text(annotations[stem]), str(annotations[stem]))
         except UserError as error:
             report(str(error))
             continue
@@ -168,7 +168,11 @@ def parse_table(folder: Path, kind: str, parse: Callable[[str, str], dict]) -> d
             f"{folder}: the {kind} table {names[0]}{also} is missing there and in its parent; "
             f"download it from {BASE_URL}{names[0]}"
         )
-    return parse(read_text(path), str(path))
+    return parse(_text(path), str(path))
+
+
+def _text(path: Path) -> str:
+    return read_text(path, "restore the original file", fallback="latin-1")
 
 
 def find_recordings(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from utils.common.errors import UserError
@@ -78,18 +77,6 @@ def parse_name(stem: str) -> RecordingName:
         if not good:
             raise UserError(f"recording name '{stem}': '{token}' is not {expected}; rename it")
     return RecordingName(int(pid), index, site, mode, device)
-
-
-def read_text(path: Path) -> str:
-    """Text of a file: UTF-8 with or without a byte-order mark, else Latin-1."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); restore the file") from error
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return content.decode("latin-1")
 
 
 def parse_annotation(text: str, source: str) -> list[Cycle]:

@@ -16,7 +16,6 @@ import argparse
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from data.splits import assign_folds
 from utils.common.cli import command
 from utils.common.errors import UserError
 from utils.common.files import write_text
+from utils.common.readers import read_csv
 
 log = logging.getLogger(__name__)
 
@@ -126,22 +126,9 @@ def read_rows(
     path: Path, required: Sequence[str] = REQUIRED, optional: Sequence[str] = OPTIONAL
 ) -> pd.DataFrame:
     """The cells of a manifest as text, one column per name, "" where empty or absent."""
-    options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            rows = pd.read_csv(path, index_col=False, **options)  # else all cells would move over
-    except pd.errors.ParserWarning:
-        raise UserError(
-            f"{path}: rows have more cells than the first line has names; name every column, and "
-            "put quotes around a cell with commas"
-        ) from None
-    except FileNotFoundError:
-        raise UserError(f"no manifest {path}; set dataset.data_folder to a CSV file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read as CSV ({str(error).strip()}); save it as UTF-8 CSV"
-        ) from None
+    if not path.is_file():
+        raise UserError(f"no manifest {path}; set dataset.data_folder to a CSV file")
+    rows = read_csv(path, "save it as UTF-8 CSV", dtype=str, keep_default_na=False)
     rows = rows.rename(columns=str.strip)
     missing = [name for name in required if name not in rows]
     if missing and ";" in "".join(rows):
@@ -154,8 +141,6 @@ def read_rows(
     if rows.empty:
         raise UserError(f"{path} has no rows; write one per breathing cycle")
     rows = rows.reindex(columns=[*required, *optional], fill_value="")
-    nul = rows.apply(lambda column: column.str.contains("\0", regex=False)).any(axis=1)
-    Where(path).refuse(nul, "a cell has a NUL byte; save the table as UTF-8 CSV")
     return rows.apply(lambda column: column.str.strip())
 
 

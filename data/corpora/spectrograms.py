@@ -37,6 +37,7 @@ from data.cycle_table import Completeness, count_cycles, derive
 from utils.common.cli import command
 from utils.common.errors import UserError
 from utils.common.files import atomic_write, write_text
+from utils.common.readers import read_csv
 
 ARRAY, MANIFEST, YAML = "spectrograms.npy", "manifest.csv", "corpus.yaml"
 CONFIGURATION = """\
@@ -189,11 +190,11 @@ def unpack(source: str | Path, output: str | Path) -> Path:
     packed = sorted(source.glob("*.npy.xz"))
     if len(packed) != 1 or not (source / "index.csv").is_file():
         raise UserError(f"{source} does not hold one .npy.xz and an index.csv")
-    index = pd.read_csv(source / "index.csv")
+    index = read_csv(source / "index.csv", "copy it again")
     renamed = {"crackles": "crackle", "wheezes": "wheeze", "split_official": "split"}
     missing = {*renamed, "recording", "cycle_index", "start", "end", "patient"} - set(index)
     if missing:
-        raise UserError(f"{source / 'index.csv'} lacks {', '.join(sorted(missing))}")
+        raise UserError(f"{source / 'index.csv'} lacks {', '.join(sorted(missing))}; copy it again")
     columns = {"start": "CycleStart", "end": "CycleEnd", "bmi": "BMI"}
     columns |= {"child_weight": "CW", "child_height": "CH"}
     derived = derive(index.rename(columns=columns).reindex(columns=columns.values()))

@@ -9,7 +9,6 @@ below the given folder. Events are not breathing cycles: they may overlap.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ import pandas as pd
 from data.cycle_table import COLUMNS, Completeness, count_cycles
 from data.splits import assign_folds
 from utils.common.errors import UserError
+from utils.common.readers import read_json
 
 log = logging.getLogger(__name__)
 
@@ -182,12 +182,12 @@ def _parse_stem(stem: str, path: Path) -> tuple[int, float, str, str]:
 def _events(path: Path) -> list[tuple[float, float, str]]:
     """(start s, end s, type) of an annotation file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = read_json(path, "restore it")
         events = [
             (float(e["start"]) / 1000, float(e["end"]) / 1000, str(e["type"]))
             for e in content["event_annotation"]
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no SPRSound annotation ({error}); restore it") from None
     for start, end, kind in events:
         if not 0 <= start < end:

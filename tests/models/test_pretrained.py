@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import zipfile
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -14,7 +16,7 @@ from transformers import ASTConfig, ASTForAudioClassification
 
 from models.ast import AST
 from models.config import BackboneConfig
-from models.pretrained import AUDIOSET_HUB_NAME, adapt_positions, read_weights
+from models.pretrained import AUDIOSET_HUB_NAME, adapt_positions, load_into, read_weights
 from utils.common.errors import UserError
 
 TRANSFORMERS = {
@@ -140,6 +142,47 @@ def test_other_layouts_are_named(change, message, original_file, tmp_path, make_
     torch.save(change(torch.load(original_file[0])), tmp_path / "other.pth")
     with pytest.raises(UserError, match=message):
         make_model("ast", weights="audioset", weights_path=str(tmp_path / "other.pth"))
+
+
+@pytest.mark.parametrize("stride", [10, 12, 14, 16])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_every_stride_of_the_authors_loads_exactly(stride, suffix, tmp_path):
+    size = {"embed_dim": 8, "depth": 1, "num_heads": 2, "mlp_ratio": 1.0}
+    config = BackboneConfig(**size, freq_stride=stride, time_stride=stride)
+    source, path = AST(config), tmp_path / f"audioset{suffix}"
+    state = {f"module.v.{k}": v.contiguous() for k, v in source.state_dict().items()}
+    (save_file if suffix == ".safetensors" else torch.save)(state, path)
+    backbone = AST(config)
+    load_into(backbone, read_weights("audioset", str(path)))
+    own = source.state_dict()
+    assert all(torch.equal(v, own[k]) for k, v in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("length", [512, 128])  # of the ESC-50 and Speech Commands files
+def test_the_authors_files_of_other_lengths_are_named(length, tmp_path, make_model):
+    size = {"embed_dim": 48, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0}
+    source = AST(BackboneConfig(**size), n_frames=length)
+    torch.save({f"module.v.{k}": v for k, v in source.state_dict().items()}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"positions for \d+ patches.*1,212 .strides 10-10"):
+        make_model("ast", weights="audioset", weights_path=str(tmp_path / "a.pth"))
+
+
+@pytest.mark.parametrize("strides", [(10, 10), (12, 16), (16, 14)])
+@pytest.mark.parametrize("frames", [64, 100])
+def test_the_hubs_files_say_their_grid(strides, frames, tmp_path, make_model):
+    keys = {"frequency_stride": strides[0], "time_stride": strides[1], "max_length": frames}
+    ASTForAudioClassification(ASTConfig(**TRANSFORMERS | keys)).save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"the safetensors come first")
+    found = read_weights("audioset", str(tmp_path))
+    state = load_file(tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    own = {"freq_stride": strides[0], "time_stride": strides[1], "n_frames": frames}
+    arguments = {"weights": "audioset", "weights_path": str(tmp_path), **own}
+    backbone = make_model("ast", **arguments).backbone  # from pytorch_model.bin
+    assert backbone.grid == found.grid
+    positions = state["audio_spectrogram_transformer.embeddings.position_embeddings"]
+    assert torch.equal(backbone.pos_embed, positions)
 
 
 def test_original_file_is_adapted_to_other_inputs(original_file, make_model):
@@ -279,6 +322,61 @@ def test_broken_and_absent_files_are_refused(tmp_path, transformers_folder, make
     for path in ("nowhere/x.pth", "/nowhere/at/all"):
         with pytest.raises(UserError, match=r"weights_path.*does not exist"):
             read_weights("audioset", path)
+
+
+FOREIGN = {
+    "list": (lambda s: list(s.values()), "but a list; save"),
+    "tensor": (lambda s: torch.zeros(3), "but a Tensor; save"),
+    "two models": (lambda s: {"student": s, "teacher": s}, r"but 'student' \(dict\), 'teacher'"),
+    "numbered": (lambda s: {0: torch.zeros(1), **s}, r"but 0 \(Tensor\)"),
+    "escapes": (lambda s: {"\x1b[31m": torch.zeros(1), **s}, r"but '\\x1b\[31m' \(Tensor\)"),
+    "sparse": (lambda s: {**s, CLS: s[CLS].to_sparse()}, "no state dictionary of tensors"),
+    "no values": (lambda s: {**s, CLS: s[CLS].to("meta")}, "no state dictionary of tensors"),
+    "nothing": (lambda s: {}, "its tensors are none"),
+    "flat positions": (lambda s: {**s, POSITIONS: s[POSITIONS][0]}, r"pos_embed is \(514, 48\)"),
+    "narrow": (
+        lambda s: {**s, POSITIONS: s[POSITIONS][..., :8]},
+        r"is \(1, 514, 8\), expected \(1",
+    ),
+    "number": (lambda s: {**s, POSITIONS: torch.zeros(())}, r"pos_embed is \(\), expected"),
+}
+CLS, POSITIONS = "module.v.cls_token", "module.v.pos_embed"
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_content_is_named(kind, original_file, tmp_path, make_model):
+    change, message = FOREIGN[kind]
+    torch.save(change(torch.load(original_file[0])), tmp_path / "x.pth")
+    with pytest.raises(UserError, match=message) as error:
+        make_model("ast", weights="audioset", weights_path=str(tmp_path / "x.pth"))
+    assert "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_bytes_are_refused(zipped, original_file, tmp_path):
+    path, noise = tmp_path / "x.pth", np.random.default_rng(0)
+    state = torch.load(original_file[0])
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    content = path.read_bytes()
+    end = len(content) if zipped else 3000  # the older form has no checksums
+    for number in range(60):
+        damaged = bytearray(content[: noise.integers(0, end)] if number % 3 == 0 else content)
+        for place in noise.integers(0, max(1, min(end, len(damaged))), 20):
+            damaged[place : place + 1] = bytes(noise.integers(0, 256, 1, np.uint8))
+        path.write_bytes(damaged)
+        try:
+            read_weights("audioset", str(path))
+        except UserError as error:
+            assert "x.pth" in str(error) and str(error).isprintable()
+        else:
+            assert not zipped, number
+
+
+def test_what_unpacks_to_more_is_refused_unread(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", b"0" * 10_000_000)
+    with pytest.raises(UserError, match=r"x\.pth is no readable .* unpacks to more than its size"):
+        read_weights("audioset", str(tmp_path / "x.pth"))
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path):

@@ -124,7 +124,7 @@ def _read(file: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(text)
-    except ValueError:  # its owner is just writing it, or was killed there
+    except (ValueError, RecursionError):  # its owner is just writing it, or was killed there
         record = {}
     return (record if isinstance(record, dict) else {}) | {"touched": touched}
 
@@ -134,14 +134,16 @@ def _is_ours(file: Path, record: dict[str, Any]) -> bool:
 
 
 def _stale(owner: dict[str, Any], folder: Path) -> bool:
-    if owner.get("machine") and owner["machine"] == _machine():
+    pid = owner.get("pid")
+    known = isinstance(pid, int) and 0 < pid < 1 << 31  # what a damaged file says need not be
+    if known and owner.get("machine") and owner["machine"] == _machine():
         try:
-            os.kill(owner["pid"], 0)
+            os.kill(pid, 0)
         except ProcessLookupError:
             return True
         except OSError:  # another user's
             return False
-        return _started(owner["pid"]) != owner["started"]
+        return _started(pid) != owner.get("started")
     with tempfile.TemporaryFile(dir=folder) as probe:  # the file system's clock, not ours
         return os.fstat(probe.fileno()).st_mtime - owner["touched"] > STALE
 

@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from utils.common.errors import UserError
+from utils.common.readers import read_text
 
 OVERRIDE_KEY = re.compile(r"[^\s.=\[\]-][^\s.=\[\]]*(\.[^\s.=\[\]]+)*")
 #: What a value must be, by the type of its default.
@@ -38,15 +40,27 @@ def read_yaml(file: str | Path) -> DictConfig:
     """
     path = Path(file)
     if not path.is_file():
-        raise UserError(f"no configuration file {path}; the shipped ones are in configs/")
+        shipped = Path(__file__).resolve().parents[2] / "configs"
+        raise UserError(f"no configuration file {path}; the shipped ones are in {shipped}")
     try:
-        content = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError, OmegaConfBaseException) as e:
-        raise UserError(f"{path} is not readable YAML: {e}") from None
+        content = OmegaConf.load(StringIO(_checked(read_text(path, "restore it"))))
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} is not readable YAML ({error}); correct it") from None
     models = content.get("models") or {} if isinstance(content, DictConfig) else None
     if not isinstance(models, DictConfig | dict):
-        raise UserError(f"{path} must hold sections such as dataset: and training:")
+        raise UserError(f"{path} holds no sections; write some, such as dataset: and training:")
     return content
+
+
+def _checked(text: str) -> str:
+    """YAML that is not nested so deeply that its parser, which is written in C, would crash."""
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > 100:
+            raise ValueError("more than 100 levels")
+    return text
 
 
 def parse_override(override: str) -> DictConfig:

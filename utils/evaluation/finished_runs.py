@@ -16,8 +16,9 @@ from data.splits import N_FOLDS
 from models.config import resolve_layers
 from utils.common.errors import UserError
 from utils.common.files import check_sum
+from utils.common.readers import read_results, understood
 from utils.config.schema import NOT_HASHED, flatten
-from utils.evaluation.report import RunReport, read_json, read_report
+from utils.evaluation.report import RunReport, read_report
 from utils.metrics.bootstrap import Interval, SeedSummary, over_seeds, patient_bootstrap
 from utils.metrics.protocol import Selection
 
@@ -231,25 +232,26 @@ def _read_config(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not readable: {error}") from None
-    if not isinstance(content, dict):
+    flat = flatten(content) if isinstance(content, dict) else {}
+    if "dataset.split_strategy" not in flat:
         raise UserError(f"{path} holds no configuration; restore it or remove the run folder")
-    return flatten(content)
+    return flat
 
 
 def _pooled_folds(folder: Path) -> dict[tuple[str, ...], Run]:
     """Names of the runs of all folds -> the pooled run, for each seed of a group; {} where the
     group is one of seeds, or has some folds only."""
     path = folder / "group.json"
-    content = read_json(path)
-    if len(content.get("folds", [])) < N_FOLDS:
-        return {}
-    settings = _read_config(folder.parent / content["runs"][0] / "config.yaml")
-    settings["dataset.test_fold"] = None
-    found = {}
-    for number, seed in enumerate(content["seeds"]):
-        names = tuple(content["runs"][N_FOLDS * number : N_FOLDS * (number + 1)])
-        report = content | {"seed": seed, "test": content["test"][str(seed)]}
-        found[names] = Run(folder, RunReport.from_dict(report), settings)
+    content, found = read_results(path), {}
+    with understood(path, "put the group together again by its command"):
+        if len(content.get("folds", [])) < N_FOLDS:
+            return {}
+        settings = _read_config(folder.parent / content["runs"][0] / "config.yaml")
+        settings["dataset.test_fold"] = None
+        for number, seed in enumerate(content["seeds"]):
+            names = tuple(content["runs"][N_FOLDS * number : N_FOLDS * (number + 1)])
+            report = content | {"seed": seed, "test": content["test"][str(seed)]}
+            found[names] = Run(folder, RunReport.from_dict(report), settings)
     return found
 
 

@@ -6,7 +6,6 @@ its JSON on the disk, `from_dict` reads it back; `utils.evaluation.render` write
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,8 @@ import numpy as np
 import pandas as pd
 
 from data.task import Task
-from utils.common.errors import UserError
-from utils.common.files import check_sum, plain
+from utils.common.files import plain
+from utils.common.readers import AGAIN, read_results, understood
 from utils.metrics import predictions as table
 from utils.metrics.bootstrap import (
     Difference,
@@ -202,29 +201,8 @@ def read_report(path: str | Path, kind: type = RunReport) -> Any:
     Raises:
         UserError: it is missing, not readable or not such a report.
     """
-    try:
-        return kind.from_dict(read_json(path))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{path} is damaged: {what}; evaluate the run again") from None
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        UserError: missing, changed since, not readable, not JSON or no object.
-    """
-    check_sum(path)
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; finish the run by the command that began it") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable ({error}); evaluate the run again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no report; evaluate the run again")
-    return content
+    with understood(path, AGAIN):
+        return kind.from_dict(read_results(path))
 
 
 _KINDS = {"dict": dict, "list": list, "str": str, "bool": bool, "int": int}

@@ -15,7 +15,8 @@ import pandas as pd
 
 from models.conditioners.softfilm import SoftFiLM
 from utils.common.errors import UserError
-from utils.evaluation.report import Origin, Report, RunReport, read_json, read_report
+from utils.common.readers import read_results
+from utils.evaluation.report import Origin, Report, RunReport, read_report
 from utils.evaluation.trained_model import TrainedModel
 from utils.figures import evaluation as drawn
 from utils.figures.compared import permutation_figure
@@ -102,7 +103,7 @@ def read_evaluation(folder: str | Path, part: str = "test") -> Evaluation:
             f"{path} is missing: give the folder of a finished run (runs/...) with --run, or "
             "finish it by starting the same training command again"
         )
-    if "metrics" in read_json(path):
+    if "metrics" in read_results(path):
         return Evaluation(folder, read_report(path, Report))
     return Evaluation.of_run(folder, read_report(path), part)
 

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from utils.common.errors import UserError
 from utils.common.files import check_sum
+from utils.common.readers import read_csv
 from utils.figures import style
 
 METRICS = "metrics.csv"
@@ -24,11 +25,11 @@ def read_metrics(run: str | Path) -> pd.DataFrame:
     if not path.is_file():
         raise UserError(f"{path} is missing: give the folder of a run that has finished an epoch")
     check_sum(path)
-    table = pd.read_csv(path)
+    table = read_csv(path, "restore it, or repeat the run with training.resume=never")
     missing = {"epoch", "train_loss"} - set(table.columns)
     if missing or table.empty:
         what = f"lacks {', '.join(sorted(missing))}" if missing else "has no rows"
-        raise UserError(f"{path} {what}: it was not written by a training run of this repository")
+        raise UserError(f"{path} {what}; give the folder of a training run of this repository")
     return table
 
 

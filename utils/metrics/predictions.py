@@ -16,6 +16,7 @@ import pandas as pd
 from data.task import Task
 from utils.common.errors import UserError
 from utils.common.files import check_sum, write_text
+from utils.common.readers import read_csv
 
 #: Column of the predictions table -> column of the cycle table.
 SOURCE = {
@@ -80,7 +81,7 @@ def read_predictions(path: str | Path, task: Task) -> pd.DataFrame:
         raise UserError(f"no predictions at {path}; evaluate the run first")
     check_sum(path)
     # "both", "NA" and the like are values here; only empty cells are missing
-    frame = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    frame = read_csv(path, "evaluate the run again", keep_default_na=False, na_values=[""])
     needed = ["cycle", *SOURCE, *(f"{kind}_{o}" for o in task.outputs for kind in ("p", "logit"))]
     absent = [c for c in (*needed, "true_class", "pred_class") if c not in frame.columns]
     if absent:

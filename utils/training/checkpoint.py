@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from data.config import DatasetConfig
 from data.statistics import MetadataStatistics
 from models.build import ConditionedAST
+from utils.common.archives import check_archive
 from utils.common.errors import UserError
 from utils.common.files import atomic_write
 from utils.config.merge import read_yaml
@@ -221,14 +222,9 @@ def _save(path: Path, content: dict[str, Any]) -> None:
 
 def _load(path: Path) -> Any:
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-            if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
-                raise ValueError("it unpacks to more than its size; torch compresses nothing")
-            damaged = archive.testzip()  # torch itself does not look at the checksums
-        if damaged:
-            raise ValueError(f"wrong checksum of {damaged}")
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no archive of torch.save")
+        check_archive(path)
         return _printable(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # damaged bytes can break the reader in any way
         if isinstance(error, pickle.UnpicklingError):

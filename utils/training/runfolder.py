@@ -23,16 +23,17 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
 import math
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from utils.common.errors import UserError
 from utils.common.files import TEMPORARY, check_sum, summed, write_json, write_last, write_text
+from utils.common.readers import read_json, read_results
 from utils.config.schema import RunConfig, config_hash, config_to_yaml
 
 logger = logging.getLogger(__name__)
@@ -111,11 +112,9 @@ class RunFolder:
 
     def read_record(self) -> dict[str, Any]:
         """record.json; empty where there is none, as in runs of earlier versions."""
-        try:
-            record = json.loads(self.record.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return record if isinstance(record, dict) else {}
+        with suppress(UserError):
+            return read_json(self.record, "")
+        return {}
 
     def write_record(self, **changed: Any) -> None:
         """Add to record.json."""
@@ -159,8 +158,7 @@ class RunFolder:
 
     def read_report(self) -> dict[str, Any]:
         """The finished run's report."""
-        check_sum(self.report)
-        return json.loads(self.report.read_text(encoding="utf-8"))
+        return read_results(self.report)
 
 
 def _is_nan(value: Any) -> bool:
