@@ -31,6 +31,7 @@ from utils.common.files import write_error
 logger = logging.getLogger(__name__)
 
 BEAT, STALE, POLL = 5.0, 60.0, 0.5  # s between touches; without a touch; between attempts
+GUARD = 10.0  # s, of which taking over needs some milliseconds
 
 
 @contextmanager
@@ -152,7 +153,7 @@ def _remove(file: Path, owner: dict[str, Any]) -> None:
     """Remove a stale lock, unless somebody else was faster."""
     guard = f"{file}.takeover"
     try:
-        with SoftFileLock(guard, timeout=10 * POLL):
+        with SoftFileLock(guard, timeout=GUARD):
             if _read(file) == owner:
                 file.unlink()
     except Timeout:
