@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.test_fuzz import one_gigabyte
 from tests.utils.tiny import differing, tiny_config, tiny_data
 from utils.common.errors import UserError
 from utils.config.schema import config_to_dict
@@ -227,6 +228,17 @@ def test_weights_that_do_not_fit_are_named(good):
     checkpoint = load_checkpoint(good)
     del checkpoint.weights["head.2.weight"]
     with pytest.raises(UserError, match=r"do not fit .*head\.2\.weight"):
+        checkpoint.build_model()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("depth", 100), ("embed_dim", 65536), ("mlp_ratio", 64.0), ("freq_stride", 1), ("depth", 1)],
+)
+def test_a_configuration_of_another_size_is_refused(key, value, good):
+    checkpoint = load_checkpoint(good)
+    checkpoint.config["backbone"][key] = value
+    with one_gigabyte(), pytest.raises(UserError, match=r"do not fit .* is expected; use another"):
         checkpoint.build_model()
 
 

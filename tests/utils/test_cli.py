@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from utils.common.cli import command, quiet
 from utils.common.errors import Preempted, UserError
@@ -34,6 +37,37 @@ def test_every_end_has_its_status(end, status, said, capsys):
 
     assert main() == status
     assert capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [
+        lambda: bytearray(1 << 62),
+        lambda: np.zeros((1 << 30, 1 << 20)),
+        lambda: torch.empty(1 << 50, dtype=torch.uint8),
+        lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to ...")),
+    ],
+)
+def test_memory_that_is_not_there_is_one_sentence(fill, capsys):
+    @command
+    def main():
+        fill()
+
+    assert main() == 2
+    assert re.match(r"error: out of memory \(.+\); lower dataset.batch_size", said(capsys))
+
+
+def test_another_runtime_error_is_not_hidden():
+    @command
+    def main():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        main()
+
+
+def said(capsys) -> str:
+    return capsys.readouterr().err
 
 
 def test_arguments_reach_the_command_and_its_number_is_the_status():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.utils.tiny import BUCKETS, QUIET, step_losses, tiny_config, tiny_trainer
-from utils.training.device import Runtime, describe
+from utils.training.device import LAUNCHED, TORCHRUN, Runtime, describe
 
 
 def test_without_a_compiler_a_run_goes_on_and_says_so_once(tmp_path, monkeypatch, caplog):
@@ -33,13 +33,28 @@ def test_a_processor_computes_in_full_precision_and_uncompiled_by_default():
     assert (runtime.precision, runtime.compiled, runtime.world) == ("fp32", False, 1)
 
 
-@pytest.mark.parametrize("names", [["WORLD_SIZE"], ["RANK"], ["WORLD_SIZE", "RANK", "LOCAL_RANK"]])
-def test_variables_of_a_batch_job_start_no_group(names, monkeypatch, caplog):
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    for name in names:
-        monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "1")
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        ("WORLD_SIZE", "MASTER_ADDR"),
+        ("RANK", "MASTER_ADDR"),
+        ("WORLD_SIZE RANK LOCAL_RANK", "MASTER_ADDR"),
+        ("PMI_SIZE PMI_RANK", "MASTER_ADDR"),  # Slurm's srun
+        ("OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_LOCAL_RANK", "MASTER_ADDR"),
+        ("MASTER_ADDR WORLD_SIZE", "MASTER_PORT"),
+        ("MASTER_ADDR MASTER_PORT WORLD_SIZE RANK", "LOCAL_RANK"),
+        ("MASTER_ADDR MASTER_PORT", None),
+    ],
+)
+def test_variables_of_a_batch_job_start_no_group(names, missing, monkeypatch, caplog):
+    for name in (*TORCHRUN, *LAUNCHED):
+        monkeypatch.delenv(name, raising=False)
+    for name in names.split():
+        monkeypatch.setenv(name, "2" if name.endswith("SIZE") else "1")
     assert Runtime("cpu").world == 1
-    assert f"{', '.join(names)} without MASTER_ADDR" in caplog.text
+    names = ", ".join(name for name in LAUNCHED if name in names.split())
+    said = f"{names} without {missing}: not started by torchrun, runs alone"
+    assert said in caplog.text if missing else not caplog.text
 
 
 @pytest.mark.parametrize(("threads", "said"), [(1, "CPU, 1 thread, fp32"), (2, "CPU, 2 threads,")])

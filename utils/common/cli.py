@@ -24,6 +24,7 @@ from utils.common.files import write_error
 logger = logging.getLogger(__name__)
 
 EXIT_USER, EXIT_BUSY, EXIT_PREEMPTED, EXIT_INTERRUPTED = 2, 73, 75, 130
+SMALLER = "lower dataset.batch_size (or --batch-size), or the sizes of model and spectrogram"
 _HANDLER = "metadata-conditioned-ast"
 
 
@@ -156,6 +157,13 @@ def sigterm_exits() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of Python, numpy, torch's allocators on the processor (two wordings) and on the GPU."""
+    kind, text = type(error).__name__, str(error)
+    words = ("allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or "OutOfMemory" in kind or any(w in text for w in words)
+
+
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """Run `main` and turn its end into an exit status; a number that it returns is one already."""
 
@@ -173,6 +181,12 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         except Preempted:
             logger.warning("stopped by SIGTERM; the state is saved: the same command resumes")
             return EXIT_PREEMPTED
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            reason = str(error).strip().partition("\n")[0] or "MemoryError"
+            logger.error("out of memory (%s); %s", reason, SMALLER)
+            return EXIT_USER
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED

@@ -139,14 +139,21 @@ class Checkpoint:
         for section in config.methods.values():
             if hasattr(section, "weights"):
                 section.weights = None
-        model = build_model(config, self.metadata_statistics(), layer_norm_eps=self.layer_norm_eps)
-        try:
-            model.load_state_dict(self.weights)
-        except RuntimeError as error:  # names and shapes
-            lines = [line.strip() for line in str(error).splitlines()]
+        statistics, blocks = self.metadata_statistics(), "backbone.blocks."
+        depth = len({name.split(".")[2] for name in self.weights if name.startswith(blocks)})
+        found = {"backbone.depth": depth or config.backbone.depth} | _shapes(self.weights)
+        expected = {"backbone.depth": config.backbone.depth}
+        if depth in (0, config.backbone.depth):  # anyone may have written the configuration:
+            with torch.device("meta"):  # nothing is allocated that is not in the file
+                expected |= _shapes(build_model(config, statistics).state_dict())
+        for name in [n for n in {**expected, **found} if found.get(n) != expected.get(n)][:1]:
             raise UserError(
-                f"the weights of {self.run} do not fit its configuration: {' '.join(lines[1:2])}"
-            ) from None
+                f"the weights of {self.run} do not fit its configuration: {name} is "
+                f"{found.get(name, 'missing')}, {expected.get(name, 'nothing')} is expected; use "
+                "another copy"
+            )
+        model = build_model(config, statistics, layer_norm_eps=self.layer_norm_eps)
+        model.load_state_dict(self.weights)
         model.merge()
         return model.eval()
 
@@ -235,6 +242,10 @@ def _load(path: Path) -> Any:
             f"{path} cannot be read as a checkpoint (foreign, damaged or tampered with): "
             f"{reason}; copy it again from where it was made"
         ) from None
+
+
+def _shapes(state: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items()}
 
 
 def _printable(value: Any) -> Any:

@@ -17,6 +17,12 @@ logger = logging.getLogger(__name__)
 
 #: Of one width: a full and a smaller batch, in training and evaluation, and some to spare.
 GRAPHS = 8
+#: What torchrun sets for every process of a group, and what else accelerate takes for a group's.
+TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK")
+LAUNCHED = (
+    *("WORLD_SIZE", "RANK", "LOCAL_RANK", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
+    *(f"{mpi}_COMM_WORLD_{n}" for mpi in ("OMPI", "MV2") for n in ("SIZE", "RANK", "LOCAL_RANK")),
+)
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -32,10 +38,11 @@ class Runtime:
     """
 
     def __init__(self, device: str = "auto", precision: str = "auto", compile: str = "auto"):
-        launched = [name for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in os.environ]
-        if launched and "MASTER_ADDR" not in os.environ:  # as batch systems leave them in a job
+        launched = [name for name in LAUNCHED if name in os.environ]
+        missing = [name for name in TORCHRUN if name not in os.environ]
+        if launched and missing:  # as batch systems leave them in a job
             names = ", ".join(launched)
-            logger.warning("%s without MASTER_ADDR: not started by torchrun, runs alone", names)
+            logger.warning("%s without %s: not started by torchrun, runs alone", names, missing[0])
             for name in launched:
                 del os.environ[name]
         # Precision is decided here, not by an `accelerate config` that the user may have. Buffers
