@@ -17,7 +17,10 @@ from utils.common.settings import MAX_SEED, MAX_SIZE, check_section, setting
 CORPORA = ("icbhi", "manifest", "sprsound", "spectrograms")
 #: What a part's cycles are for; official: its own halves.
 ROLES = ("train", "val", "test", "official")
-STRATEGIES = ("official", "official_disjoint", "foldwise", "random", "recordings")
+STRATEGIES = (
+    *("official", "official_disjoint", "foldwise", "random", "leave_device_out", "training_half"),
+    "recordings",
+)
 #: Strategies that test patients who are in the training part: their metrics are marked everywhere.
 LEAKY = ("recordings",)
 
@@ -49,12 +52,16 @@ class DatasetConfig:
     # icbhi_metadata.csv: written if absent, else checked
     cycle_metadata_path: str | None = setting(None, path=True)
     class_split: str = setting("lungsound", choices=("lungsound",))  # the only label set
-    # official | official_disjoint | foldwise | random | recordings (LEAKY: for comparison only)
+    # official | official_disjoint | foldwise | random | leave_device_out | training_half (the
+    # official test half is shut) | recordings (LEAKY: for comparison only)
     split_strategy: str = setting("official", choices=STRATEGIES)
     # foldwise: which of the 5 folds is the test part (0..4)
     test_fold: int = setting(0, choices=(0, 1, 2, 3, 4))
-    split_seed: int = setting(0, low=0, high=MAX_SEED)  # random: seed of the patient-wise split
-    # random: share of the cycles in the test part
+    # leave_device_out: the test part is what this device recorded
+    test_device: str | None = None
+    # random, training_half: seed of the patient-wise split
+    split_seed: int = setting(0, low=0, high=MAX_SEED)
+    # random, training_half: share of the cycles in the test part
     test_fraction: float = setting(0.4, low=0, high=1, ends="()")
     # share of the training cycles held out for validation
     val_fraction: float = setting(0.2, low=0, high=1, ends="()")

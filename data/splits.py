@@ -60,6 +60,7 @@ def split_by(dataset: DatasetConfig, table: pd.DataFrame, selection: str = "vali
         table,
         strategy=dataset.split_strategy,
         test_fold=dataset.test_fold,
+        test_device=dataset.test_device,
         split_seed=dataset.split_seed,
         test_fraction=dataset.test_fraction,
         val_fraction=dataset.val_fraction,
@@ -74,6 +75,7 @@ def split_cycles(
     *,
     strategy: str = "official",
     test_fold: int = 0,
+    test_device: str | None = None,
     split_seed: int = 0,
     test_fraction: float = 0.4,
     val_fraction: float = 0.2,
@@ -85,10 +87,14 @@ def split_cycles(
 
     Args:
         strategy: official | official_disjoint (without the test cycles of patients who are in
-            train, too) | foldwise | random | recordings (`shuffled_recordings`; leaks patients).
+            train, too) | foldwise | random | leave_device_out (all of a device's cycles; the
+            other devices' cycles of its patients are in no part) | training_half (as random, of
+            the official training half; the test half is in no part) | recordings
+            (`shuffled_recordings`; leaks patients).
         test_fold: foldwise: the fold (0..4) that is tested.
-        split_seed: random: seed of the choice of test patients.
-        test_fraction: random: share of the cycles (and patients) that is tested.
+        test_device: leave_device_out: the device.
+        split_seed: random, training_half: seed of the choice of test patients.
+        test_fraction: random, training_half: share of the cycles (and patients) that is tested.
         val_fraction: share of the training cycles whose patients are held out.
         val_seed: seed of the choice of validation patients.
         selection: with `fixed` and `test` the validation part is empty and train is whole.
@@ -97,9 +103,12 @@ def split_cycles(
     Raises:
         UserError: a part that the data cannot fill.
     """
-    in_test = _test_rows(table, strategy, test_fold, split_seed, test_fraction)
+    in_test = _test_rows(table, strategy, test_fold, split_seed, test_fraction, test_device)
     given = (table["Split"] == "val").to_numpy()  # a part of several corpora
-    train, test = np.flatnonzero(~in_test & ~given), np.flatnonzero(in_test)
+    unused = _unused_rows(table, strategy, in_test)
+    train, test = np.flatnonzero(~in_test & ~given & ~unused), np.flatnonzero(in_test)
+    if strategy == "leave_device_out":
+        table = table.assign(Split="train")  # the official halves play no part
     if strategy in LEAKY:  # its halves are the ones that patients are shared by
         table = table.assign(Split=np.where(in_test, "test", "train"))
     if strategy.startswith("official") or strategy in LEAKY:
@@ -185,9 +194,28 @@ def shuffled_recordings(names: pd.Series) -> list[str]:
 
 
 def _test_rows(
-    table: pd.DataFrame, strategy: str, test_fold: int, split_seed: int, test_fraction: float
+    table: pd.DataFrame,
+    strategy: str,
+    test_fold: int,
+    split_seed: int,
+    test_fraction: float,
+    test_device: str | None,
 ) -> np.ndarray:
     """Boolean mask [N] of the test rows."""
+    if strategy == "leave_device_out":
+        found = (table["Device"] == test_device).to_numpy()
+        if not found.any():
+            names = ", ".join(sorted(table["Device"].dropna().unique()))
+            raise UserError(
+                f"dataset.test_device={test_device} recorded no cycle; the devices are {names}"
+            )
+        return found
+    if strategy == "training_half":
+        half = (table["Split"] == "train").to_numpy()
+        inside = _test_rows(table[half], "random", test_fold, split_seed, test_fraction, None)
+        found = np.zeros(len(table), bool)
+        found[half] = inside
+        return found
     if strategy == "foldwise":
         return (table["Fold"] == test_fold).to_numpy()
     if strategy == "random":  # by cycles and patients: balancing classes would use test labels
@@ -197,6 +225,23 @@ def _test_rows(
     if strategy == "recordings":
         return ~table["Filename"].isin(shuffled_recordings(table["Filename"])).to_numpy()
     return (table["Split"] == "test").to_numpy()
+
+
+def _unused_rows(table: pd.DataFrame, strategy: str, in_test: np.ndarray) -> np.ndarray:
+    """Boolean mask [N] of the rows that are in no part."""
+    if strategy == "training_half":
+        return (table["Split"] == "test").to_numpy()
+    if strategy != "leave_device_out":
+        return np.zeros(len(table), bool)
+    tested = table["PID"].isin(table["PID"][in_test]).to_numpy()
+    unused = tested & ~in_test
+    log.info(
+        "leave_device_out: %d cycles of %d patients are tested; %d cycles that %d of these have on "
+        "other devices are left out of training",
+        *(in_test.sum(), table["PID"][in_test].nunique()),
+        *(unused.sum(), table["PID"][unused].nunique()),
+    )
+    return unused
 
 
 def _check_parts(

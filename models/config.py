@@ -110,6 +110,10 @@ class ConditionedConfig(ModelConfig):
     rest_dim: int = setting(3, choices=(len(SCALARS),))  # scalars: age, BMI, duration; checked
     # probability per field and clip of hiding it in training
     metadata_dropout: float = setting(0.0, low=0, high=1, ends="[)")
+    # other probabilities of some fields, such as {device: 0.5}
+    metadata_dropout_fields: dict[str, float] = setting({})
+    # probability per clip of hiding all fields at once in training
+    metadata_dropout_joint: float = setting(0.0, low=0, high=1, ends="[)")
     # fields that are conditioned on; a subset is a factor ablation
     metadata_fields: list[str] = setting(list(FIELDS))
     # in the metadata encoders; null: dropout
@@ -119,6 +123,10 @@ class ConditionedConfig(ModelConfig):
     def dropout_in_encoders(self) -> float:
         """`encoder_dropout`, or `dropout` where it is not set."""
         return self.dropout if self.encoder_dropout is None else self.encoder_dropout
+
+    def hidden(self, name: str) -> float:
+        """Probability of hiding this field by itself in training."""
+        return self.metadata_dropout_fields.get(name, self.metadata_dropout)
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -135,6 +143,12 @@ class ConditionedConfig(ModelConfig):
                 self.metadata_fields,
                 f"name at least one of {', '.join(FIELDS)}",
             )
+        for name, share in self.metadata_dropout_fields.items():
+            key = f"{prefix}.metadata_dropout_fields"
+            if name not in self.metadata_fields:
+                refuse(key, self.metadata_dropout_fields, f"{name} is not in metadata_fields")
+            if not 0 <= share < 1:
+                refuse(key, self.metadata_dropout_fields, "each must be at least 0, below 1")
 
 
 @dataclass

@@ -27,10 +27,11 @@ def activation(name: str) -> nn.Module:
 class MetadataEmbeddings(nn.Module):
     """Device and site embeddings and the vector of scalars, with a meaning for "unknown".
 
-    Each table has one row more than its vocabulary. With metadata_dropout 0 the unknown row, and
+    Each table has one row more than its vocabulary. Without metadata dropout the unknown row, and
     any row whose value no training cycle has, is the frequency-weighted mean of the trained rows,
-    set by `finalise`; with dropout > 0 each field of each clip is hidden with that probability in
-    training, so the unknown row is learned. An unknown scalar is z = 0, the training mean.
+    set by `finalise`; with dropout each field of each clip is hidden with its probability in
+    training, or all fields of a clip together, so the unknown row is learned. An unknown scalar is
+    z = 0, the training mean.
 
     Args:
         config: widths, dropout and the enabled fields; nothing is built for the others.
@@ -45,7 +46,9 @@ class MetadataEmbeddings(nn.Module):
         site_counts: Sequence[float],
     ):
         super().__init__()
-        fields, self.dropout = config.metadata_fields, config.metadata_dropout
+        fields, self.joint = config.metadata_fields, config.metadata_dropout_joint
+        self.hidden = [config.hidden(name) for name in FIELDS]
+        self.register_buffer("_hidden", torch.tensor(self.hidden), persistent=False)
         self.fields = tuple(name for name in FIELDS if name in fields)
         self.scalars = tuple(name for name in SCALARS if name in fields)
         self._scalar_columns = [SCALARS.index(name) for name in self.scalars]
@@ -70,8 +73,10 @@ class MetadataEmbeddings(nn.Module):
         A field that `known` says is missing is unknown whatever its value.
         """
         known = metadata.known
-        if self.training and self.dropout > 0:
-            known = known & (torch.rand(known.shape, device=known.device) >= self.dropout)
+        if self.training and any(self.hidden):
+            known = known & (torch.rand(known.shape, device=known.device) >= self._hidden)
+        if self.training and self.joint > 0:
+            known = known & (torch.rand(len(known), 1, device=known.device) >= self.joint)
         out = {}
         for column, name in enumerate(("device", "site")):
             if name in self.widths:
@@ -95,7 +100,8 @@ class MetadataEmbeddings(nn.Module):
                 continue
             table, counts = getattr(self, name).weight, getattr(self, f"{name}_counts")
             # the unknown row is learned with dropout; otherwise it is as frequent as in the data
-            substitute = table[-1] if self.dropout > 0 else (counts @ table) / counts.sum()
+            learned = self.hidden[FIELDS.index(name)] > 0 or self.joint > 0
+            substitute = table[-1] if learned else (counts @ table) / counts.sum()
             table.copy_(torch.where((counts > 0)[:, None], table, substitute))
 
 

@@ -154,6 +154,7 @@ def test_real_recordings_spare_validation_patients(real):
 def test_test_labels_change_nothing(strategy, selection):
     table = corpus(both=2)
     options = {"strategy": strategy, "selection": selection, "test_fold": 1}
+    options |= {"test_device": "Meditron"}
     split = split_cycles(table, **options)
     shuffled = table.copy()
     rng = np.random.default_rng(1)
@@ -207,6 +208,49 @@ def test_official_warns_and_disjoint_drops(caplog):
     dropped = set(official.test) - set(disjoint.test)
     assert set(table["PID"].loc[sorted(dropped)]) == {101, 102}
     assert not set(disjoint.test) - set(official.test)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_leave_device_out_is_over_all_patients(device, caplog):
+    """Every cycle of the device is tested; its patients' other cycles are in no part."""
+    table = corpus(40, both=3)
+    table.loc[(table["PID"] % 5 == 0) & (table["Filename"].str[-1] == "0"), "Device"] = device
+    with caplog.at_level(logging.INFO):
+        split = split_cycles(table, strategy="leave_device_out", test_device=device)
+    assert set(split.test) == set(np.flatnonzero(table["Device"] == device))
+    who = members(table, split)
+    assert not who["test"] & (who["train"] | who["val"]) and who["val"] - who["train"] == who["val"]
+    used = np.concatenate([split.train, split.val, split.test])
+    dropped = table.drop(index=used)
+    assert len(dropped) and set(dropped["PID"]) <= who["test"]
+    assert f"{len(dropped)} cycles that {dropped['PID'].nunique()} of these have" in caplog.text
+    assert set(table["Split"].iloc[split.train]) == {"train", "test"}
+    with pytest.raises(UserError, match=r"test_device=Rode recorded no cycle; the devices are AKG"):
+        split_cycles(table, strategy="leave_device_out", test_device="Rode")
+
+
+def test_training_half_leaves_the_test_half_shut():
+    table = corpus(40)
+    split = split_cycles(table, strategy="training_half", split_seed=1, test_fraction=0.3)
+    used = np.sort(np.concatenate([split.train, split.val, split.test]))
+    assert np.array_equal(used, np.flatnonzero(table["Split"] == "train"))
+    who = members(table, split)
+    assert not who["test"] & (who["train"] | who["val"])
+    assert 0.2 < len(split.test) / len(used) < 0.4
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("device", "tested", "dropped"),
+    [
+        *[("AKGC417L", 4346, 11), ("Litt3200", 502, 115)],
+        *[("LittC2SE", 594, 226), ("Meditron", 1456, 60)],
+    ],
+)
+def test_real_leave_device_out(real, device, tested, dropped):
+    split = split_cycles(real, strategy="leave_device_out", test_device=device)
+    assert len(split.test) == tested
+    assert len(real) - sum(len(getattr(split, part)) for part in PARTS) == dropped
 
 
 def test_a_seed_gives_one_split_in_any_row_order():
@@ -282,9 +326,11 @@ def test_a_class_that_validation_lacks_is_a_warning(caplog):
 def test_no_patient_on_two_sides_and_no_class_lost(patients, both, seed, **options):
     table = corpus(patients, seed, both)
     try:
-        split = split_cycles(table, split_seed=seed, val_seed=seed, **options)
+        split = split_cycles(
+            table, split_seed=seed, val_seed=seed, test_device="Meditron", **options
+        )
     except UserError as error:
-        assert "part" in str(error) or "patient" in str(error) or "class" in str(error)
+        assert any(word in str(error) for word in ("part", "patient", "class", "recorded no"))
         return
     rows = np.concatenate([split.train, split.val, split.test])
     assert len(np.unique(rows)) == len(rows)
@@ -304,5 +350,5 @@ def test_no_patient_on_two_sides_and_no_class_lost(patients, both, seed, **optio
     assert (events.sum(axis=1) == 0).any()
     trained = table.iloc[np.concatenate([split.train, split.val])]
     assert set(trained["Device"]) == set(table["Device"].iloc[split.train])
-    if options["strategy"] != "official_disjoint":
+    if options["strategy"] not in ("official_disjoint", "leave_device_out", "training_half"):
         assert len(rows) == len(table)

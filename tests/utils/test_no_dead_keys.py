@@ -187,6 +187,8 @@ KEYS: dict[str, tuple] = {
     "models.*.site_embed_dim": (4, trained, {}),
     "models.*.rest_dim": (4, refused, {}),
     "models.*.metadata_dropout": (0.5, trained, {}),
+    "models.*.metadata_dropout_joint": (0.5, trained, {}),
+    "models.*.metadata_dropout_fields": ({"age": 0.5}, trained, {}),
     "models.*.metadata_fields": (["device", "age"], trained, {}),
     "models.*.encoder_dropout": (0.0, trained, {}),
     "models.*.gate_init": (0.1, trained, {}),
@@ -221,6 +223,9 @@ KEYS: dict[str, tuple] = {
     "training.label_smoothing": (0.3, trained, {"training.loss": "ce"}),
     "training.sampler": ("balanced", trained, {}),
     "training.selection": ("fixed", trained, {}),
+    "training.balance": (["site"], trained, {}),
+    "training.balance_bounds": ([0.9, 1.1], trained, {"training.balance": ["site"]}),
+    "training.selection_groups": (["device"], trained, {}),
     "training.thresholds": ("default", trained, {}),
     "training.min_sensitivity": (0.99, trained, {}),
     "training.early_stopping_patience": (1, trained, {"training.epochs": 8}),
@@ -291,6 +296,7 @@ ELSEWHERE = {
     "dataset.allow_shared_patients": ("tests/data/test_corpora.py", "allow_shared_patients"),
     "dataset.allow_overlaps": ("tests/data/test_corpora.py", "allow_overlaps"),
     "dataset.label_map": ("tests/data/test_corpora.py", "label_map"),
+    "dataset.test_device": ("tests/data/test_splits.py", "test_device"),
     **{
         f"fusion.{key}": ("tests/utils/test_fusion.py", key)
         for key in ("kind", "title", "members", "checkpoints")
@@ -315,7 +321,8 @@ def all_keys() -> set[str]:
     for name in METHODS:
         flat = flatten(config_to_dict(tiny_config("ast", **{f"methods.{name}": {}})))
         keys |= {key for key in flat if key.startswith("methods.")}
-    return keys | {"mlflow.tags", "dataset.label_map"}  # an empty dictionary has no leaf
+    # an empty dictionary has no leaf
+    return keys | {"mlflow.tags", "dataset.label_map", "models.*.metadata_dropout_fields"}
 
 
 def test_no_key_is_forgotten():

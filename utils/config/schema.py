@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.config import AudioConfig, AugmentConfig, DatasetConfig
-from data.task import Task
+from data.task import FIELDS, Task
 from models.config import BackboneConfig, FusionConfig
 from models.registry import METHODS, VARIANTS
 from utils.common.errors import UserError
@@ -63,8 +63,16 @@ class TrainingConfig:
     label_smoothing: float = setting(0.0, low=0, high=1, ends="[)")
     # shuffle | balanced (classes equally often)
     sampler: str = setting("shuffle", choices=("shuffle", "balanced"))
+    # metadata fields of which the loss makes the classes independent by weights
+    # p(class) / p(class | fields); numbers in bins (data/fields.py); none: off
+    balance: list[str] = setting([], choices=FIELDS)
+    # [low, high] of these weights, whose mean is 1
+    balance_bounds: list[float] = setting([0.2, 5.0], low=0, ends="(]", interval=True)
     # validation | fixed | test (marked everywhere)
     selection: str = setting("validation", choices=("validation", "fixed", "test"))
+    # metadata fields by whose values the selection part is divided: epoch and thresholds are
+    # chosen by the mean of the groups' Scores; none: by the Score of all
+    selection_groups: list[str] = setting([], choices=FIELDS)
     # chosen (with the epoch) | default (0.5; with ce the largest probability)
     thresholds: str = setting("chosen", choices=("chosen", "default"))
     # thresholds must reach this Se on the selection part, in 0..1
@@ -157,6 +165,7 @@ LATER = {
         "allow_overlaps": False,
         "label_map": {},
         "parts": [],
+        "test_device": None,
     },
     "audio": {"keep_bands": None, "n_mels": None, "buckets": None},
     "augment": {"mask_value": "zero"},
@@ -165,8 +174,14 @@ LATER = {
         **{"lora_rank": 8, "lora_targets": ["k", "v"], "lora_scale": 8 / 96},
     },
     "fusion": {"kind": "gated", "title": None, "members": []},
-    "models": {"encoder_dropout": None},  # of the variant's section
-    "training": {"thresholds": "chosen", "sam_rho": 0.0},
+    "models": {  # of the variant's section
+        **{"encoder_dropout": None, "metadata_dropout_joint": 0.0},
+        "metadata_dropout_fields": {},
+    },
+    "training": {
+        **{"thresholds": "chosen", "sam_rho": 0.0, "selection_groups": []},
+        **{"balance": [], "balance_bounds": [0.2, 5.0]},
+    },
 }
 
 

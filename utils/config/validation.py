@@ -23,6 +23,9 @@ def validate(config: Any) -> None:
     for name, section in config.methods.items():
         check_section(section, f"methods.{name}")
     _check_methods(config)
+    if (config.dataset.split_strategy == "leave_device_out") != bool(config.dataset.test_device):
+        remedy = "it goes with dataset.split_strategy=leave_device_out, which needs it"
+        _refuse(config, "dataset.test_device", remedy)
     if config.training.loss == "ce" and config.dataset.n_cls != 4:
         _refuse(config, "training.loss", "ce is over the four classes; set dataset.n_cls=4 or bce")
     check_tracking_uri(config.mlflow.tracking_uri)
@@ -202,6 +205,11 @@ def _check_training(config: Any) -> None:
         )
     if training.label_smoothing and training.loss != "ce":
         _refuse(config, "training.label_smoothing", "it applies to training.loss=ce only")
+    low, high = training.balance_bounds
+    if not low <= 1 <= high:
+        _refuse(config, "training.balance_bounds", "weights have mean 1; give low <= 1 <= high")
+    if training.selection_groups and training.selection == "fixed":
+        _refuse(config, "training.selection_groups", "selection 'fixed' chooses nothing; use []")
     if training.early_stopping_patience and training.selection == "fixed":
         _refuse(
             config,

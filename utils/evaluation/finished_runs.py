@@ -64,8 +64,10 @@ class Run:
         if split == "foldwise":
             fold = self.config["dataset.test_fold"]
             split = POOLED if fold is None else f"foldwise, fold {fold}"
-        elif split == "random":
-            split = f"random, seed {self.config['dataset.split_seed']}"
+        elif split in ("random", "training_half"):
+            split = f"{split}, seed {self.config['dataset.split_seed']}"
+        elif split == "leave_device_out":
+            split = f"leave_device_out, {self.config['dataset.test_device']}"
         return Protocol(
             report.selection,
             split,
@@ -119,7 +121,8 @@ class Run:
 #: Keys that are not in `Run.setting`.
 UNSEEN = {f"{section}.{key}" for section, keys in NOT_HASHED.items() for key in keys} | {
     "variant", "dataset.n_cls", "training.seed", "training.selection", "dataset.split_strategy",
-    "dataset.test_fold", "dataset.split_seed", "fusion.members", "fusion.title",
+    "dataset.test_fold", "dataset.split_seed", "dataset.test_device",
+    "fusion.members", "fusion.title",
 }  # fmt: skip
 
 

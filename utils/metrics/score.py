@@ -107,8 +107,25 @@ def _scores_on_grid(task: Task, probability: np.ndarray, true: np.ndarray):
     return 100 * correct[0] / normal, 100 * sum(correct[1:]) / abnormal
 
 
+def usable_groups(true: np.ndarray, groups: np.ndarray) -> dict[str, np.ndarray]:
+    """Value of a group -> mask [N] of its cycles, of the groups that have a Score: those with
+    normal and abnormal cycles."""
+    masks = {value: groups == value for value in sorted(set(groups.tolist()))}
+    return {v: m for v, m in masks.items() if 0 < (true[m] > 0).sum() < m.sum()}
+
+
+def group_score(true: np.ndarray, pred: np.ndarray, groups: np.ndarray) -> float:
+    """Mean Score of `usable_groups`; true, pred: [N] classes, groups: [N] values."""
+    masks = usable_groups(true, groups).values()
+    return float(np.mean([sp_se_score(true[m], pred[m]).score for m in masks]))
+
+
 def choose_thresholds(
-    task: Task, probability: np.ndarray, label: np.ndarray, min_sensitivity: float = 0.0
+    task: Task,
+    probability: np.ndarray,
+    label: np.ndarray,
+    min_sensitivity: float = 0.0,
+    groups: np.ndarray | None = None,
 ) -> tuple[float, ...]:
     """Grid search (0.02 ... 0.98, step 0.01, all thresholds jointly) for the best Score.
 
@@ -120,13 +137,16 @@ def choose_thresholds(
         probability: [N, K] of the part on which thresholds may be chosen.
         label: [N, C].
         min_sensitivity: least Se, in 0..1.
+        groups: [N] values; Sp, Se and Score are then means over `usable_groups`.
     """
     probability = np.asarray(probability, np.float64)
     true = task.true_classes(label)
     if not (true == 0).any() or not (true > 0).any():
         log.warning("thresholds stay at 0.5: this part lacks normal or abnormal cycles")
         return task.default_thresholds
-    sp, se = (np.asarray(rates).ravel() for rates in _scores_on_grid(task, probability, true))
+    parts = [slice(None)] if groups is None else usable_groups(true, groups).values()
+    rates = [_scores_on_grid(task, probability[part], true[part]) for part in parts]
+    sp, se = (np.mean([np.ravel(one[k]) for one in rates], axis=0) for k in range(2))
     allowed = se >= 100 * min_sensitivity - TIE
     if not allowed.any():
         log.warning(

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pandas as pd
 
+from data.fields import BINS, binned
 from data.task import Task
 from utils.metrics.predictions import class_numbers
 from utils.metrics.score import rate
 
 #: A rate whose denominator has fewer cycles than this is not shown.
 LEAST_CYCLES = 10
-AGE_GROUPS = ("< 18", "18-64", ">= 65")
+AGE_GROUPS = BINS["age"][1]
 
 
 def age_group(age: pd.Series) -> pd.Series:
     """Age in years -> child (< 18), adult (18-64), older (65 and over), unknown."""
-    groups = pd.cut(age.astype(float), [-1, 18, 65, 200], right=False, labels=AGE_GROUPS)
-    return groups.astype(object).where(groups.notna(), "unknown")
+    return binned(age, "age")
 
 
 def group_columns(frame: pd.DataFrame) -> dict[str, pd.Series]:

@@ -21,13 +21,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batch import Batch
+from data.fields import balancing_weights, field_values
 from data.loader import Cycles, MicroBatch, derived_seed, epoch_order, epoch_plan
 from data.task import EVENTS
 from models.build import ConditionedAST
 from models.method import TrainingCycles
 from utils.common.errors import Preempted, UserError
 from utils.config.schema import TrainingConfig
-from utils.metrics.score import choose_thresholds, sp_se_score, summarise
+from utils.metrics.score import (
+    choose_thresholds,
+    group_score,
+    sp_se_score,
+    summarise,
+    usable_groups,
+)
 from utils.tracking import Tracker, epoch_metrics
 from utils.training.checkpoint import Checkpoint
 from utils.training.checkpointer import Checkpointer
@@ -50,7 +57,8 @@ class Progress:
         epoch: epochs finished.
         step: optimiser steps finished in the current epoch.
         best_epoch: epoch (from 0) of the best weights, -1 before the first.
-        best_score: ICBHI Score (percent) on the selection part at that epoch.
+        best_score: ICBHI Score (percent) on the selection part at that epoch, or the mean of its
+            groups' Scores (training.selection_groups).
         thresholds: decision thresholds chosen at that epoch.
         stale: epochs since then.
         history: one row of figures per finished epoch.
@@ -117,6 +125,8 @@ class Trainer:
         known = data.metadata[index], labels, data.patient[index]
         model.methods.prepare(TrainingCycles(index, *known))
         _need_both_sides(data.classes(self.selection_rows), training.selection)
+        self.groups = self._selection_groups()
+        self.weight = self._balance()
         self.pos_weight = positive_weights(labels, training.sensitivity_bias)
         self.loss = build_loss(training, self.pos_weight.to(runtime.device))
         groups = model.parameter_groups()
@@ -129,6 +139,34 @@ class Trainer:
         self.progress = Progress()
         self.best: dict[str, Tensor] | None = None
         self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def _selection_groups(self) -> np.ndarray | None:
+        """Group of each selection row [n]; None: there are none."""
+        fields, rows = self.training.selection_groups, self.selection_rows
+        if not fields:
+            return None
+        groups, classes = field_values(self.data.table.iloc[rows], fields), self.data.classes(rows)
+        usable = usable_groups(classes, groups)
+        left_out = sorted(set(groups.tolist()) - set(usable))
+        if not usable:
+            raise UserError(
+                f"training.selection_groups={fields}: no group of the selection part has normal "
+                "and abnormal cycles; name other fields, or another dataset.val_seed"
+            )
+        text = "epoch and thresholds are chosen by the mean Score of %s"
+        text += "; left out, all normal or all abnormal: %s" if left_out else "%s"
+        logger.info(text, "; ".join(usable), "; ".join(left_out))
+        return groups
+
+    def _balance(self) -> Tensor | None:
+        """Weight of every row of the table in the task loss [N]; None: all equal."""
+        if not self.training.balance:
+            return None
+        values = field_values(self.data.table.iloc[self.rows], self.training.balance)
+        weights = balancing_weights(values, self.classes, self.training.balance_bounds)
+        out = torch.ones(len(self.data.table))
+        out[torch.from_numpy(self.rows)] = torch.from_numpy(weights).float()
+        return out.to(self.runtime.device)
 
     # ---------------------------------------------------------------- the whole training
 
@@ -305,6 +343,8 @@ class Trainer:
                             losses = methods.task_losses(
                                 self.loss, output.logits, batch.label, drawn
                             )
+                        if self.weight is not None:
+                            losses = losses * self.weight[batch.cycle]
                         share = part.weight * len(batch)
                         loss = losses.sum() * part.weight + output.regularisation * share
                         runtime.backward(loss)
@@ -374,10 +414,13 @@ class Trainer:
             label = self.data.label[self.selection_rows].numpy()
             if self.training.thresholds == "chosen":
                 thresholds = choose_thresholds(
-                    task, probability, label, min_sensitivity=self.training.min_sensitivity
+                    *(task, probability, label, self.training.min_sensitivity, self.groups)
                 )
             figures = summarise(task, probability, label, thresholds)
-            score = figures["score"]
+            if self.groups is not None:
+                pred = task.predicted_classes(probability, thresholds)
+                figures["group_score"] = group_score(task.true_classes(label), pred, self.groups)
+            score = figures.get("group_score", figures["score"])
             row[f"{name}_loss"] = loss
             row |= {f"{name}_{key}": value for key, value in figures.items()}
         row |= {
@@ -450,6 +493,8 @@ def epoch_line(row: dict[str, float], epochs: int, best: bool) -> str:
     part = next((p for p in ("val", "test_selection") if f"{p}_score" in row), "train")
     loss = _loss(row[f"{part}_loss"])
     chosen_by = {"val": f"val {loss}", "test_selection": "TEST-SELECTED", "train": "train"}[part]
+    groups = row.get(f"{part}_group_score")
+    chosen_by += "" if groups is None else f"  groups {groups:.1f}"
     return (
         f"epoch {int(row['epoch']) + 1:3d}/{epochs}  loss {_loss(row['train_loss'])}  "
         f"{chosen_by}  Sp {row[f'{part}_sp']:5.1f}  "
