@@ -258,8 +258,9 @@ def test_a_seed_gives_one_split_in_any_row_order():
     order = np.random.default_rng(0).permutation(len(table))
     mixed = table.iloc[order].reset_index(drop=True)
     for strategy in STRATEGIES:
-        first, second = (split_cycles(t, strategy=strategy) for t in (table, mixed))
-        assert same(first, split_cycles(table, strategy=strategy))
+        given = {"strategy": strategy, "test_device": "Meditron"}
+        first, second = (split_cycles(t, **given) for t in (table, mixed))
+        assert same(first, split_cycles(table, **given))
         assert members(table, first) == members(mixed, second)
     assert np.array_equal(assign_folds(mixed), table["Fold"].to_numpy()[order])
 
