@@ -192,8 +192,8 @@ def _controls(report: Report) -> list[str]:
 _SPLIT_LIMITS = {
     "foldwise": "- The test part is one of five patient-wise folds, not the official half.",
     "random": "- The test part is a patient-wise random draw, not the official half.",
-    "leave_device_out": "- The test part is one device's recordings, not the official half; no other "
-    "recording of its patients was heard in training.",
+    "leave_device_out": "- The test part is one device's recordings, not the official half; no "
+    "other recording of its patients was heard in training.",
     "training_half": "- The test part is a patient-wise draw of the official training half; the "
     "official test half was not opened.",
     "recordings": "- The test part is a random draw of recordings, not the official half: nearly "
