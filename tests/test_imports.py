@@ -93,6 +93,23 @@ def test_no_module_spells_out_icbhis_devices_or_sites():
                 assert name not in ("DEVICES", "SITES"), f"{path}:{node.lineno} has the list"
 
 
+#: Of the standard library, not on every system that torch runs on.
+POSIX = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+
+
+@pytest.mark.parametrize("folder", ["data", "models", "utils", "commands"])
+def test_every_system_can_import(folder):
+    """No module needs what Windows lacks when it is imported."""
+    for module in (m for m in MODULES if room(m).partition(".")[0] == folder):
+        tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+        for node in tree.body:
+            named = [alias.name for alias in getattr(node, "names", []) if hasattr(alias, "name")]
+            imported = {getattr(node, "module", None), *named} & POSIX
+            assert not imported, f"{module} imports {imported}"
+        used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        assert not used & {"select.poll", "select.epoll", "os.fork"}, module
+
+
 def test_no_circles():
     packages = {"data", "models", "utils"} | {
         m for m in MODULES if MODULES[m].name == "__init__.py"

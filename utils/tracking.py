@@ -21,6 +21,7 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 import threading
 import time
 import uuid
@@ -369,9 +370,15 @@ def _absolute(uri: str) -> str:
 
 def _reason(error: BaseException) -> str:
     """One short line that says what went wrong, without the layers that passed it on."""
+    if found := re.search(r"found version (\w+), but expected (\w+)", str(error)):
+        return (
+            f"the database has the schema {found[1]}, this version of MLflow needs {found[2]}; "
+            "copy the file, then run `python -m mlflow db upgrade` with its address, or use the "
+            "version that made it"
+        )
     line = (str(error).strip().splitlines() or [""])[0]
     line = re.sub(r"^.*(?:Caused by|failed with exception) ", "", line)
-    return (line or type(error).__name__)[:160]
+    return textwrap.shorten(line or type(error).__name__, 160, placeholder=" ...")
 
 
 def _now() -> int:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from threading import Thread
 
@@ -319,6 +320,37 @@ def test_a_deleted_experiment_is_named(tmp_path, uri):
     store.restore_experiment(experiment)
     replay(tmp_path / "run")
     assert_complete(uri)
+
+
+def other_schema(file, old="451aebb31d03"):
+    with closing(sqlite3.connect(file)) as base:
+        base.execute("update alembic_version set version_num = ?", (old,))
+        base.commit()
+
+
+def other_tables(file):
+    file.unlink()
+    with closing(sqlite3.connect(file)) as base:
+        base.execute("create table runs (a)")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (other_schema, r"has the schema 451aebb31d03, .* needs \w+; copy .* db upgrade.*made it"),
+        (other_tables, "no such column: runs"),
+        (lambda file: file.write_text("a list of runs\n" * 50), "file is not a database"),
+        (lambda file: file.write_bytes(file.read_bytes()[:5000]), "malformed|not a database"),
+    ],
+)
+def test_another_database_is_named(change, words, tmp_path, empty_database, warnings):
+    file = shutil.copy(empty_database, tmp_path / "mlflow.db")
+    change(file)
+    run = start(f"sqlite:///{file}", tmp_path / "run")
+    message = run.finish()
+    assert re.search(words, message), message
+    with pytest.raises(UserError, match=words):
+        replay(tmp_path / "run")
 
 
 def test_a_locked_database_pauses_sending_until_it_is_free(tmp_path, uri, monkeypatch, caplog):

@@ -10,7 +10,7 @@ record.json, "pace":
 from __future__ import annotations
 
 import os
-import resource
+import sys
 import time
 from dataclasses import asdict, dataclass
 
@@ -45,6 +45,16 @@ class Pace:
             return cls(**folder.read_record()["pace"])
         except (KeyError, TypeError):
             return None
+
+
+def _peak_memory() -> int:
+    """Bytes that this process had at most; 0 on Windows, which does not say."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class PaceMeter:
@@ -84,7 +94,6 @@ class PaceMeter:
         if self.device.type == "cuda":
             name, memory = device_name(self.device), torch.cuda.max_memory_reserved(self.device)
         else:
-            name = device_name("cpu")
-            memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            name, memory = device_name("cpu"), _peak_memory()
         pace = Pace(name, step, self.steps * step + evaluation, memory)
         self.folder.write_record(pace=asdict(pace))
