@@ -74,6 +74,8 @@ class DatasetConfig:
     h: int = setting(128, low=1, high=4096)  # mel bands, see also audio.n_mels
     w: int = setting(1024, low=1, high=MAX_SIZE)  # frames the spectrogram is fitted to
     cache_dir: str = setting("cache", path=True)  # waveform stores and frozen-backbone features
+    # read every byte of the recordings to know them again; false: 40 kB of each
+    full_hash: bool = False
     # error | skip (counted and reported)
     on_bad_recording: str = setting("error", choices=("error", "skip"))
     # processes that build the waveform store; 0: one per core

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 STORE_VERSION = 2
 #: Bytes that a fingerprint reads at the head, at the tail, and at each of BLOCKS places between.
 ENDS, BLOCK, BLOCKS = 8192, 4096, 6
+WHOLE = 1 << 20  # bytes read at a time where all are
 
 
 @dataclass
@@ -98,7 +99,7 @@ class StorePlan:
     Attributes:
         settings: what else the samples depend on.
         recordings: path of each recording, in the table's order of appearance.
-        prints: `fingerprint` of each.
+        prints: `fingerprint` of each; full_hash: of all its bytes.
         cycles: row numbers of each recording's cycles.
         starts, ends: [N] int64, first sample and the one after the last, at the working rate.
         offsets: [N] int64, where each cycle begins in the file.
@@ -111,9 +112,12 @@ class StorePlan:
     starts: np.ndarray
     ends: np.ndarray
     offsets: np.ndarray
+    full_hash: bool = False
 
     @classmethod
-    def of(cls, table: pd.DataFrame, sample_rate: int, resampler: str) -> StorePlan:
+    def of(
+        cls, table: pd.DataFrame, sample_rate: int, resampler: str, full_hash: bool = False
+    ) -> StorePlan:
         """Plan from a cycle table; reads the fingerprints of the files, not the files."""
         starts = (table["CycleStart"].to_numpy(np.float64) * sample_rate).astype(np.int64)
         ends = (table["CycleEnd"].to_numpy(np.float64) * sample_rate).astype(np.int64)
@@ -135,11 +139,12 @@ class StorePlan:
                 "resampler": resampler,
             },
             recordings=list(groups),
-            prints=[fingerprint(Path(path)) for path in groups],
+            prints=[fingerprint(Path(path), full_hash) for path in groups],
             cycles=list(groups.values()),
             starts=starts,
             ends=ends,
             offsets=np.cumsum(sizes) - sizes,
+            full_hash=full_hash,
         )
 
     def job(self, number: int) -> dict:
@@ -149,6 +154,7 @@ class StorePlan:
             "number": number,
             "path": self.recordings[number],
             "print": self.prints[number],
+            "full_hash": self.full_hash,
             "starts": self.starts[rows].tolist(),
             "ends": self.ends[rows].tolist(),
             "offsets": self.offsets[rows].tolist(),
@@ -170,8 +176,10 @@ class StorePlan:
         return f"waveforms-{digest.hexdigest()[:24]}"
 
 
-def fingerprint(path: Path) -> list:
+def fingerprint(path: Path, full_hash: bool = False) -> list:
     """[file name, size, hash of its head, its tail and some blocks between]: 40 kB are read.
+
+    full_hash: of every byte instead.
 
     Raises:
         UserError: the file is missing or cannot be read.
@@ -179,11 +187,13 @@ def fingerprint(path: Path) -> list:
     try:
         with path.open("rb", buffering=0) as file:
             size = file.seek(0, 2)
-            digest = hashlib.blake2b(digest_size=12)
+            digest = hashlib.blake2b(digest_size=12, person=b"full" if full_hash else b"")
             step = max(1, (size - BLOCK) // (BLOCKS + 1))
-            for start in (0, *range(step, step * (BLOCKS + 1), step), max(0, size - ENDS)):
+            starts = (0, *range(step, step * (BLOCKS + 1), step), max(0, size - ENDS))
+            for start in range(0, size, WHOLE) if full_hash else starts:
                 file.seek(start)
-                digest.update(file.read(ENDS if start in (0, size - ENDS) else BLOCK))
+                block = ENDS if start in (0, size - ENDS) else BLOCK
+                digest.update(file.read(WHOLE if full_hash else block))
     except OSError as error:
         raise UserError(
             f"recording {path} cannot be read ({error.strerror}); restore it or leave it out"

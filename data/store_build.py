@@ -46,6 +46,7 @@ def open_store(
     resampler: str = "torchaudio",
     workers: int = 0,
     on_bad_recording: str = "error",
+    full_hash: bool = False,
     progress: bool = True,
 ) -> WaveformStore:
     """Open the store of a cycle table; build it first if there is none yet.
@@ -58,12 +59,13 @@ def open_store(
         workers: processes that build; 0: one per core.
         on_bad_recording: "error" stops at the first recording that cannot be used; "skip" leaves
             its cycles out, and says so.
+        full_hash: know the recordings again by all their bytes.
         progress: show a bar while building (on a terminal only).
 
     Raises:
         UserError: a bad or missing recording, no room, a cache folder that cannot be written.
     """
-    plan = StorePlan.of(table, sample_rate, resampler)
+    plan = StorePlan.of(table, sample_rate, resampler, full_hash)
     final = Path(cache_dir) / plan.name
     if not final.is_dir():
         try:
@@ -165,7 +167,7 @@ def write_recording(job: dict) -> dict:
         cycles, result["silent"] = cut_cycles(job)
     except BadRecording as error:
         result["bad"] = str(error)
-    if fingerprint(Path(job["path"])) != job["print"]:
+    if fingerprint(Path(job["path"]), job["full_hash"]) != job["print"]:
         raise UserError(
             f"{job['path']} changed while the waveform store was built; run the command again "
             "when nothing writes to the recordings any more"

@@ -187,6 +187,19 @@ def test_other_sound_of_equal_size_and_time(corpus, tmp_path, where):
     assert where != 0.5 or np.abs(store[0] - before).max() > 0.01
 
 
+@pytest.mark.parametrize("full", [True, False])
+def test_a_full_hash_sees_a_single_bit(full, tmp_path):
+    """40 kB of a file of 400 kB do not; which is what the key is for."""
+    path = write(tmp_path / "a.wav", tone_in_noise(4.5, 44100), 44100)
+    table = recording_table({path: [(0.1, 0.5), (2.0, 2.3)]})
+    before = open_in(table, tmp_path, full_hash=full)
+    assert len(open_in(table, tmp_path, full_hash=full)[1]) == 4800
+    content = bytearray(path.read_bytes())
+    content[30_000] ^= 1
+    path.write_bytes(content)
+    assert (open_in(table, tmp_path, full_hash=full).folder == before.folder) != full
+
+
 def test_a_store_can_be_pickled_small(corpus, tmp_path):
     store = open_in(corpus, tmp_path)
     copy = pickle.loads(pickle.dumps(store))

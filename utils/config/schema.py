@@ -163,6 +163,7 @@ LATER = {
     "dataset": {
         "allow_shared_patients": False,
         "allow_overlaps": False,
+        "full_hash": False,
         "label_map": {},
         "parts": [],
         "test_device": None,

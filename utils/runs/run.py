@@ -127,7 +127,7 @@ class Run:
         """Refuse to show a finished run as the result of data that have changed since."""
         then, dataset = load_checkpoint(self.folder.best).fingerprint, self.config.dataset
         try:
-            now = fingerprint(read_corpus(dataset))
+            now = fingerprint(read_corpus(dataset), dataset.full_hash)
         except UserError as error:
             logger.warning("the data of this finished run cannot be read now: %s", error)
             return

@@ -91,6 +91,7 @@ def _waveforms(config: RunConfig, table: pd.DataFrame, split: Split) -> tuple[Wa
         resampler=config.audio.resampler,
         workers=dataset.store_workers,
         on_bad_recording=dataset.on_bad_recording,
+        full_hash=dataset.full_hash,
     )
     for line in store.report:
         logger.warning("%s", line)
@@ -189,7 +190,7 @@ def describe_run(config: RunConfig, data: Cycles) -> dict[str, Any]:
         "counts": count_parts(data) | {"data": data.completeness.counts},
         "partial": data.completeness.message if data.completeness.partial else "",
         "synthetic": is_synthetic(*config.dataset.folders),
-        "fingerprint": fingerprint(data.table),
+        "fingerprint": fingerprint(data.table, config.dataset.full_hash),
         "run": run_name(config),
     }
 

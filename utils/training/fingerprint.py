@@ -15,12 +15,13 @@ from data.cycle_table import COLUMNS
 SHOWN = 3  # recordings that are named
 
 
-def fingerprint(table: pd.DataFrame) -> dict[str, Any]:
-    """Hashes of each column and of each recording of a cycle table [N], the sound included."""
+def fingerprint(table: pd.DataFrame, full_hash: bool = False) -> dict[str, Any]:
+    """Hashes of each column and of each recording of a cycle table [N], the sound included (of all
+    its bytes with full_hash)."""
     texts = {name: [_text(value) for value in table[name]] for name in COLUMNS if name in table}
     paths = table["Recording"].unique()
     if all(paths):
-        sound = {path: str(store.fingerprint(Path(path))[1:]) for path in paths}
+        sound = {path: str(store.fingerprint(Path(path), full_hash)[1:]) for path in paths}
         texts["audio"] = [sound[path] for path in table["Recording"]]
     rows: dict[str, list[str]] = {}
     for name, *row in zip(table["Filename"], *texts.values(), strict=True):
