@@ -141,7 +141,8 @@ class ConditionedConfig(ModelConfig):
             refuse(
                 f"{prefix}.metadata_fields",
                 self.metadata_fields,
-                f"name at least one of {', '.join(FIELDS)}",
+                f"{', '.join(unknown)} is none; " * bool(unknown)
+                + f"name at least one of {', '.join(FIELDS)}",
             )
         for name, share in self.metadata_dropout_fields.items():
             key = f"{prefix}.metadata_dropout_fields"

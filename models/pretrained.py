@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from models.ast import AST, N_SPECIAL, grid_size
 from utils.common.archives import check_archive
+from utils.common.cli import command
 from utils.common.errors import UserError
 
 AUDIOSET_HUB_NAME = "MIT/ast-finetuned-audioset-10-10-0.4593"
@@ -415,3 +417,20 @@ def load_into(backbone: AST, weights: Weights, patch_init: str | None = None) ->
         state["pos_embed"], grid, backbone.grid, same_patches=same_patches
     )
     backbone.load_state_dict(state)
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m models.pretrained", description=__doc__)
+    fetch = "fetch the AudioSet checkpoint into DIR, for machines without a network"
+    parser.add_argument("--download", metavar="DIR", type=Path, required=True, help=fetch)
+    parser.add_argument("--name", default=AUDIOSET_HUB_NAME, help="on the Hugging Face hub")
+    options = parser.parse_args()
+    options.download.mkdir(parents=True, exist_ok=True)
+    for name in HUB_FILES:
+        shutil.copyfile(_download(options.name, name), options.download / name)
+    print(f"set backbone.weights_path={options.download}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

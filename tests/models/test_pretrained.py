@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import ASTConfig, ASTForAudioClassification
 
+from models import pretrained
 from models.ast import AST
 from models.config import BackboneConfig
 from models.pretrained import AUDIOSET_HUB_NAME, adapt_positions, load_into, read_weights
@@ -423,6 +424,17 @@ def test_hub_name_reads_what_the_hub_gives(transformers_folder, make_model, monk
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     make_model("ast", weights="audioset", weights_path="someone/some-ast")
     assert asked == [("someone/some-ast", n) for n in ("config.json", "model.safetensors")]
+
+
+def test_weights_are_fetched_ahead(transformers_folder, tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+
+    folder, _ = transformers_folder
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, name: str(folder / name))
+    monkeypatch.setattr("sys.argv", ["pretrained", "--download", str(tmp_path / "weights")])
+    assert pretrained.main() == 0
+    assert capsys.readouterr().out == f"set backbone.weights_path={tmp_path / 'weights'}\n"
+    assert read_weights("audioset", str(tmp_path / "weights")) is not None
 
 
 def test_none_reads_nothing():

@@ -27,6 +27,7 @@ class Limits:
         ends: as intervals are written: "[" and "]" include a bound, "(" and ")" exclude it.
         choices: the only values, of every element where the value is a list; empty: any.
         interval: the value is a list [low, high] with low <= high.
+        hint: said after the choices.
         path: a leading `~` means the home directory.
     """
 
@@ -35,6 +36,7 @@ class Limits:
     ends: str = "[]"
     choices: tuple = ()
     interval: bool = False
+    hint: str = ""
     path: bool = False
 
     def problem(self, value: Any) -> str:
@@ -42,7 +44,7 @@ class Limits:
         listed = value if isinstance(value, list) else [value]
         if self.choices and any(one not in self.choices for one in listed):
             word = "each must" if isinstance(value, list) else "it must"
-            return f"{word} be one of {', '.join(map(str, self.choices))}"
+            return f"{word} be one of {', '.join(map(str, self.choices))}{self.hint}"
         numbers = value if isinstance(value, list) else [value]
         numbers = [x for x in numbers if isinstance(x, int | float) and not isinstance(x, bool)]
         if not all(math.isfinite(x) for x in numbers):

@@ -36,6 +36,8 @@ from utils.config.merge import (
 )
 from utils.config.validation import validate
 
+WHICH = "; CUDA_VISIBLE_DEVICES=0 before the command chooses the GPU"
+
 
 @dataclass
 class TrainingConfig:
@@ -80,7 +82,7 @@ class TrainingConfig:
     # epochs without a better score; 0: off
     early_stopping_patience: int = setting(0, low=0, high=MAX_COUNT)
     seed: int = setting(0, low=0, high=MAX_SEED)  # of weights, order, dropout and augmentation
-    device: str = setting("auto", choices=("auto", "cpu", "cuda"))  # auto | cpu | cuda
+    device: str = setting("auto", choices=("auto", "cpu", "cuda"), hint=WHICH)  # auto | cpu | cuda
     # auto (bf16 where the hardware has it, else fp32) | fp32 (exact) | tf32 | bf16 | fp16
     precision: str = setting("auto", choices=("auto", "fp32", "tf32", "bf16", "fp16"))
     # auto (on CUDA) | true | false | blocks (each block by itself: one short compilation for all)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.common.errors import UserError
-from utils.config.schema import config_to_yaml, load_config
+from utils.config.schema import RunConfig, config_to_dict, config_to_yaml, flatten, load_config
 
 if TYPE_CHECKING:
     from utils.runs.run import Run
@@ -67,7 +67,34 @@ def parse_arguments(description: str, arguments: Sequence[str] | None = None) ->
     )
     # key=value words may stand anywhere, so that argparse never takes one for an option's value
     given = list(sys.argv[1:] if arguments is None else arguments)
+    _no_blanks(given)
     overrides = [w for w in given if "=" in w and not w.startswith("-") and not Path(w).is_file()]
-    options = parser.parse_args([word for word in given if word not in overrides])
+    options, unknown = parser.parse_known_args([word for word in given if word not in overrides])
+    if unknown:
+        raise UserError(_as_override(unknown))
     options.overrides = overrides
     return options
+
+
+def _no_blanks(words: Sequence[str]) -> None:
+    """Refuse `key = value`, `key= value` and `key =value`."""
+    for before, word, after in zip(["", *words], words, [*words[1:], ""], strict=False):
+        if word.startswith("=") or (word.endswith("=") and after and "=" not in after):
+            key, value = (before, after) if word == "=" else (before, word[1:])
+            key, value = (word[:-1], after) if word[0] != "=" else (key, value)
+            raise UserError(f"no blanks around =: write {key}={value}")
+
+
+def _as_override(words: Sequence[str]) -> str:
+    """What to write in place of options that do not exist, such as --epochs 5."""
+    option, _, value = words[0].partition("=")
+    name = option.lstrip("-").replace("-", "_")
+    if not option.startswith("-"):
+        return f"{words[0]} is no key=value word, such as training.epochs=20"
+    keys = flatten(config_to_dict(RunConfig()))
+    found = [key for key in keys if key == name or key.endswith(f".{name}")]
+    value = value or next(iter(words[1:]), "VALUE")
+    if not found:
+        return f"{option} is no option; --help lists them, and any key is set as key=value"
+    written = " or ".join(f"{key}={value}" for key in found)
+    return f"{option} is no option but a key of the configuration: write {written}"

@@ -65,11 +65,15 @@ def read_folder(folder: Path) -> dict[str, Any]:
 
 
 def located(path: str | Path) -> Path:
-    """The file or folder that --checkpoint names; a hub's USER/NAME is downloaded first.
+    """The file or shared folder that --checkpoint names: of a run's folder its best.pt; a hub's
+    USER/NAME is downloaded first.
 
     Raises:
         UserError: the hub does not give it.
     """
+    best = Path(path) / "checkpoints" / "best.pt"
+    if best.is_file():
+        return best
     if Path(path).exists() or not HUB_NAME.fullmatch(str(path)) or Path(path).suffix == ".pt":
         return Path(path)
     from huggingface_hub import hf_hub_download
