@@ -18,7 +18,7 @@ from experiments.planted_effect import write_page
 from models.registry import VARIANTS
 from utils.common.cli import command
 from utils.evaluation.finished_runs import RunGroup, group_runs, read_runs
-from utils.evaluation.render import markdown_table, number, with_interval
+from utils.evaluation.render import markdown_table, number, shown, with_interval
 from utils.evaluation.report import Report, read_report
 
 OUTPUT = Path(__file__).parent / "results" / "spectrograms.md"
@@ -29,7 +29,8 @@ SHOWN = ("shuffled", "all unknown", "device unknown", "site unknown", "duration 
 
 def performance(groups: Sequence[RunGroup]) -> list[str]:
     """Variants, metadata-only baselines and always normal, of runs of one task."""
-    head, rows = ["model", "runs", *RATES.values(), "collapsed Score", "sd over runs: Score"], []
+    head = ["model", "runs", *RATES.values(), "collapsed Score", "sd over runs: Score"]
+    head, rows = [*head, "macro AUROC"], []
     for group in groups:
         metrics = group.first.report.test.metrics["chosen"]
         cells = [with_interval(group.interval(key), 1) for key in RATES]
@@ -37,13 +38,16 @@ def performance(groups: Sequence[RunGroup]) -> list[str]:
         if "collapsed_score" in metrics:
             collapsed = with_interval(group.interval("collapsed_score"), 1)
         sd = number(spread.sd, 1)
-        rows.append([group.title, str(spread.n), *cells, collapsed, sd])
+        auroc = shown("auroc_macro", group.auroc) if group.auroc else "–"
+        rows.append([group.title, str(spread.n), *cells, collapsed, sd, auroc])
     for name, baseline in (groups[0].first.report.test.baselines or {}).items():
         found = baseline.metrics["chosen"]
         cells = [with_interval(found[key], 1) for key in RATES]
         collapsed = found.get("collapsed_score")
-        rows.append([name, "1", *cells, with_interval(collapsed, 1) if collapsed else "–", "–"])
-    return markdown_table(head, [*rows, [*ALWAYS_NORMAL, "–"]])
+        tail = [with_interval(collapsed, 1) if collapsed else "–", "–"]
+        auroc = found.get("auroc_macro")
+        rows.append([name, "1", *cells, *tail, shown("auroc_macro", auroc) if auroc else "–"])
+    return markdown_table(head, [*rows, [*ALWAYS_NORMAL, "–", "0.500"]])
 
 
 def permutation(groups: Sequence[RunGroup]) -> list[str]:

@@ -15,10 +15,15 @@ import pandas as pd
 from utils.common.errors import UserError
 from utils.common.files import write_json, write_text
 from utils.evaluation.model_report import baselines_of, stored
-from utils.evaluation.render import NOTHING, markdown_table, number, with_interval
-from utils.evaluation.report import Baseline, Comparison, compare_predictions
+from utils.evaluation.render import NOTHING, markdown_table, number, shown
+from utils.evaluation.report import Baseline, Comparison, compare_predictions, ranking
 from utils.evaluation.trained_model import TrainedModel
-from utils.metrics.bootstrap import Interval, patient_bootstrap, patient_tables
+from utils.metrics.bootstrap import (
+    Interval,
+    macro_auroc_bootstrap,
+    patient_bootstrap,
+    patient_tables,
+)
 from utils.metrics.predictions import class_numbers
 from utils.metrics.protocol import LEAKY_MARK, PARTIAL_MARK, SYNTHETIC_MARK, Selection, warnings
 
@@ -29,6 +34,7 @@ SHOWN = {
     "sp": "Sp",
     "se": "Se",
     "score": "Score",
+    "auroc_macro": "Macro AUROC",
     "collapsed_score": "Score, collapsed to 2 classes",
 }
 KEY = ["recording", "cycle_index"]
@@ -96,6 +102,7 @@ def compare(models: Sequence[TrainedModel], *, bootstrap: int = 10_000) -> Resul
         frame = frames[name]
         true, pred = (class_numbers(frame, task, c) for c in ("true_class", "pred_class"))
         _, tables = patient_tables(true, pred, frame["patient"], len(task.classes))
+        auroc = macro_auroc_bootstrap([ranking(frame, task)], frame["patient"])
         rows.append(
             Compared(
                 name=name,
@@ -103,7 +110,7 @@ def compare(models: Sequence[TrainedModel], *, bootstrap: int = 10_000) -> Resul
                 checkpoint=str(model.path),
                 selection=model.selection.value,
                 seed=model.config.training.seed,
-                figures=patient_bootstrap(tables),
+                figures=patient_bootstrap(tables) | {"auroc_macro": auroc},
             )
         )
     partial = next((m.checkpoint.partial for m in models if m.checkpoint.partial), "")
@@ -211,19 +218,23 @@ def comparison_markdown(result: Result) -> str:
     lines = [f"# Comparison, {result.task['n_cls']}-class", ""]
     for warning in warnings(result.partial_message, result.synthetic, result.leaky):
         lines += [f"**{warning}**", ""]
-    shown = [key for key in SHOWN if key in result.models[0].figures]
+    keys = [key for key in SHOWN if key in result.models[0].figures]
     lines += [f"**Metrics in percent with 95 % intervals over patients, {where}**", ""]
     rows = [
-        [m.name, *(with_interval(m.figures[k], 1) for k in shown), m.selection, f"`{m.run}`"]
+        [m.name, *(shown(k, m.figures[k], 1) for k in keys), m.selection, f"`{m.run}`"]
         for m in result.models
     ]
     for name, baseline in result.floors.items():
-        values = [with_interval(baseline.metrics["chosen"][key], 1) for key in shown]
+        found = baseline.metrics["chosen"]
+        values = [shown(key, found[key], 1) if key in found else NOTHING for key in keys]
         rows.append([f"baseline: {name}", *values, NOTHING, NOTHING])
-    lines += markdown_table(["model", *(SHOWN[key] for key in shown), "selection", "run"], rows)
-    lines += [f"**Paired differences in points over resampled patients, {where}**", ""]
+    lines += markdown_table(["model", *(SHOWN[key] for key in keys), "selection", "run"], rows)
+    lines += [
+        f"**Paired differences in points (AUROC: 0 to 1) over resampled patients, {where}**",
+        "",
+    ]
     rows = [
-        [f"{pair.second} − {pair.first}", SHOWN[pair.figure], with_interval(pair),
+        [f"{pair.second} − {pair.first}", SHOWN[pair.figure], shown(pair.figure, pair),
          number(pair.p, 4)]
         for pair in result.pairs
         if pair.figure in SHOWN

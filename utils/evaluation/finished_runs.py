@@ -13,13 +13,21 @@ import numpy as np
 import yaml
 
 from data.splits import N_FOLDS
+from data.task import Task
 from models.config import resolve_layers
 from utils.common.errors import UserError
 from utils.common.files import check_sum
 from utils.common.readers import read_results, understood
 from utils.config.schema import NOT_HASHED, flatten
-from utils.evaluation.report import RunReport, read_report
-from utils.metrics.bootstrap import Interval, SeedSummary, over_seeds, patient_bootstrap
+from utils.evaluation.report import RunReport, ranking, read_report
+from utils.metrics.bootstrap import (
+    Interval,
+    SeedSummary,
+    macro_auroc_bootstrap,
+    over_seeds,
+    patient_bootstrap,
+)
+from utils.metrics.predictions import read_predictions
 from utils.metrics.protocol import Selection
 
 log = logging.getLogger(__name__)
@@ -192,6 +200,24 @@ class RunGroup:
     @cached_property
     def _intervals(self) -> dict[str, Interval]:
         return patient_bootstrap(self.tables)
+
+    @cached_property
+    def auroc(self) -> Interval | None:
+        """Mean macro AUROC of the runs, with its patient bootstrap interval where their predictions
+        are there; None: a report is older than this metric."""
+        tests = [run.report.test for run in self.runs]
+        found = [test.metrics["chosen"].get("auroc_macro") for test in tests]
+        if None in found:
+            return None
+        files = [run.path / "predictions" / "test.csv" for run in self.runs]
+        if not all(file.is_file() for file in files):
+            mean = float(np.mean([one.value for one in found]))
+            return found[0] if len(found) == 1 else Interval(mean, np.nan, np.nan)
+        task = Task(self.n_cls, exclusive=tests[0].task["exclusive"])
+        frames = (read_predictions(file, task) for file in files)
+        frames = [frame.sort_values(["recording", "cycle_index"]) for frame in frames]
+        runs = [ranking(frame, task) for frame in frames]
+        return macro_auroc_bootstrap(runs, frames[0]["patient"].to_numpy())
 
     def interval(self, metric: str) -> Interval:
         """95 % patient bootstrap interval of the runs' mean."""

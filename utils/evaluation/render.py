@@ -16,6 +16,7 @@ HEADLINE = {
     "sp": "Sp",
     "se": "Se",
     "score": "Score",
+    "auroc_macro": "Macro AUROC",
     "collapsed_sp": "Sp, collapsed to 2 classes",
     "collapsed_se": "Se, collapsed to 2 classes",
     "collapsed_score": "Score, collapsed to 2 classes",
@@ -26,6 +27,8 @@ HEADLINE = {
 
 #: Written where there is no value.
 NOTHING = "–"
+#: Written for an AUROC or average precision that is not defined.
+UNDEFINED = "undefined (one class only)"
 
 
 def number(value: float | None, decimals: int = 2) -> str:
@@ -40,6 +43,13 @@ def with_interval(figure: Interval, decimals: int = 2) -> str:
     """`value [low, high]`; the value alone where there is no interval."""
     value, low, high = (number(v, decimals) for v in (figure.value, figure.low, figure.high))
     return value if low == NOTHING else f"{value} [{low}, {high}]"
+
+
+def shown(name: str, figure: Interval, decimals: int = 2) -> str:
+    """A metric with its interval: percentages with so many decimals, others with three."""
+    if name.startswith(("auroc", "ap_")) and math.isnan(figure.value):
+        return UNDEFINED
+    return with_interval(figure, decimals if name in _PERCENT else 3)
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
@@ -109,18 +119,17 @@ def _metrics(report: Report) -> list[str]:
     names = {name: text for name, text in HEADLINE.items() if name in metrics["chosen"]}
     for name in metrics["chosen"]:
         kind, _, output = name.partition("_")
-        if kind in ("auroc", "ap"):
+        if kind in ("auroc", "ap") and name not in names:
             names[name] = f"{'AUROC' if kind == 'auroc' else 'Average precision'}, {output}"
     rows = [
-        [text, *(with_interval(metrics[rule][name], 2 if name in _PERCENT else 3)
-                 for rule in rules)]
+        [text, *(shown(name, metrics[rule][name]) for rule in rules)]
         for name, text in names.items()
-    ]  # fmt: skip
+    ]
     head = ["", *(f"{name}: {thresholds_line(rule)}" for name, rule in rules.items())]
     return markdown_table(head, rows)
 
 
-_PERCENT = {name for name in HEADLINE if name not in ("accuracy", "macro_f1")}
+_PERCENT = {name for name in HEADLINE if name not in ("accuracy", "macro_f1", "auroc_macro")}
 
 
 def _per_class(report: Report) -> list[str]:
@@ -170,8 +179,11 @@ def _baselines(report: Report) -> list[str]:
     for name, baseline in report.baselines.items():
         chosen = baseline.metrics["chosen"]
         collapsed = chosen["collapsed_score"].value if "collapsed_score" in chosen else None
-        rows.append([name, *(with_interval(chosen[f]) for f in RATES), number(collapsed)])
-    return markdown_table(["baseline", "Sp", "Se", "Score", "collapsed Score"], rows)
+        auroc = [shown(f, chosen[f]) for f in ("auroc_macro",) if f in chosen] or [NOTHING]
+        rates = (with_interval(chosen[f]) for f in RATES)
+        rows.append([name, *rates, *auroc, number(collapsed)])
+    head = ["baseline", "Sp", "Se", "Score", HEADLINE["auroc_macro"], "collapsed Score"]
+    return markdown_table(head, rows)
 
 
 def _metadata_test(report: Report) -> list[str]:
@@ -293,9 +305,10 @@ def _card_metrics(report: Report) -> list[str]:
     }
     for name, baseline in (report.baselines or {}).items():
         models[f"baseline: {name}"] = baseline.metrics["chosen"]
-    shown = [key for key in HEADLINE if key in _PERCENT and key in report.metrics["chosen"]]
+    keys = [key for key in HEADLINE if key in {*_PERCENT, "auroc_macro"}]
+    keys = [key for key in keys if key in report.metrics["chosen"]]
     rows = [
-        [name, *(with_interval(metrics[key], 1) for key in shown)]
+        [name, *(shown(key, metrics[key], 1) if key in metrics else NOTHING for key in keys)]
         for name, metrics in models.items()
     ]
-    return markdown_table(["", *(HEADLINE[name] for name in shown)], rows)
+    return markdown_table(["", *(HEADLINE[key] for key in keys)], rows)

@@ -26,13 +26,15 @@ from utils.metrics.bootstrap import (
     Interval,
     auroc_bootstrap,
     average_precision_bootstrap,
+    macro_auroc_bootstrap,
+    macro_auroc_difference,
     paired_bootstrap,
     patient_bootstrap,
     patient_tables,
 )
 from utils.metrics.calibration import calibration_report
 from utils.metrics.protocol import Selection, is_leaky
-from utils.metrics.score import confusion, operating_curve, ranked_targets
+from utils.metrics.score import confusion, event_targets, operating_curve, ranked_targets
 from utils.metrics.subgroups import subgroup_table
 
 #: Points of the operating curve that a report keeps.
@@ -307,7 +309,7 @@ def evaluate_predictions(
 
 @dataclass(frozen=True)
 class Comparison(Difference):
-    """Difference of one metric, second model minus first, in points."""
+    """Difference of one metric, second model minus first, in points (AUROC: in 0..1)."""
 
     first: str
     second: str
@@ -325,17 +327,29 @@ def compare_predictions(
     Raises:
         ValueError: the tables do not hold the same cycles.
     """
-    tables = {}
+    tables, rankings, options = {}, {}, {"resamples": bootstrap, "seed": seed}
     for name, frame in named.items():
         true, pred = (table.class_numbers(frame, task, c) for c in ("true_class", "pred_class"))
         _, tables[name] = patient_tables(true, pred, frame["patient"], len(task.classes))
-    return [
-        Comparison(**vars(difference), first=first, second=second, figure=figure)
-        for first, second in combinations(named, 2)
-        for figure, difference in paired_bootstrap(
-            tables[first], tables[second], resamples=bootstrap, seed=seed
-        ).items()
-    ]
+        # the rows of one model in the order of another: resamples pair their patients
+        ordered = frame.sort_values(["recording", "cycle_index"])
+        patient, rankings[name] = ordered["patient"].to_numpy(), [ranking(ordered, task)]
+    out = []
+    for first, second in combinations(named, 2):
+        found = paired_bootstrap(tables[first], tables[second], **options)
+        found["auroc_macro"] = macro_auroc_difference(
+            rankings[first], rankings[second], patient, **options
+        )
+        pair = {"first": first, "second": second}
+        out += [Comparison(**vars(d), **pair, figure=name) for name, d in found.items()]
+    return out
+
+
+def ranking(predictions: pd.DataFrame, task: Task) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`event_targets` of a predictions table."""
+    return event_targets(
+        task, table.probabilities(predictions, task), table.labels(predictions, task)
+    )
 
 
 def count(predictions: pd.DataFrame, task: Task) -> dict[str, int]:
@@ -349,9 +363,10 @@ def count(predictions: pd.DataFrame, task: Task) -> dict[str, int]:
 
 
 def _ranking_intervals(task, predictions, probability, label, resamples, seed):
-    """AUROC and average precision of every output (and of any abnormality) with intervals."""
+    """Macro AUROC; AUROC and average precision of every output (and of any abnormality)."""
     patient, options = predictions["patient"], {"resamples": resamples, "seed": seed}
-    out = {}
+    events = event_targets(task, probability, label)
+    out = {"auroc_macro": macro_auroc_bootstrap([events], patient, **options)}
     for name, (target, value) in ranked_targets(task, probability, label).items():
         out[f"auroc_{name}"] = auroc_bootstrap(target, value, patient, **options)
         out[f"ap_{name}"] = average_precision_bootstrap(target, value, patient, **options)

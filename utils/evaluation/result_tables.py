@@ -41,11 +41,12 @@ from utils.evaluation.published import (
     read_published,
     systems,
 )
-from utils.evaluation.render import NOTHING, RATES, counts_line, markdown_table, number
+from utils.evaluation.render import NOTHING, RATES, counts_line, markdown_table, number, shown
 from utils.metrics.protocol import Selection, caption, warnings
 
 COLLAPSED = " (4-class model, collapsed)"
 HEADS = dict(zip(RATES, ("Sp", "Se", "Score"), strict=True))
+AUROC = "Macro AUROC, ours"
 TRAINABLE, LAYERS = "backbone.trainable_blocks", "models.*.conditioned_layers"
 SELECTION_NOTE = (
     "Paper: SELECTED ON TEST: official split, values as printed; the authors' code chooses epoch "
@@ -136,7 +137,7 @@ def _table(kind: Kind, protocol: Protocol, groups: Sequence[RunGroup]) -> Table 
     if kind.key:
         keys = [kind.key, *(key for key in keys if key != kind.key)]
     names = [HEADS[metric] for metric in kind.metrics]
-    head = ["Method", *keys, *(f"{n}, ours" for n in names)]
+    head = ["Method", *keys, *(f"{n}, ours" for n in names), *_auroc_column(own, collapsed)]
     frame = pd.DataFrame([_row(g, kind, keys) for g in own], columns=head)
     if not protocol.leaky:  # never in one row with values on other splits
         head += [f"{n}, paper" for n in names]
@@ -192,7 +193,8 @@ def _leaderboard(n_cls: int, kind: Kind, protocol: Protocol, groups: Sequence) -
     keys = dict.fromkeys(key for same in alike for key in differing(same))
     rows = [_row(g, kind, [*keys]) for g in own]
     rows += [_row(g, kind, [*keys], "collapsed_", COLLAPSED) for g in collapsed]
-    head = ["Method", *keys, *(f"{HEADS[metric]}, ours" for metric in kind.metrics)]
+    names = [f"{HEADS[metric]}, ours" for metric in kind.metrics]
+    head = ["Method", *keys, *names, *_auroc_column(own, collapsed)]
     frame = pd.DataFrame(rows, columns=head)
     absent = {SELECTION_NOTE} | ({TAFILM_NOTE} if protocol.selection != "test" else set())
     notes = [note for note in _notes(kind, protocol, shown, []) if note not in absent]
@@ -223,7 +225,14 @@ def _row(
     row |= {key: group.first.setting.get(key, NOTHING) for key in keys}
     for metric in kind.metrics:
         row[f"{HEADS[metric]}, ours"] = cell(group, prefix + metric, interval=metric == "score")
+    if group.auroc and not prefix:
+        row[AUROC] = shown("auroc_macro", group.auroc)
     return row
+
+
+def _auroc_column(*groups: Sequence[RunGroup]) -> list[str]:
+    """The column of the macro AUROC, where any run has one; whole models only."""
+    return [AUROC] * any(group.auroc for own in groups for group in own)
 
 
 def cell(group: RunGroup, metric: str, *, interval: bool = True) -> str:

@@ -153,10 +153,15 @@ def patient_difference(
         value = float(point_b[name].mean() - point_a[name].mean())
         # rounding of equal rates must not decide on which side of zero a tie lies
         d = _mean_difference(samples_a[name], samples_b[name], training_seeds, seed).round(9)
-        d = d[~np.isnan(d)]
-        p = min(1.0, 2 * (min((d <= 0).sum(), (d >= 0).sum()) + 1) / (len(d) + 1))
-        out[name] = Difference(value, *percentiles(d, level), p if len(d) else float("nan"))
+        out[name] = Difference(value, *percentiles(d, level), _two_sided(d))
     return out
+
+
+def _two_sided(d: np.ndarray) -> float:
+    """p of differences [B], of those that are defined."""
+    d = d[~np.isnan(d)]
+    p = min(1.0, 2 * (min((d <= 0).sum(), (d >= 0).sum()) + 1) / (len(d) + 1))
+    return p if len(d) else float("nan")
 
 
 def _mean_difference(a: np.ndarray, b: np.ndarray, seeds: int, seed: int) -> np.ndarray:
@@ -169,37 +174,93 @@ def _mean_difference(a: np.ndarray, b: np.ndarray, seeds: int, seed: int) -> np.
     return (drawn * (own[1] - own[0])).sum(axis=1) / seeds
 
 
+class _Pairs:
+    """AUROC in every resample. It is the share of (positive, negative) pairs in the right order,
+    ties counting half; in a resample each pair counts as often as its two patients were drawn, so
+    that W' M W, with the pairs summed per couple of patients in M [P, P], gives all resamples
+    without sorting again.
+
+    Args:
+        target: [N] 0/1; value: [N]; patient: [N].
+    """
+
+    def __init__(self, target, value, patient):
+        target, value = np.asarray(target).astype(bool), np.asarray(value, np.float64)
+        patients, index = np.unique(np.asarray(patient), return_inverse=True)
+        self.positives = np.bincount(index[target], minlength=len(patients))
+        self.negatives = np.bincount(index[~target], minlength=len(patients))
+        self.won = np.zeros((len(patients), len(patients)))  # rows: the positive's patient
+        for j in range(len(patients)):
+            rivals = np.sort(value[~target & (index == j)])
+            below = np.searchsorted(rivals, value[target], "left")
+            upto = np.searchsorted(rivals, value[target], "right")
+            beaten = (below + upto) / 2
+            self.won[:, j] = np.bincount(index[target], beaten, minlength=len(patients))
+
+    def auroc(self, weights: np.ndarray) -> np.ndarray:
+        """[B], NaN where one of the two classes is missing; weights: [B, P]."""
+        weights = weights.astype(np.float64)
+        pairs = (weights @ self.positives) * (weights @ self.negatives)
+        with np.errstate(invalid="ignore"):
+            return ((weights @ self.won) * weights).sum(1) / pairs
+
+
 def auroc_bootstrap(
     target, value, patient, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
 ) -> Interval:
     """AUROC (0..1) with a patient bootstrap interval.
 
-    AUROC is the share of (positive, negative) pairs in the right order, ties counting half; in a
-    resample each pair counts as often as its two patients were drawn, so that W' M W, with the
-    pairs summed per couple of patients in M [P, P], gives all resamples without sorting again.
-
     Args:
         target: [N] 0/1; value: [N]; patient: [N].
     """
-    target, value = np.asarray(target).astype(bool), np.asarray(value, np.float64)
-    patients, index = np.unique(np.asarray(patient), return_inverse=True)
-    positives = np.bincount(index[target], minlength=len(patients))
-    negatives = np.bincount(index[~target], minlength=len(patients))
-    if not positives.sum() or not negatives.sum():
-        return Interval(float("nan"), float("nan"), float("nan"))
-    won = np.zeros((len(patients), len(patients)))  # rows: the positive's patient
-    for j in range(len(patients)):
-        rivals = np.sort(value[~target & (index == j)])
-        below = np.searchsorted(rivals, value[target], "left")
-        upto = np.searchsorted(rivals, value[target], "right")
-        won[:, j] = np.bincount(index[target], (below + upto) / 2, minlength=len(patients))
-    weights = patient_weights(len(patients), resamples, seed).astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        samples = ((weights @ won) * weights).sum(1) / (
-            (weights @ positives) * (weights @ negatives)
-        )
-    point = won.sum() / (positives.sum() * negatives.sum())
-    return Interval(float(point), *percentiles(samples, level))
+    options = {"resamples": resamples, "seed": seed, "level": level}
+    return macro_auroc_bootstrap([[(target, value)]], patient, **options)
+
+
+#: What AUROCs are averaged over: runs, of each the events' targets [N] 0/1 and values [N].
+Rankings = Sequence[Sequence[tuple[np.ndarray, np.ndarray]]]
+
+
+def _macro_samples(runs: Rankings, patient, weights: np.ndarray) -> np.ndarray:
+    """Mean AUROC over the events [B, R] in each resample; the first one is the data themselves."""
+    whole = np.concatenate([np.ones((1, weights.shape[1])), weights])
+    pairs = ([_Pairs(*event, patient) for event in events] for events in runs)
+    return np.stack([np.mean([p.auroc(whole) for p in one], axis=0) for one in pairs], axis=1)
+
+
+def macro_auroc_bootstrap(
+    runs: Rankings, patient, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Mean AUROC (0..1) over the events, and over several runs on the same N cycles, with a patient
+    bootstrap interval; NaN where an event is in all cycles or in none.
+
+    Args:
+        runs: as `Rankings`; patient: [N].
+    """
+    weights = patient_weights(len(np.unique(patient)), resamples, seed)
+    samples = _macro_samples(runs, patient, weights).mean(axis=1)
+    if np.isnan(samples[0]):
+        return Interval(*[float("nan")] * 3)
+    return Interval(float(samples[0]), *percentiles(samples[1:], level))
+
+
+def macro_auroc_difference(
+    a: Rankings,
+    b: Rankings,
+    patient,
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
+    training_seeds: int = 0,
+) -> Difference:
+    """B minus A of `macro_auroc_bootstrap` on the same cycles, both under the same resampled
+    patients; p and training_seeds as in `patient_difference`."""
+    weights = patient_weights(len(np.unique(patient)), resamples, seed)
+    first, second = (_macro_samples(runs, patient, weights) for runs in (a, b))
+    value = float(second[0].mean() - first[0].mean())
+    d = _mean_difference(first[1:], second[1:], training_seeds, seed).round(9)
+    return Difference(value, *percentiles(d, level), _two_sided(d))
 
 
 def average_precision_bootstrap(

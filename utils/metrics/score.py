@@ -211,8 +211,8 @@ def metrics_of(tables: np.ndarray) -> dict[str, np.ndarray]:
 def summarise(
     task: Task, probability: np.ndarray, label: np.ndarray, thresholds: tuple[float, ...]
 ) -> dict[str, float]:
-    """`metrics_of` one part, and `auroc_<output>`, `ap_<output>` and, for four classes,
-    `auroc_any`, `ap_any` (normal against abnormal) in 0..1.
+    """`metrics_of` one part, and `auroc_macro` (mean over `event_targets`), `auroc_<output>`,
+    `ap_<output>` and, for four classes, `auroc_any`, `ap_any` (normal against abnormal) in 0..1.
 
     Args:
         probability: [N, K]; label: [N, C]; thresholds: as `Task.predicted_classes` takes them.
@@ -221,6 +221,8 @@ def summarise(
     pred = task.predicted_classes(probability, thresholds)
     table = confusion(task, task.true_classes(label), pred)
     out = {name: float(value) for name, value in metrics_of(table).items()}
+    events = event_targets(task, probability, label)
+    out["auroc_macro"] = float(np.mean([_ranking(*event)[0] for event in events]))
     for name, (target, value) in ranked_targets(task, probability, label).items():
         out[f"auroc_{name}"], out[f"ap_{name}"] = _ranking(target, value)
     return out
@@ -238,6 +240,17 @@ def ranked_targets(
     if task.n_cls == 4:
         out["any"] = collapse(task.true_classes(label)), task.abnormal_score(probability)
     return out
+
+
+def event_targets(
+    task: Task, probability: np.ndarray, label: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What the macro AUROC is the mean of: (target [N] 0/1, probability [N]) of crackle and of
+    wheeze, whichever other event is there; of abnormal where there are two classes."""
+    label = (np.asarray(label) > 0.5).astype(np.int64)
+    if task.exclusive:  # normal, crackle, wheeze, both
+        probability = probability @ np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
+    return [(label[:, k], probability[:, k]) for k in range(label.shape[1])]
 
 
 def operating_curve(task: Task, probability: np.ndarray, label: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from models.registry import VARIANTS
 from utils.common.files import write_text
 from utils.config.schema import RunConfig
 from utils.evaluation.baselines import baseline_reports
-from utils.evaluation.render import model_card, number, to_markdown
+from utils.evaluation.render import model_card, number, to_markdown, with_interval
 from utils.evaluation.report import RunReport, evaluate_predictions, read_report
 from utils.metrics.bootstrap import Interval
 from utils.metrics.protocol import Selection, metric_group, warnings
@@ -25,6 +25,8 @@ from utils.training.checkpoint import Checkpoint
 from utils.training.runfolder import RunFolder
 
 WIDTH = 100
+#: Over the interval of the Score and the macro AUROC of a row of `figure_row`.
+AUROC_HEAD = f"{'':16}macro AUROC"
 
 
 def banner(message: str) -> str:
@@ -130,7 +132,7 @@ def print_end(folder: RunFolder, config: RunConfig, *, published: bool = True) -
         f"\n{report.title}, {report.n_cls}-class, seed {report.seed}, "
         f"epoch {report.epoch + 1}: {Selection(report.selection).label}"
     )
-    print(f"{'percent, [95 % over patients]':32}{'Sp':>9}{'Se':>9}{'Score':>9}")
+    print(f"{'percent, [95 % over patients]':32}{'Sp':>9}{'Se':>9}{'Score':>9}{AUROC_HEAD}")
     if report.val is not None:
         print(figure_row("validation", report.val.metrics["chosen"]))
     metrics = report.test.metrics
@@ -166,7 +168,14 @@ def ui_command(uri: str) -> str:
 
 
 def figure_row(label: str, metrics: dict[str, Interval], prefix: str = "") -> str:
-    """Sp, Se and Score with its interval, in columns of 32 and 9 characters."""
+    """Sp, Se, Score and macro AUROC with intervals, in columns of 32 and 9 characters."""
     values = [metrics[f"{prefix}{name}"] for name in ("sp", "se", "score")]
     shown = "".join(f"{number(one.value):>9}" for one in values)
-    return f"{label:32}{shown}  [{number(values[-1].low, 1)}, {number(values[-1].high, 1)}]"
+    line = f"{label:32}{shown}  [{number(values[-1].low, 1)}, {number(values[-1].high, 1)}]"
+    return line if prefix or "auroc_macro" not in metrics else f"{line:75}{auroc(metrics)}"
+
+
+def auroc(metrics: dict[str, Interval]) -> str:
+    """Macro AUROC with its interval, or that there is none."""
+    figure = metrics["auroc_macro"]
+    return "undefined" if math.isnan(figure.value) else with_interval(figure)

@@ -12,13 +12,13 @@ import pandas as pd
 from utils.common.files import write_json, write_text
 from utils.evaluation.compare import SHOWN, Result, compare, default_folder, write_comparison
 from utils.evaluation.model_report import report_on
-from utils.evaluation.render import RATES, number, to_markdown, with_interval
+from utils.evaluation.render import RATES, number, shown, to_markdown, with_interval
 from utils.evaluation.report import Report
 from utils.evaluation.trained_model import TrainedModel
 from utils.figures import runs as pictures
 from utils.metrics.predictions import write_predictions
 from utils.metrics.protocol import Selection, metric_group, warnings
-from utils.runs.end import banner, defined, figure_row
+from utils.runs.end import AUROC_HEAD, auroc, banner, defined, figure_row
 from utils.tracking import continue_tracking
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def print_report(report: Report) -> None:
         f"\n{one.title}, {one.n_cls}-class, seed {one.seed}, epoch {one.epoch + 1}, "
         f"{one.part} part: {Selection(one.selection).label}"
     )
-    print(f"{'percent, [95 % over patients]':32}{'Sp':>9}{'Se':>9}{'Score':>9}")
+    print(f"{'percent, [95 % over patients]':32}{'Sp':>9}{'Se':>9}{'Score':>9}{AUROC_HEAD}")
     print(figure_row("chosen thresholds", metrics["chosen"]))
     if "collapsed_score" in metrics["chosen"]:
         print(figure_row("collapsed to 2 classes", metrics["chosen"], "collapsed_"))
@@ -137,10 +137,15 @@ def print_comparison(result: Result) -> None:
     print(f"\n{result.task['n_cls']}-class, {what}")
     print(f"{'percent, [95 % over patients]':44}{'Sp':>9}{'Se':>9}{'Score':>9}")
     for model in result.models:
-        print(figure_row(f"{model.name:43} ", model.figures))
+        print(figure_row(f"{model.name:43} ", {k: model.figures[k] for k in RATES}))
+        print(f"  macro AUROC {auroc(model.figures)}")
         print(f"  {Selection(model.selection).label}; {model.run}")
     for name, baseline in result.floors.items():
-        print(figure_row(f"{f'baseline: {name}':43} ", baseline.metrics["chosen"]))
+        print(
+            figure_row(
+                f"{f'baseline: {name}':43} ", {k: baseline.metrics["chosen"][k] for k in RATES}
+            )
+        )
     print("\npaired differences in points [95 %], p")
     last = None
     for pair in result.pairs:
@@ -148,6 +153,6 @@ def print_comparison(result: Result) -> None:
             continue
         if last != (last := (pair.second, pair.first)):
             print(" minus ".join(last))
-        print(f"  {SHOWN[pair.figure]:30}{with_interval(pair):>26}  {number(pair.p, 4)}")
+        print(f"  {SHOWN[pair.figure]:30}{shown(pair.figure, pair):>26}  {number(pair.p, 4)}")
     for note in result.notes:
         print(textwrap.fill(f"note: {note}", 100, subsequent_indent="    "))
