@@ -121,22 +121,41 @@ def baseline_predictions(
         thresholds, min_sensitivity: as in section `training`, like the model's.
     """
     label = task.labels(table["Crackles"].to_numpy(), table["Wheezes"].to_numpy())
+    out = {}
+    for name, values in baseline_logits(task, table, split, pos_weight).items():
+        rule = baseline_rule(task, values, label, split, selection, thresholds, min_sensitivity)
+        frame = make_predictions(task, table, split.test, values[split.test], rule)
+        out[name] = frame, rule
+    return out
+
+
+def baseline_logits(
+    task: Task, table: pd.DataFrame, split: Split, pos_weight: Sequence[float] | None
+) -> dict[str, np.ndarray]:
+    """Logits [N, K] of every cycle by each baseline, fitted on the training rows."""
+    label = task.labels(table["Crackles"].to_numpy(), table["Wheezes"].to_numpy())
     features = design_matrix(MetadataStatistics.fit(table.iloc[split.train]), table)
     train = features[split.train], label[split.train]
     logits = {PRIOR: prior_logits(task, label[split.train], len(table))}
     for name, model in MODELS.items():
         logits[name] = metadata_logits(task, model, train, features, pos_weight)
+    return logits
+
+
+def baseline_rule(
+    task: Task,
+    logits: np.ndarray,
+    label: np.ndarray,
+    split: Split,
+    selection: str,
+    thresholds: str,
+    min_sensitivity: float,
+) -> tuple[float, ...]:
+    """A baseline's thresholds, chosen where the model's are; logits [N, K], label [N, C]."""
     rows = {"validation": split.val, "test": split.test}.get(selection)
-    out = {}
-    for name, values in logits.items():
-        rule = task.default_thresholds
-        if rows is not None and thresholds == "chosen":
-            rule = choose_thresholds(
-                task, task.probabilities(values[rows]), label[rows], min_sensitivity
-            )
-        frame = make_predictions(task, table, split.test, values[split.test], rule)
-        out[name] = frame, rule
-    return out
+    if rows is None or thresholds != "chosen":
+        return task.default_thresholds
+    return choose_thresholds(task, task.probabilities(logits[rows]), label[rows], min_sensitivity)
 
 
 def baseline_reports(

@@ -14,10 +14,13 @@ import numpy as np
 import pandas as pd
 
 from data.batch import Metadata
+from data.fields import field_values
 from data.task import FIELDS, Task
-from utils.metrics.bootstrap import paired_bootstrap, patient_tables
+from utils.metrics.bootstrap import paired_bootstrap, patient_bootstrap, patient_tables
 from utils.metrics.score import metrics_of
 
+#: Kinds of metadata under which each device's Score is given.
+BY_DEVICE = ("real", "shuffled", "all unknown")
 #: Columns that a patient's donor gives; all describe the same patient, so they go together.
 DONATED = ("Device", "Age", "BMI", "CW", "CH", "BMIDerived")
 
@@ -104,20 +107,40 @@ def metadata_test(
 
     Returns:
         Rows `metadata`, `runs` (predictions averaged), metrics in percent, `difference` (Score
-        minus that with real metadata, points, a `Difference`).
+        minus that with real metadata, points, a `Difference`) and, of `BY_DEVICE`, `devices`
+        (device -> cycles, patients, Score with its interval; the device is the true one).
     """
     true = task.true_classes(task.labels(table["Crackles"].to_numpy(), table["Wheezes"].to_numpy()))
     names, metadata = zip(*conditions(table, transform, shuffles=shuffles, seed=seed), strict=True)
     counts: dict[str, list[np.ndarray]] = {}
+    decided: dict[str, list[np.ndarray]] = {}
     for name, probability in zip(names, predict(metadata), strict=True):
         pred = task.predicted_classes(probability, thresholds)
         _, tables = patient_tables(true, pred, table["PID"].to_numpy(), len(task.classes))
         counts.setdefault(name, []).append(tables)
+        decided.setdefault(name, []).append(pred)
     rows = []
     for name, tables in counts.items():
         stacked = np.stack(tables)
         point = {k: float(v.mean()) for k, v in metrics_of(stacked.sum(axis=1)).items()}
         found = paired_bootstrap(np.stack(counts["real"]), stacked, resamples=bootstrap, seed=seed)
         row = {"metadata": name, "runs": len(tables)} | point
+        if name in BY_DEVICE:
+            row["devices"] = _by_device(table, true, decided[name], len(task.classes), bootstrap)
         rows.append(row | {"difference": found["score"]})
     return rows
+
+
+def _by_device(
+    table: pd.DataFrame, true: np.ndarray, preds: list[np.ndarray], n_classes: int, bootstrap: int
+) -> dict[str, dict[str, float]]:
+    """Device -> cycles, patients, Score (mean over `preds`) and its patient interval."""
+    devices, out = field_values(table, ["device"]), {}
+    for device in sorted(set(devices.tolist())):
+        inside = devices == device
+        patient = table["PID"].to_numpy()[inside]
+        tables = [patient_tables(true[inside], p[inside], patient, n_classes)[1] for p in preds]
+        score = patient_bootstrap(np.stack(tables), resamples=bootstrap)["score"]
+        sizes = {"cycles": int(inside.sum()), "patients": len(set(patient.tolist()))}
+        out[device] = sizes | {"score": score.value, "low": score.low, "high": score.high}
+    return out

@@ -5,10 +5,13 @@ On the data it was trained with, the metrics of the test part are those of the r
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 import torch
 
 from utils.evaluation.baselines import baseline_reports
+from utils.evaluation.carry import carried
 from utils.evaluation.metadata_test import metadata_test, shuffle_metadata
 from utils.evaluation.report import Baseline, Report, evaluate_predictions, read_report
 from utils.evaluation.trained_model import TrainedModel
@@ -37,6 +40,9 @@ def report_on(
     report.origin, report.notes = model.origin(split), notes(model, split)
     if split == "test" and not model.corpus_file:
         report.baselines = baselines_of(model)
+        if with_metadata_test:
+            own = model.data.table, model.data.split
+            report.metadata_carry = carried(model.task, *own, **_rules(model))
     rows = model.rows(split)
     table = model.data.table.iloc[rows]
     if with_metadata_test and model.is_conditioned and not shuffling_matters(model, table):
@@ -77,15 +83,17 @@ def notes(model: TrainedModel, split: str) -> list[str]:
 
 def baselines_of(model: TrainedModel) -> dict[str, Baseline]:
     """The baselines on the test part, from the model's own training rows and by its own rule."""
-    return baseline_reports(
-        model.task,
-        model.data.table,
-        model.data.split,
-        selection=model.selection,
-        pos_weight=model.checkpoint.pos_weight or None,
-        thresholds=model.config.training.thresholds,
-        min_sensitivity=model.config.training.min_sensitivity,
-    )
+    return baseline_reports(model.task, model.data.table, model.data.split, **_rules(model))
+
+
+def _rules(model: TrainedModel) -> dict[str, Any]:
+    """How the model's thresholds were chosen and its loss weighed positives."""
+    return {
+        "selection": model.selection,
+        "pos_weight": model.checkpoint.pos_weight or None,
+        "thresholds": model.config.training.thresholds,
+        "min_sensitivity": model.config.training.min_sensitivity,
+    }
 
 
 def stored(model: TrainedModel) -> tuple[pd.DataFrame, dict[str, Baseline]] | None:

@@ -98,6 +98,13 @@ def to_markdown(report: Report, title: str = "Evaluation") -> str:
         sections["Metadata-only baselines: models that see no audio"] = _baselines
     if report.metadata_test:
         sections["Metadata permutation test: the same model with other metadata"] = _metadata_test
+    if report.metadata_carry:
+        sections["What the metadata carry: information about the label in each part"] = _carry
+        text = "Score of the metadata-only baselines on each part (training: on what they learned)"
+        sections[text] = _carry_baselines
+    if report.metadata_test and report.metadata_test[0].get("devices"):
+        text = "Score by device with real, shuffled and unknown metadata; intervals over patients"
+        sections[text] = _devices
     if report.controls:
         sections["Masks: overlap as trained, and without data (docs/protocol.md)"] = _controls
     for heading, section in sections.items():
@@ -194,6 +201,48 @@ def _metadata_test(report: Report) -> list[str]:
     ]  # fmt: skip
     head = ["metadata", "Sp", "Se", "Score", "Score minus real [95 %]", "p"]
     return markdown_table(head, rows)
+
+
+def _carry(report: Report) -> list[str]:
+    rows = [
+        [row["field"], row["part"], f"{row['cycles']:,}",
+         *(number(row[key], 4) for key in ("bits", "expected", "excess")), number(row["p"], 3)]
+        for row in report.metadata_carry["information"]
+    ]  # fmt: skip
+    head = ["field", "part", "cycles", "mutual information, bit", "by chance", "excess", "p"]
+    return [
+        *markdown_table(head, rows)[:-1],
+        "",
+        "By chance: mean over 200 permutations of the field among patients (site: recordings, "
+        "duration: cycles); p: share of these that reach the estimate.",
+        "",
+    ]
+
+
+def _carry_baselines(report: Report) -> list[str]:
+    found = report.metadata_carry["baselines"]
+    parts = list(dict.fromkeys(row["part"] for row in found))
+    scores = {(row["baseline"], row["part"]): Interval(**_numbers(row["score"])) for row in found}
+    names = dict.fromkeys(row["baseline"] for row in found)
+    rows = [[name, *(with_interval(scores[name, part], 1) for part in parts)] for name in names]
+    return markdown_table(["baseline", *parts], rows)
+
+
+def _devices(report: Report) -> list[str]:
+    found = {r["metadata"]: r["devices"] for r in report.metadata_test if r.get("devices")}
+    rows = []
+    for device, one in next(iter(found.values())).items():
+        cells = (_numbers(devices[device]) for devices in found.values())
+        scores = (Interval(v["score"], v["low"], v["high"]) for v in cells)
+        rows.append(
+            [device, one["patients"], one["cycles"], *(with_interval(s, 1) for s in scores)]
+        )
+    return markdown_table(["device", "patients", "cycles", *found], rows)
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With NaN for what JSON has as null."""
+    return {key: math.nan if value is None else value for key, value in values.items()}
 
 
 def _controls(report: Report) -> list[str]:

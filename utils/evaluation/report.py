@@ -90,6 +90,7 @@ class Report:
             thresholds, so that several runs can be resampled together.
         baselines: metadata-only baseline -> its metrics; `floors` in the file.
         metadata_test: rows of `utils.evaluation.metadata_test`.
+        metadata_carry: as `utils.evaluation.carry.carried`.
         notes: what must be said before the metrics are read; controls: of the conditioner.
         origin: the model; None for a bare table of predictions.
     """
@@ -110,6 +111,7 @@ class Report:
     patient_tables: Any
     baselines: dict[str, Baseline] | None = None
     metadata_test: list[dict[str, Any]] | None = None
+    metadata_carry: dict[str, Any] | None = None
     notes: list[str] | None = None
     controls: dict[str, float] | None = None
     origin: Origin | None = None
