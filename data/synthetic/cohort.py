@@ -116,13 +116,27 @@ def _demographics(rng: np.random.Generator, child: bool) -> tuple:
     return age, round(float(np.clip(rng.normal(27.2, 4.5), 16.5, 53.5)), 2), None, None
 
 
-def draw_patients(n: int, rng: np.random.Generator, field: str | None) -> list[Patient]:
-    """`n` patients in order of their numbers; `field` is the planted one, or None."""
+def device_shares(part: str, reversed_prior: str | None) -> dict[str, float]:
+    """Patients per device in a half; the device of a reversed prior has `REVERSED_SHARE`."""
+    shares = DEVICE_SHARES[part]
+    if reversed_prior is None:
+        return shares
+    rest = {name: share for name, share in shares.items() if name != reversed_prior}
+    scale = (1 - planted.REVERSED_SHARE) / sum(rest.values())
+    scaled = {name: scale * share for name, share in rest.items()}
+    return scaled | {reversed_prior: planted.REVERSED_SHARE}
+
+
+def draw_patients(
+    n: int, rng: np.random.Generator, field: str | None, reversed_prior: str | None = None
+) -> list[Patient]:
+    """`n` patients in order of their numbers; `field` is the planted one, or None, and
+    `reversed_prior` the device whose prior turns round, or None."""
     n_train = round(TRAIN_SHARE * n)
     parts = ["train"] * n_train + ["test"] * (n - n_train)
     devices = [
-        *apportion(n_train, DEVICE_SHARES["train"]),
-        *apportion(n - n_train, DEVICE_SHARES["test"]),
+        *apportion(n_train, device_shares("train", reversed_prior)),
+        *apportion(n - n_train, device_shares("test", reversed_prior)),
     ]
     # Evenly spread over the list, so children meet every device and both halves.
     share = 0.5 if field == "age" else CHILD_SHARE
@@ -210,6 +224,7 @@ def plan_recordings(
     cycles: int,
     traps: bool,
     field: str | None,
+    reversed_prior: str | None = None,
 ) -> list[Recording]:
     """All recordings, in order of their names."""
     both_halves = set()
@@ -218,7 +233,7 @@ def plan_recordings(
         pids = [p.pid for p in patients if p.part == "train" and p.device == device]
         both_halves.update(pids[-1:])
     planned = []
-    pending: dict[tuple[str, int], np.ndarray] = defaultdict(lambda: np.zeros(len(CLASSES)))
+    pending: dict[tuple, np.ndarray] = defaultdict(lambda: np.zeros(len(CLASSES)))
     for patient in patients:
         rng = np.random.default_rng([seed, patient.pid])
         devices = _recording_devices(patient, per_patient, traps, field, rng)
@@ -234,7 +249,8 @@ def plan_recordings(
             group = planted.group_of(field or "site", site=site, device=device, age=patient.age)
             n = int(rng.integers(max(2, cycles - 2), cycles + 3))
             drafts.append((k, device, site, group, *_bounds(n, patient.traits, rng)))
-        heard = _deal_heard(patient, drafts, field, pending, rng)
+        turned = patient.device == reversed_prior
+        heard = _deal_heard(patient, drafts, field, pending, rng, turned)
         for (k, device, site, group, bounds, seconds), states in zip(drafts, heard, strict=True):
             mode = PROFILES[device].mode
             session = k // SESSION + 1
@@ -250,10 +266,12 @@ def plan_recordings(
 
 
 def _deal_heard(
-    patient: Patient, drafts: list[tuple], field: str | None, pending: dict, rng
+    patient: Patient, drafts: list[tuple], field: str | None, pending: dict, rng, turned: bool
 ) -> list[np.ndarray]:
     """Heard states of the patient's recordings, dealt within each group."""
-    if field is None:
+    if turned:
+        mix = np.array(planted.REVERSED_MIX[patient.part])
+    elif field is None:
         mix = np.multiply(planted.PLAIN_MIX, DIAGNOSES[patient.diagnosis][2])
     else:
         mix = np.array(planted.PLANTED_MIX)
@@ -261,7 +279,7 @@ def _deal_heard(
     for group in (0, 1):
         rows = [row for row, draft in enumerate(drafts) if draft[3] == group]
         lengths = [len(drafts[row][4]) - 1 for row in rows]
-        states = deal(sum(lengths), mix, pending[patient.part, group], rng)
+        states = deal(sum(lengths), mix, pending[patient.part, group, turned], rng)
         for row, part in zip(rows, np.split(states, np.cumsum(lengths)[:-1]), strict=False):
             heard[row] = part
     return heard

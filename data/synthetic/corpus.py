@@ -2,6 +2,7 @@
 
     python -m data.synthetic --output DIR --patients 24 --seed 0
     python -m data.synthetic --output DIR --patients 40 --seed 0 --planted-effect site
+    python -m data.synthetic --output DIR --patients 40 --seed 0 --reversed-prior Meditron
 
 Same arguments, same bytes. The folder holds recordings, annotations and the three tables under
 the names of the database's own page, and two files that the database has not:
@@ -116,6 +117,7 @@ def write_corpus(
     cycles_per_recording: int = 7,
     event_level: float | None = None,
     traps: bool | None = None,
+    reversed_prior: str | None = None,
 ) -> CorpusReport:
     """Write the corpus into the folder `output`, or leave it when it is already there.
 
@@ -132,7 +134,9 @@ def write_corpus(
         event_level: factor on the amplitude of crackles and wheezes; None: 1, and 8 with a planted
             effect, where the question is what a sound means and not whether it can be heard.
         traps: ICBHI's irregularities (two patients in both halves, patients with two devices);
-            None: where there are 20 patients or more and no planted effect.
+            None: where there are 20 patients or more and nothing is planted.
+        reversed_prior: None, or the device whose patients are mostly abnormal in training and
+            mostly normal in the test half; no device can be heard then.
 
     Raises:
         UserError: an argument is out of range, or the folder holds something else.
@@ -148,6 +152,8 @@ def write_corpus(
         "event_level": float(event_level),
         "traps": patients >= TRAPS_FROM and planted_effect is None if traps is None else traps,
     }
+    if reversed_prior is not None:  # absent from the markers of all other corpora
+        arguments |= {"reversed_prior": reversed_prior, "traps": bool(traps)}
     _check_arguments(arguments)
     output = Path(output)
     marker = _existing_corpus(output)
@@ -180,6 +186,15 @@ def _check_arguments(arguments: dict) -> None:
     if field not in (None, *planted.SECOND_GROUP):
         names = ", ".join(planted.SECOND_GROUP)
         raise UserError(f"planted_effect '{field}' cannot be planted; choose one of {names}")
+    turned = arguments.get("reversed_prior")
+    if turned not in (None, *PROFILES):
+        raise UserError(
+            f"reversed_prior '{turned}' is no device; choose one of {', '.join(PROFILES)}"
+        )
+    if turned and field:
+        raise UserError(
+            f"planted_effect '{field}' and reversed_prior '{turned}' hide each other; give one"
+        )
     if field in ("site", "device") and arguments["recordings_per_patient"] < 2:
         raise UserError(
             f"planted_effect '{field}' must vary within each patient: "
@@ -234,7 +249,9 @@ def _replace(draft: Path, output: Path) -> None:
 def _fill(folder: Path, arguments: dict) -> dict:
     """Write everything into `folder`; the fields of `CorpusReport` but the first two."""
     field, seed = arguments["planted_effect"], arguments["seed"]
-    patients = draw_patients(arguments["patients"], np.random.default_rng([seed, 0]), field)
+    turned = arguments.get("reversed_prior")
+    rng = np.random.default_rng([seed, 0])
+    patients = draw_patients(arguments["patients"], rng, field, turned)
     recordings = plan_recordings(
         patients,
         seed=seed,
@@ -242,11 +259,12 @@ def _fill(folder: Path, arguments: dict) -> dict:
         cycles=arguments["cycles_per_recording"],
         traps=arguments["traps"],
         field=field,
+        reversed_prior=turned,
     )
     traits = {patient.pid: patient.traits for patient in patients}
     for number, recording in enumerate(recordings):
         rng = np.random.default_rng([seed, recording.pid, 1 + number])
-        profile = NEUTRAL if field == "device" else PROFILES[recording.device]
+        profile = NEUTRAL if turned or field == "device" else PROFILES[recording.device]
         sounds = np.stack([recording.heard & 1, recording.heard >> 1], axis=1).astype(bool)
         shape = (recording.bounds, sounds, recording.seconds, profile, traits[recording.pid])
         wave = render(*shape, arguments["event_level"], rng)
@@ -340,5 +358,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--event-level", type=float, help=text)
     text = "ICBHI's irregularities (default: with 20 patients or more and no planted effect)"
     parser.add_argument("--traps", action=argparse.BooleanOptionalAction, default=None, help=text)
+    text = "device whose prior turns round between the halves, and that cannot be heard"
+    parser.add_argument("--reversed-prior", choices=list(PROFILES), help=text)
     arguments = vars(parser.parse_args(argv))
     print(write_corpus(arguments.pop("output"), **arguments).text())

@@ -25,6 +25,15 @@ import numpy as np
 PLAIN_MIX: tuple[float, ...] = (0.52, 0.24, 0.12, 0.12)
 PLANTED_MIX: tuple[float, ...] = (0.28, 0.24, 0.24, 0.24)
 
+#: Heard states of a device whose prior turns round between the halves: mostly abnormal in training,
+#: mostly normal in the test half.
+REVERSED_MIX: dict[str, tuple[float, ...]] = {
+    "train": (0.15, 0.35, 0.25, 0.25),
+    "test": (0.85, 0.07, 0.04, 0.04),
+}
+#: Share of the patients of either half that are recorded with it.
+REVERSED_SHARE = 0.4
+
 #: RULE[group, heard] -> class
 RULE: np.ndarray = np.array([[0, 1, 0, 3], [0, 0, 1, 2]])
 

@@ -369,6 +369,8 @@ def test_a_failure_leaves_nothing_half_written(tmp_path, quick, monkeypatch):
         ({"planted_effect": "duration"}, "site, device, age"),
         ({"planted_effect": "site", "recordings_per_patient": 1}, "recordings_per_patient"),
         ({"seed": -1}, "seed is -1"),
+        ({"reversed_prior": "Rode"}, "is no device; choose one of"),
+        ({"reversed_prior": "Meditron", "planted_effect": "age"}, "hide each other"),
         ({"event_level": 0}, "event_level is 0"),
     ],
 )
@@ -376,6 +378,24 @@ def test_impossible_arguments_name_the_remedy(tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
         write_corpus(tmp_path / "c", **arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_prior_turns_round_between_the_halves(tmp_path, quick):
+    """One device is abnormal in training and normal in the test half; the others stay."""
+    folder = tmp_path / "c"
+    report = write_corpus(folder, patients=60, seed=1, reversed_prior="Litt3200")
+    assert not write_corpus(folder, patients=60, seed=1, reversed_prior="Litt3200").written
+    table = read_cycles(folder, require_audio=False)
+    abnormal = (table["Crackles"] | table["Wheezes"]).groupby([table["Device"], table["Split"]])
+    share = abnormal.mean().unstack()
+    assert share.loc["Litt3200", "train"] > 0.8 and share.loc["Litt3200", "test"] < 0.2
+    others = share.drop("Litt3200").to_numpy()
+    others = others[~np.isnan(others)]
+    assert others.min() > 0.35 and others.max() < 0.65
+    patients = table.drop_duplicates("PID").groupby("Split")["Device"].value_counts(normalize=True)
+    for part in ("train", "test"):
+        assert patients[part, "Litt3200"] == pytest.approx(0.4, abs=0.05)
+    assert report.best_score is None
 
 
 def test_command_line(tmp_path, quick, capsys):
