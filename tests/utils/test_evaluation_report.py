@@ -413,7 +413,7 @@ def test_command_prints_each_format(run_folder, capsys):
     latex = capsys.readouterr().out
     assert r"\toprule" in latex and r"71.10 $\pm$ 0.95" in latex and "PARTIAL DATA" in latex
     body = latex[latex.index(r"\midrule") : latex.index(r"\bottomrule")].strip().splitlines()[1:]
-    assert all(line.count(" & ") == 6 and line.endswith(r"\\") for line in body)
+    assert all(line.count(" & ") == 7 and line.endswith(r"\\") for line in body)
     assert main([*folders, "--format", "csv"]) == 0
     text = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
     rows = list(csv.DictReader(io.StringIO("\n".join(text))))
