@@ -126,6 +126,7 @@ def test_parts_of_a_corpus(run, tmp_path, monkeypatch, capsys):
     for words, cycles in (((), 4), (("--split", "all"), 12)):
         assert judge(monkeypatch, run, file, "--output", tmp_path / "o", *words) == 0
         assert report_of(tmp_path / "o")["counts"]["cycles"] == cycles
+    assert ": all parts of " in (tmp_path / "o" / "report.md").read_text(encoding="utf-8")
     manifest(tmp_path / "halves")
     assert judge(monkeypatch, run, file, "--split", "test") == 2
     assert "no test part" in " ".join(capsys.readouterr().err.split())

@@ -180,6 +180,7 @@ def test_every_table_carries_rule_and_marks(selection, partial, synthetic, split
     assert "Validation: 144 cycles" in card
     assert ("own table and SPRSound (Zhang" in card) == (not synthetic) and "Rocha" not in card
     assert "156 and 218" not in card, "they are ICBHI's"
+    assert ("halves are the corpus's own" in card) == (split == "official")
 
 
 # --- subgroups -----------------------------------------------------------------------------------

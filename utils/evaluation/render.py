@@ -268,6 +268,8 @@ def _split_limits(strategy: str, corpora: Sequence[str]) -> list[str]:
             "- Patients 156 and 218 are in both halves of ICBHI's official split (120 of 2,756 "
             "test cycles of the whole database)."
         ]
+    if strategy == "official":
+        return ["- The halves are the corpus's own; the run's log names patients in both of them."]
     return [_SPLIT_LIMITS[strategy]] if strategy in _SPLIT_LIMITS else []
 
 

@@ -47,6 +47,10 @@ def compare_models(options: argparse.Namespace) -> None:
     print(f"\nwritten to {path.parent}")
 
 
+def part_name(part: str) -> str:
+    return "all parts" if part == "all" else f"{part} part"
+
+
 def open_model(path: str, options: argparse.Namespace) -> TrainedModel:
     """The model, named on the console first."""
     model = TrainedModel.open(
@@ -82,7 +86,7 @@ def write_evaluation(folder: Path, report: Report, frame: pd.DataFrame) -> None:
     """predictions.csv, report.md, figures/ and, last, report.json."""
     origin = report.origin
     write_predictions(frame, folder / "predictions.csv")
-    title = f"{origin.title}: {origin.part} part of {origin.data_folder}"
+    title = f"{origin.title}: {part_name(origin.part)} of {origin.data_folder}"
     write_text(folder / "report.md", to_markdown(report, title))
     pictures.evaluation_figures(pictures.Evaluation(folder, report), folder / "figures")
     write_json(folder / "report.json", report.to_dict())
@@ -112,7 +116,7 @@ def print_report(report: Report) -> None:
     one, metrics = report.origin, report.metrics
     print(
         f"\n{one.title}, {one.n_cls}-class, seed {one.seed}, epoch {one.epoch + 1}, "
-        f"{one.part} part: {Selection(one.selection).label}"
+        f"{part_name(one.part)}: {Selection(one.selection).label}"
     )
     print(f"{'percent, [95 % over patients]':32}{'Sp':>9}{'Se':>9}{'Score':>9}{AUROC_HEAD}")
     print(figure_row("chosen thresholds", metrics["chosen"]))
