@@ -40,7 +40,7 @@ COMMANDS = {"plain": (), "group": ("--seeds", "2")}
 PHASES = ("start", "training", "evaluation", "publishing", "assembly")
 
 
-def execute(words: list[str], output: str = os.devnull) -> None:
+def execute(words: list[str], output: str = os.devnull, append: bool = False) -> None:
     """What the process does: the script's own main; what it prints goes into a file."""
     import ast_film_soft
     import utils.runs.end
@@ -48,7 +48,7 @@ def execute(words: list[str], output: str = os.devnull) -> None:
     utils.runs.end.draw_figures = lambda *_: None
     torch.set_num_threads(1)
     sys.argv = ["ast_film_soft.py", *words]
-    printed = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    printed = os.open(output, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if append else os.O_TRUNC))
     os.dup2(printed, 1)
     os.dup2(printed, 2)
     sys.exit(ast_film_soft.main())

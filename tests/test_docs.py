@@ -65,7 +65,7 @@ def test_command_and_its_options_exist(page, command, monkeypatch):
     else:
         assert (ROOT / target[0]).is_file()
     options = {word.split("=")[0] for word in words[len(target) :] if word.startswith("--")}
-    assert not options or options <= set(re.findall(r"--[\w-]+", help_of(*target)))
+    assert not options or options <= set(re.findall(r"--[\w-]+(?:\.\w+)?", help_of(*target)))
     files = [word for word in words if word.startswith(("configs/", "NBs/"))]
     assert all((ROOT / file).exists() or file in EXAMPLES for file in files)
 

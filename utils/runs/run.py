@@ -53,21 +53,24 @@ def runs_of(
     seeds: Sequence[int] | None = None,
     folds: Sequence[str] | None = None,
     member_of: Path | None = None,
+    validate_only: bool = False,
 ) -> Iterator[Run]:
     """Yield the runs that a command asks for, each ready to be trained.
 
     A run that is finished already is shown and not yielded again.
 
     Args:
-        seeds, folds, member_of: as on the command line (`utils.runs.start`).
+        seeds, folds, member_of, validate_only: as on the command line (`utils.runs.start`).
     """
     configs = group.expand(config, seeds, folds)
     runtime = Runtime(config.training.device, config.training.precision, config.training.compile)
     set_up_logging(quiet=not runtime.is_main)
     check_micro_batches(config, runtime.world)
     if len(configs) == 1:
-        yield from _unfinished(Run(configs[0], runtime, member_of))
+        yield from _unfinished(Run(configs[0], runtime, member_of, validate_only))
         return
+    if validate_only:
+        raise UserError("--validate-only is for one run; leave --seeds and --folds out")
     if member_of:
         raise UserError("--member-of is for one run; leave --seeds and --folds out")
     family = group.Group(configs)
@@ -94,9 +97,23 @@ class Run:
         runtime: where.
         parent: folder of the grid (seeds, folds, ablations) this run belongs to; such a run does
             not replace checkpoints/<variant>_best.pt.
+        validate_only: end with the validation Score in record.json; the test half stays closed.
+
+    Raises:
+        UserError: only to be validated, and not selected on validation patients.
     """
 
-    def __init__(self, config: RunConfig, runtime: Runtime, parent: Path | None = None):
+    def __init__(
+        self,
+        config: RunConfig,
+        runtime: Runtime,
+        parent: Path | None = None,
+        validate_only: bool = False,
+    ):
+        selection = config.training.selection
+        if validate_only and selection != "validation":
+            raise UserError(f"--validate-only needs training.selection=validation, not {selection}")
+        self.validate_only = validate_only
         self.config, self.runtime = config, runtime
         self.folder = RunFolder.of(config)
         self.parent, self.is_member = parent, parent is not None
@@ -169,7 +186,7 @@ class Run:
         if message:
             logger.warning("%s", message)
         self._stack.close()
-        if kind is None and self.runtime.is_main:
+        if kind is None and self.runtime.is_main and not self.validate_only:
             print_end(self.folder, self.config, published=not self.is_member)
 
     # ---------------------------------------------------------------- the parts, in order
@@ -213,6 +230,12 @@ class Run:
 
     def test(self, trainer: Trainer) -> RunReport | None:
         """Open the test half, once; write predictions, report and checkpoint."""
+        if self.validate_only:
+            if self.runtime.is_main:
+                progress = trainer.progress
+                found = {"score": progress.best_score, "epoch": progress.best_epoch}
+                self.folder.write_record(validation=found)
+            return None
         data, task = trainer.data, trainer.data.task
         checkpoint = trainer.checkpoint(self.description)
         if self.runtime.is_main:

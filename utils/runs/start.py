@@ -29,7 +29,11 @@ def start(variant: str, description: str, arguments: Sequence[str] | None = None
     from utils.runs.run import runs_of  # torch and all the rest
 
     yield from runs_of(
-        config, seeds=options.seeds, folds=options.folds, member_of=options.member_of
+        config,
+        seeds=options.seeds,
+        folds=options.folds,
+        member_of=options.member_of,
+        validate_only=options.validate_only,
     )
 
 
@@ -51,6 +55,12 @@ def parse_arguments(description: str, arguments: Sequence[str] | None = None) ->
         metavar="DIR",
         help="folder of the grid this run belongs to: nested below its MLflow run, and "
         "checkpoints/ stays as it is",
+    )
+    parser.add_argument(
+        "--validate-only",
+        action="store_true",
+        help="stop after training, with the validation Score in record.json and the test half "
+        "closed; the same command without this option opens it",
     )
     parser.add_argument(
         "--seeds",
