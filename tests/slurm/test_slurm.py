@@ -97,9 +97,9 @@ def test_jobs_of_a_real_slurm_resume(stub, slurm, monkeypatch):
     for job, name in zip(jobs, ("USR1", "TERM"), strict=True):
         subprocess.run(["scancel", f"--signal={name}", job], check=True)
     wait_for(lambda: logs(stub) == ["saved\n"] * 2)
-    assert [state_of(stub, cell).name for cell in stub.cells] == ["preempted"] * 2
     # Slurm holds a job that was put back for two minutes; the test does not wait for that
     wait_for(lambda: [job_states(jobs).get(job) for job in jobs] == ["PENDING"] * 2)
+    assert [state_of(stub, cell).name for cell in stub.cells] == ["preempted"] * 2
     for job in jobs:
         subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=True)
     wait_for(lambda: logs(stub) == ["saved\nresumed\n"] * 2)

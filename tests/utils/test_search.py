@@ -15,6 +15,7 @@ from utils.common.errors import UserError
 from utils.runs.run import Run
 from utils.runs.search import Search, Task
 from utils.training.device import Runtime
+from utils.training.trainer import Trainer
 
 SPACE = """
 script: ast_film_train.py
@@ -183,11 +184,11 @@ def test_the_test_half_stays_closed_until_it_is_asked(tmp_path, monkeypatch):
     folder = train(validate_only=True).folder
     assert not folder.predictions.exists() and not folder.finished and folder.last.is_file()
     validated = folder.read_record()["validation"]
-    train()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_epoch", None)  # its training is over
+        train()
     report = json.loads(folder.report.read_text())
-    assert report["epoch"] == validated["epoch"] and "resuming after epoch 1" in (
-        folder.log.read_text()
-    )
+    assert report["epoch"] == validated["epoch"]
     score = report["val"]["metrics"]["chosen"]["score"]["value"]
     assert score == pytest.approx(validated["score"])
     cell.config.training.selection = "test"

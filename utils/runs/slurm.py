@@ -150,10 +150,18 @@ def queued(grid: Grid) -> dict[str, str]:
     kept = _kept(grid)
     jobs = kept.get("jobs", {})
     if kept.get("launcher") == "local":
-        states = {job: "RUNNING" for job in jobs.values() if Path(f"/proc/{job}").exists()}
+        states = {job: "RUNNING" for job in jobs.values() if _lives(job)}
     else:
         states = job_states(list(jobs.values())) if jobs else {}
     return {run: f"{job} {states[job]}" for run, job in jobs.items() if job in states}
+
+
+def _lives(pid: str) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    return state.rpartition(")")[2].split()[0] not in "ZX"
 
 
 def _kept(grid: Grid) -> dict[str, Any]:
