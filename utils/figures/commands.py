@@ -15,9 +15,9 @@ from data.corpora.icbhi import completeness
 from data.synthetic.corpus import is_synthetic
 from models.registry import VARIANTS
 from utils.common.errors import UserError
+from utils.common.readers import read_json, understood
 from utils.config.schema import RunConfig
 from utils.evaluation.finished_runs import Run, RunGroup, group_runs, read_runs
-from utils.evaluation.report import read_json
 from utils.evaluation.trained_model import TrainedModel
 from utils.figures import compared, runs
 from utils.figures.runs import Evaluation, model_notice, read_evaluation
@@ -152,7 +152,9 @@ def ablation(options: Options) -> list[Path]:
             f"--ablation draws a grid that has run: {path} is missing; name the folder that "
             "python -m utils.runs.grid printed (runs/ablation-...)"
         )
-    runs = [folder.parent / cell["run"] for cell in read_json(path)["cells"]]
+    remedy = "start the grid's command again, which writes it"
+    with understood(path, remedy):
+        runs = [folder.parent / cell["run"] for cell in read_json(path, remedy)["cells"]]
     there = read_runs([run for run in runs if run.is_dir()])
     if len(there) < len(runs):
         logger.warning(
