@@ -34,6 +34,7 @@ from utils.common.files import write_text
 from utils.common.lock import owner_of
 from utils.runs.cells import Grid, read_grid
 from utils.runs.pool import run_tracked
+from utils.tracking import replay
 
 CONTEXT = get_context("forkserver")
 JOURNAL = "journal.txt"  # lines: name of a run, what happened, process
@@ -88,7 +89,7 @@ def _spawn(requests: Any, controllers: Any) -> None:
     """Forks cells for a controller, whose own threads would make that unsafe."""
     controllers.close()
     context, cells = get_context("fork"), {}
-    with suppress(EOFError):  # the controller was killed; its cells work on
+    with suppress(EOFError, ConnectionError):  # the controller was killed; its cells work on
         while True:
             request = requests.recv()
             if isinstance(request, int):
@@ -239,9 +240,11 @@ def _at_work(grid: Grid) -> list[int]:
 
 
 def _tracked(place: Place) -> dict[str, int]:
-    """How many runs MLflow has without and with a parent."""
+    """How many runs MLflow has without and with a parent, once what was late has been sent."""
     from mlflow import MlflowClient
 
+    for folder in (place.grid.folder, *(one.folder.path for one in place.grid.cells)):
+        replay(folder)
     client = MlflowClient(f"sqlite:///{place.folder / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("icbhi").experiment_id
     runs = client.search_runs([experiment], max_results=1000)
