@@ -35,6 +35,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from data.corpora import CORPORA
 from data.fields import UNKNOWN
 from data.task import FIELDS, Task
 from experiments.planted_effect import write_page
@@ -64,7 +65,7 @@ OUTPUT = HERE / "results" / "shift.md"
 SCREENING = HERE / "shift_screening.yaml"
 PLAIN = "plain"
 STAGES = ("screen", "final", "devices")
-DEVICES = ("AKGC417L", "Litt3200", "LittC2SE", "Meditron")
+DEVICES = CORPORA["icbhi"].devices
 RATES = ("sp", "se", "score")
 RESAMPLES = 10_000
 

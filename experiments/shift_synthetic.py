@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.harness import table
 from data.synthetic.corpus import CorpusReport, write_corpus
+from data.synthetic.planted import REVERSED_DEVICE
 from experiments import planted_effect as planted
 from experiments.planted_effect import write_page
 from models.registry import VARIANTS
@@ -29,7 +30,6 @@ from utils.metrics.bootstrap import Difference, paired_bootstrap
 
 OUTPUT = Path(__file__).parent / "results" / "shift_synthetic.md"
 REVERSED, INTERACTION = "reversed", "site"
-DEVICE = "Meditron"
 #: Way -> key=value words. The plain form first.
 WAYS = {
     "plain": [],
@@ -77,7 +77,7 @@ class Study(planted.Study):
     def corpus(self, name: str) -> CorpusReport:
         given = {"patients": self.patients, "seed": 0, "traps": False}
         if name == REVERSED:
-            given |= {"reversed_prior": DEVICE, "event_level": self.event_level}
+            given |= {"reversed_prior": REVERSED_DEVICE, "event_level": self.event_level}
         else:
             given |= {"planted_effect": name, "event_level": 8}
         return write_corpus(self.work / f"corpus-{name}", **given)
@@ -136,7 +136,7 @@ def to_markdown(records: Sequence[dict], head: str) -> str:
     """The page of the finished runs."""
     parts = [head, INTRODUCTION]
     titles = {
-        REVERSED: f"A prior that turns round: {DEVICE} is mostly abnormal in training, mostly "
+        REVERSED: f"A prior that turns round: {REVERSED_DEVICE} is mostly abnormal in training, mostly "
         "normal in the test half",
         INTERACTION: "The planted interaction: the site decides what a sound means",
     }

@@ -31,6 +31,7 @@ REVERSED_MIX: dict[str, tuple[float, ...]] = {
     "train": (0.15, 0.35, 0.25, 0.25),
     "test": (0.85, 0.07, 0.04, 0.04),
 }
+REVERSED_DEVICE = "Meditron"  # in the study of it
 #: Share of the patients of either half that are recorded with it.
 REVERSED_SHARE = 0.4
 
