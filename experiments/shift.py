@@ -35,7 +35,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from data.corpora import CORPORA
+from data.corpora.registry import CORPORA
 from data.fields import UNKNOWN
 from data.task import FIELDS, Task
 from experiments.planted_effect import write_page

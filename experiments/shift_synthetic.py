@@ -136,8 +136,8 @@ def to_markdown(records: Sequence[dict], head: str) -> str:
     """The page of the finished runs."""
     parts = [head, INTRODUCTION]
     titles = {
-        REVERSED: f"A prior that turns round: {REVERSED_DEVICE} is mostly abnormal in training, mostly "
-        "normal in the test half",
+        REVERSED: f"A prior that turns round: {REVERSED_DEVICE} is mostly abnormal in training, "
+        "mostly normal in the test half",
         INTERACTION: "The planted interaction: the site decides what a sound means",
     }
     for corpus, title in titles.items():
