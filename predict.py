@@ -51,7 +51,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument(
         "--windows", action="store_true", help="even where there are cycles, which are only drawn"
     )
-    sliding = parser.add_argument_group("windows")
+    sliding = parser.add_argument_group("windows (any of these implies --windows)")
     sliding.add_argument("--window", type=float, metavar="S", help="default: training's median")
     sliding.add_argument("--hop", type=float, metavar="S", help="default: 0.5, at most a window")
     sliding.add_argument(
@@ -70,6 +70,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.batch_size is not None and options.batch_size < 1:
         parser.error("--batch-size must be at least 1")
+    if options.window or options.hop or options.duration == "window":
+        if options.annotation or options.cycles:
+            parser.error("cycles have their own length: leave out --window, --hop and --duration")
+        options.windows = True
     return options
 
 

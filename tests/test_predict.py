@@ -266,6 +266,15 @@ def test_a_folder_with_annotations_and_a_faulty_file(
     ]
 
 
+@pytest.mark.parametrize("words", ["--window 1", "--hop 0.2", "--duration window"])
+def test_what_is_said_of_windows_asks_for_them(words, capsys):
+    given = ["--checkpoint", "x.pt", "a.wav", *words.split()]
+    assert predict.parse(given).windows
+    with pytest.raises(SystemExit):
+        predict.parse([*given, "--cycles", "c.csv"])
+    assert "cycles have their own length" in capsys.readouterr().err
+
+
 def test_cycles_of_a_table_and_windows_instead(checkpoint, wav, monkeypatch, tmp_path, capsys):
     table = tmp_path / "c.csv"
     table.write_text("start,end,crackle,wheeze\n0.5,2,1,0\n2,3,0,0\n")
@@ -285,7 +294,7 @@ def test_cycles_of_a_table_and_windows_instead(checkpoint, wav, monkeypatch, tmp
         ("start,end\n1,x\n", "row 2: end is 'x'; a number is needed"),
         ("begin,end\n1,2\n", "lacks the column start"),
         ("start,end,file\n0,1,2,a.wav\n", "rows have more cells than the first line has names"),
-        ("start,end,file\n0,1,\0\n", "damaged or no text (a NUL byte at 20)"),
+        ("start,end,file\n0,1,\0\n", "damaged or no text (a NUL byte at 19)"),
         ("start,end,file\n1,2,other.wav\n", "has no cycle of"),
         ("start,end,crackle\n1,2,maybe\n", "neither 0 nor 1"),
     ):
