@@ -133,8 +133,9 @@ class Matrix:
             *(*KINDS[kind], *words),
             output=str(output),
         )
-        process.join(120)
+        process.join(600)
         process.kill()
+        process.join()  # else a command that took too long has no status
         return process.exitcode, output.read_text(errors="replace")
 
     def prepare(self, kind: str) -> None:
@@ -212,18 +213,18 @@ class Matrix:
         return ("WRONG", ", ".join(wrong)) if wrong else ("identical", "")
 
 
-def measure(chosen: list[Cell], folder: Path) -> dict[Cell, tuple[str, str]]:
-    """Outcome of each cell; prints as it proceeds."""
+def measure(chosen: list[Cell], folder: Path) -> Iterator[dict[Cell, tuple[str, str]]]:
+    """Outcomes so far, after each cell; prints as it proceeds."""
     matrix, found = Matrix(folder), {}
     for number, cell in enumerate(chosen, start=1):
         found[cell] = matrix.outcome(cell)
         text = f"\r{number} of {len(chosen)}: {cell.moment}, {cell.pattern}, {cell.way}"
         print(f"{text:100}", end="", file=sys.stderr, flush=True)
-    return found
+        yield found
 
 
-def page(found: dict[Cell, tuple[str, str]], command: str, seconds: float) -> str:
-    """The matrix in Markdown, its sentences below."""
+def page(found: dict[Cell, tuple[str, str]], command: str, total: int, seconds: float) -> str:
+    """The matrix in Markdown, what was wrong below; total: cells that were to be measured."""
     counts = Counter(outcome for outcome, _ in found.values())
     rows: dict[str, dict[str, Any]] = {}
     for cell, (outcome, _) in found.items():
@@ -231,7 +232,9 @@ def page(found: dict[Cell, tuple[str, str]], command: str, seconds: float) -> st
         rows.setdefault(name, {})[cell.way] = outcome
     text = f"# Damaged files, {date.today()}\n\n`{command}`, {seconds:.0f} s. "
     text += ", ".join(f"{n} {outcome}" for outcome, n in counts.most_common())
-    text += f" of {len(found)} cells.\n\n{table(rows)}\n"
+    text += f" of {len(found)} cells"
+    text += f", where it was stopped; there are {total}" if len(found) < total else ""
+    text += f".\n\n{table(rows)}\n"
     bad = [f"- {tuple(c)}: {o} {t}\n" for c, (o, t) in found.items() if o in ("WRONG", "crash")]
     return text + "".join(["\n", *bad] if bad else [])
 
@@ -242,13 +245,13 @@ def main() -> int:
     chosen, began = list(cells()), time.monotonic()
     if args.cells:
         chosen = sorted(random.Random(args.seed).sample(chosen, args.cells))
-    with tempfile.TemporaryDirectory() as folder:
-        found = measure(chosen, Path(folder))
     words = [f"--cells {args.cells}", f"--seed {args.seed}"] if args.cells else []
     command = " ".join(["python -m benchmarks.corruption", *words])
-    text = page(found, command, time.monotonic() - began)
-    if args.output:
-        write_text(Path(args.output, "corruption.md"), text)
+    with tempfile.TemporaryDirectory() as folder:
+        for found in measure(chosen, Path(folder)):
+            text = page(found, command, len(chosen), time.monotonic() - began)
+            if args.output:
+                write_text(Path(args.output, "corruption.md"), text)
     counts = Counter(outcome for outcome, _ in found.values())
     print(f"\n{text}\n{json.dumps(counts)}")
     return int(bool(counts["WRONG"] + counts["crash"]))
