@@ -82,6 +82,19 @@ def test_any_order_of_rows_and_rounding(icbhi_folder, file):
     assert read(icbhi_folder, file).equals(table)
 
 
+@pytest.mark.parametrize("without", [["Duration"], ["BMIDerived"], ["Duration", "BMIDerived"]])
+@pytest.mark.parametrize("form", ["plain", "reversed columns", "further column", "byte-order mark"])
+def test_older_files_are_completed(without, form, icbhi_folder, file):
+    table = read(icbhi_folder, file)
+    older = pd.read_csv(file).drop(columns=without)
+    if form == "reversed columns":
+        older = older[older.columns[::-1]]
+    if form == "further column":
+        older["Remark"] = "x"
+    older.to_csv(file, index=False, encoding="utf-8-sig" if form == "byte-order mark" else None)
+    assert read(icbhi_folder, file).equals(table)
+
+
 def test_the_authors_17_columns_and_their_folds(icbhi_folder, file):
     table = read(icbhi_folder, file)
     authors = pd.read_csv(file).drop(columns=["Duration", "BMIDerived"])

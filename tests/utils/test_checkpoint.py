@@ -220,6 +220,20 @@ def test_what_unpacks_to_more_is_refused_unread(tmp_path):
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize("place", ["run", "partial", "revision", "version of torch", "device name"])
+def test_text_of_strangers_has_no_control_characters(place, good, tmp_path):
+    evil, checkpoint = "\x1b]0;owned\x07\x1b[31mrun\r\x9b2J\u202e", load_checkpoint(good)
+    changed = {place: evil}
+    if place == "version of torch":
+        changed = {"versions": {**checkpoint.versions, evil: evil}}
+    if place == "device name":
+        changed = {"statistics": {**checkpoint.statistics, "devices": [evil]}}
+    resave(good, tmp_path / "evil.pt", **changed)
+    shown = repr(vars(load_checkpoint(tmp_path / "evil.pt")))
+    assert not any(c in shown for c in ("\\x1b", "\\x07", "\\r", "\\x9b", "\\u202e"))
+    assert "[31mrun" in shown
+
+
 def test_weights_that_do_not_fit_are_named(good):
     checkpoint = load_checkpoint(good)
     checkpoint.weights["head.2.weight"] = torch.zeros(3, 3)

@@ -220,6 +220,21 @@ def test_a_checkpoint_never_holds_a_step_that_was_not_finite(tmp_path):
 # -------------------------------------------------------------------- the epoch
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e38])
+@pytest.mark.parametrize("part", ["head", "backbone.patch_embed", "backbone.norm"])
+def test_no_metric_of_logits_that_are_not_finite(part, value, tmp_path):
+    trainer = tiny_trainer(tiny_config("ast", **QUIET), tmp_path)
+    trainer.progress.epoch = 2
+    with torch.no_grad():
+        for name, weight in trainer.model.named_parameters():
+            if name.startswith(part):
+                weight.fill_(value)
+    if part != "head" and value == -1e38:  # finite weights may overflow on the way, or not
+        trainer.model.head[-1].weight.data.fill_(3e38)
+    with pytest.raises(UserError, match=r"after epoch 3 the logits of \d+ of 12 evaluated cycles"):
+        trainer.predict(trainer.data.split.test, with_loss=True)
+
+
 def test_the_history_is_what_the_predictions_say(tmp_path):
     config = tiny_config("ast_film", **LIVELY)
     trainer = tiny_trainer(config, tmp_path)
