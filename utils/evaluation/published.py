@@ -3,9 +3,10 @@
 One row per system and task, with its source. `selection` says how the epoch and the thresholds were
 chosen as far as the paper or its public code shows it, `evidence` where that was seen. `split` is
 `official` where a paper states it and no public code says otherwise. `caveat` names what else keeps
-a value from being compared, `note` explains both. `blocks` and
-`layers` are set in the rows of the ablations of the paper behind SoftFiLM: trainable blocks, number
-of conditioned layers (the last ones); empty in a row means all 12.
+a value from being compared, `note` explains both and begins with "collapsed" where the two classes
+are a four-class model's. `blocks` and `layers` are set in the rows of the ablations of the paper
+behind SoftFiLM: trainable blocks, number of conditioned layers (the last ones); empty in a row
+means all 12.
 """
 
 from __future__ import annotations
@@ -76,3 +77,8 @@ def systems() -> pd.DataFrame:
     """The rows of whole systems: no ablations, and one row per system."""
     table = read_published()
     return table[table.blocks.isna() & table.layers.isna()]
+
+
+def of_four_classes(table: pd.DataFrame) -> pd.Series:
+    """Of each row, whether its two classes are those of a four-class model, collapsed."""
+    return table.note.fillna("").str.startswith("collapsed")

@@ -38,6 +38,7 @@ from utils.evaluation.published import (
     NOT_STATED,
     OFFICIAL,
     OURS,
+    of_four_classes,
     read_published,
     systems,
 )
@@ -182,7 +183,8 @@ def _methods(kind: Kind, protocol: Protocol, groups: Sequence[RunGroup]) -> Tabl
 
 
 def _leaderboard(n_cls: int, kind: Kind, protocol: Protocol, groups: Sequence) -> Table | None:
-    """Every system of ours by its title, and the published ones whose rule was as honest."""
+    """Every system of ours by its title and the published ones whose rule was as honest, then the
+    metadata-only baselines."""
     kind = replace(kind, n_cls=n_cls, title=f"{kind.title}, {n_cls}-class")
     own = [g for g in groups if kind.belongs(g.first) and g.n_cls == n_cls]
     collapsed = [g for g in groups if kind.belongs(g.first) and g.n_cls == 4 != n_cls]
@@ -202,7 +204,8 @@ def _leaderboard(n_cls: int, kind: Kind, protocol: Protocol, groups: Sequence) -
         frame = frame.merge(_published(kind, protocol), how="outer", on="Method")
         notes.append(PUBLISHED_NOTE)
     frame = frame.iloc[sorted(range(len(frame)), key=lambda i: _rank(frame["Method"].iloc[i]))]
-    frame = frame.astype(object).fillna(NOTHING)
+    baselines = pd.DataFrame(_baseline_rows(own, kind, [*keys]))
+    frame = pd.concat([frame, baselines], ignore_index=True).astype(object).fillna(NOTHING)
     return Table(_title(kind, protocol), frame, notes, protocol)
 
 
@@ -273,21 +276,23 @@ def _with_printed(out: pd.DataFrame, table: pd.DataFrame, kind: Kind, whose: str
 
 
 def _published(kind: Kind, protocol: Protocol) -> pd.DataFrame:
-    """Systems of published.csv: in the row of ours where the split was official and nothing else
-    speaks against it, else in one of their own that says why. Those chosen on validation patients
-    stand with ours that were, all others with ours that were selected on test."""
+    """Systems of published.csv: in the row of ours (for a collapsed model of ours, too) where the
+    split was official and nothing else speaks against it, else in one of their own that says why.
+    Those chosen on validation patients stand with ours that were, all others with ours that were
+    selected on test."""
     table = systems()
     honest = table.selection.isin([Selection.VALIDATION.value, Selection.FIXED.value])
     table = table[
         (table.task == f"{kind.n_cls}-class") & (honest == (protocol.selection != "test"))
     ]
     names = []
-    for row in table.itertuples():
+    for row, collapsed in zip(table.itertuples(), of_four_classes(table), strict=True):
         marks = [] if row.split == OFFICIAL else [f"split: {row.split}"]
         marks += [] if pd.isna(row.caveat) else [row.caveat]
         marks += [f"selection {NOT_STATED}"] if row.selection == NOT_STATED else []
         name = row.method if marks else OURS.get(row.method, row.method)
-        names.append(f"{name} ({'; '.join(marks)})" if marks else name)
+        name += f" ({'; '.join(marks)})" if marks else ""
+        names.append(name + COLLAPSED if collapsed else name)
     out = pd.DataFrame({"Method": names}, index=table.index)
     return _with_printed(out, table, kind, "published")
 
@@ -304,7 +309,7 @@ def _rank(title: str) -> tuple[int, str]:
     """Sorts titles by `Variant.order`, with methods after without; a variant that is no longer in
     `models/` comes last."""
     titles = [variant.title for variant in VARIANTS.values()]
-    name = title.partition(" + ")[0]
+    name = title.removesuffix(COLLAPSED).partition(" + ")[0]
     return titles.index(name) if name in titles else len(titles), title
 
 

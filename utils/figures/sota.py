@@ -19,6 +19,7 @@ from utils.evaluation.published import (
     SHUFFLED,
     TASKS,
     UNCLEAR,
+    of_four_classes,
     systems,
 )
 from utils.figures import style
@@ -116,7 +117,7 @@ def _published_rows(table: pd.DataFrame) -> pd.DataFrame:
     rows["label"] = table.method + table.year.map(
         lambda year: "" if pd.isna(year) else f" ’{int(year) % 100:02d}"
     )
-    collapsed = table.note.fillna("").str.startswith("collapsed").map({True: "*", False: ""})
+    collapsed = of_four_classes(table).map({True: "*", False: ""})
     marks = {name: mark for name, (mark, _) in _MARKS.items()}
     for found in (table.metadata.map(_METADATA), collapsed, table.split.map(marks),
                   table.caveat.map(marks)):  # fmt: skip
