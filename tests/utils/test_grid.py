@@ -23,7 +23,7 @@ import yaml
 import evaluate
 from data.synthetic.corpus import write_corpus
 from models.registry import VARIANTS
-from tests.utils.evaluation_tables import finish_run
+from tests.utils.evaluation_tables import cycle_table, finish_run
 from tests.utils.tiny import words
 from utils.common.errors import Busy, Preempted, UserError
 from utils.common.lock import held
@@ -139,7 +139,9 @@ def test_the_leaderboard_keeps_the_rules_apart(here, capsys):
     (here / "excerpt.yaml").write_text(yaml.safe_dump(words, sort_keys=False))
     layers = "models.*.conditioned_layers=all"
     grid = read_grid("excerpt.yaml", overrides=[*small(), layers])
-    for cell in grid.cells:
+    first, *rest = grid.cells
+    finish_run(first.config, cycle_table())  # with baselines
+    for cell in rest:
         finish(cell)
     assert run_tracked(grid, None) == []
     tables = dict(
@@ -161,7 +163,7 @@ def test_the_leaderboard_keeps_the_rules_apart(here, capsys):
     assert "| AST + Patch-Mix CL |" in honest and "62.37" not in honest
     assert "| M2D2 |" in honest and "M2D2" not in test
     assert "| MVST (split: recordings shuffled) |" in test and "MVST" not in honest
-    assert "| Baseline: class prior | 100.00 | 0.00 | 50.00 [" in honest
+    assert "| Baseline: class prior |" in honest and "Baseline" not in test
     collapsed = "(4-class model, collapsed)"
     methods = [line.split(" | ")[0].strip("| ") for line in two[RULES[1]].splitlines()[3:]]
     assert methods[: methods.index("TAFiLM-AST")] == [
