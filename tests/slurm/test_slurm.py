@@ -8,6 +8,7 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +17,7 @@ from utils.common.errors import UserError
 from utils.runs import grid as grids
 from utils.runs.cells import Cell, Grid
 from utils.runs.processes import read_ending
-from utils.runs.slurm import _minutes, job_states, queued, submit
+from utils.runs.slurm import CellJob, _minutes, job_states, queued, submit
 from utils.runs.states import state_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +112,18 @@ def test_jobs_of_a_real_slurm_resume(stub, slurm, monkeypatch):
     wait_for(Path("c0.ready").exists)
     subprocess.run(["scancel", jobs[0]], check=True)
     wait_for(lambda: not job_states(jobs) and logs(first)[0].endswith("saved\n"))
+
+
+def test_a_cell_on_several_nodes_is_started_by_torchrun():
+    place = {"num_nodes": 2, "node": 1, "raw_job_id": "4021", "hostnames": ["n7", "n8"]}
+    environment = SimpleNamespace(**place)
+    found = CellJob(("ast_train.py", "x=1"), "log", processes=4)._command(environment)
+    assert found == [
+        *("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=4", "--node-rank=1"),
+        *("--master-addr=n7", "--master-port=29521", "ast_train.py", "x=1"),
+    ]
+    alone = SimpleNamespace(**place | {"num_nodes": 1})
+    assert CellJob(("ast_train.py",), "log")._command(alone) == ["ast_train.py"]
 
 
 @pytest.mark.parametrize(
