@@ -297,6 +297,7 @@ ELSEWHERE = {
     "dataset.allow_overlaps": ("tests/data/test_corpora.py", "allow_overlaps"),
     "dataset.label_map": ("tests/data/test_corpora.py", "label_map"),
     "dataset.test_device": ("tests/data/test_splits.py", "test_device"),
+    "dataset.full_hash": ("tests/data/test_waveforms.py", "full_hash"),
     **{
         f"fusion.{key}": ("tests/utils/test_fusion.py", key)
         for key in ("kind", "title", "members", "checkpoints")
