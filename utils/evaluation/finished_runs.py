@@ -204,13 +204,13 @@ class RunGroup:
     @cached_property
     def auroc(self) -> Interval | None:
         """Mean macro AUROC of the runs, with its patient bootstrap interval where their predictions
-        are there; None: a report is older than this metric."""
+        are there; None: neither they are, nor a report that has it."""
         tests = [run.report.test for run in self.runs]
-        found = [test.metrics["chosen"].get("auroc_macro") for test in tests]
-        if None in found:
-            return None
         files = [run.path / "predictions" / "test.csv" for run in self.runs]
         if not all(file.is_file() for file in files):
+            found = [test.metrics["chosen"].get("auroc_macro") for test in tests]
+            if None in found:
+                return None
             mean = float(np.mean([one.value for one in found]))
             return found[0] if len(found) == 1 else Interval(mean, np.nan, np.nan)
         task = Task(self.n_cls, exclusive=tests[0].task["exclusive"])
