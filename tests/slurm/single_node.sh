@@ -9,6 +9,10 @@ if [ "$action" = stop ]; then
   for file in slurmd slurmctld munged; do
     [ -f "$folder/$file.pid" ] && kill "$(cat "$folder/$file.pid")" 2>/dev/null || true
   done
+  sleep 2
+  for process in $(pgrep 'slurm|srun|munged'); do  # a step that hangs keeps slurmd waiting
+    grep -qs "$folder" "/proc/$process/environ" "/proc/$process/cmdline" && kill -9 "$process" || true
+  done
   exit 0
 fi
 for program in slurmctld slurmd munged sbatch squeue; do
