@@ -67,6 +67,8 @@ class Commands:
         write_corpus(
             folder / "corpus", patients=8, recordings_per_patient=2, cycles_per_recording=5
         )
+        # asking for a GPU while libraries are imported must not open CUDA, which no fork survives
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(
             ["benchmarks.harness", "ast_film_soft", "utils.runs.run", "utils.figures.runs"]
@@ -91,14 +93,18 @@ class Commands:
         Returns:
             The process, and the seconds that each phase took.
         """
-        process, spent = self.start(kind, runs), Counter()
+        said = self.folder / f"{kind}.log"
+        process, spent = self.start(kind, runs, output=str(said)), Counter()
         last = time.monotonic()
         while process.is_alive() and (now := phase(runs, kind)) != until:
             process.join(0.003)
             spent[now] += time.monotonic() - last
             last = time.monotonic()
         if process.exitcode:
-            raise RuntimeError(f"the {kind} run ended by itself with status {process.exitcode}")
+            last_line = (said.read_text().splitlines() or [""])[-1]
+            raise RuntimeError(
+                f"the {kind} run ended by itself with status {process.exitcode}: {last_line}"
+            )
         return process, spent
 
 
